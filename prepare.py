@@ -1,0 +1,565 @@
+"""Text in, token files out: `python prepare.py NAME...` writes a folder that train.py, nanoGPT and `np.memmap` can read.
+
+NAME is `pydocs` (this Python's own library and help topics: nothing to download) or a file or folder of yours (.txt, .md,
+.jsonl, .jsonl.gz, .parquet), with language and kind behind an @ if you like: `novels_it@it/books`. Several names become
+several sources of one corpus. The folder data/NAME-TOKENIZER holds
+
+    tokenizer.json                  a Hugging Face `tokenizers` file
+    train.<i>-<source>.bin, val...  raw little-endian uint16 token ids (uint32 above 65,536), documents as <|bos|> text <|eos|>
+    meta.json                       what it is made of, with counts of tokens, documents and UTF-8 bytes, sizes and checksums
+
+The input is read as a stream, twice: once to sample the text that the tokenizer learns from, once to encode. Memory does not
+grow with it. Whether a document is training or validation text depends on the hash of its text alone, so neither the
+order of files nor a later addition moves a document from one to the other.
+
+The bottom of the import order: what every tool needs (flags, one-line errors, the progress line, the tokenizer rules) is here too.
+"""
+import argparse
+import dataclasses
+import difflib
+import errno
+import gzip
+import hashlib
+import heapq
+import inspect
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+import time
+import tokenize
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+
+@dataclass
+class Settings:
+    out_dir: str = "data"  # folder in which the prepared folder is made
+    name: str = ""  # the prepared folder's name; empty: NAME-TOKENIZER
+    tokenizer: str = "bpe"  # bpe, hybrid (characters and frequent words), or a tokenizer.json to reuse
+    vocab_size: int = 0  # tokens in a new tokenizer's vocabulary; 0: bpe 16,384, hybrid 2,111
+    max_tokens: int = 0  # training tokens to take from each source, such as 235M; 0: all
+    val_fraction: float = 0.05  # share of the documents that become validation text
+    column: str = ""  # field of .jsonl and .parquet rows that holds the text; empty: text or content
+
+
+# ---------------------------------------------------------------------------------------------------- shared by the tools
+
+class UserError(Exception):
+    """A mistake or a broken input that the user can mend: shown as one line on standard error, exit status 2."""
+
+
+def number(text):
+    """'235M' -> 235000000: an int, with _ or , between digits and K, M or B (10^3, 10^6, 10^9) behind it."""
+    m = re.fullmatch(r"(-?[\d_,]+(?:\.\d+)?)([KMB]?)", text.strip(), re.I)
+    value = float(re.sub("[_,]", "", m[1])) * {"": 1, "K": 10 ** 3, "M": 10 ** 6, "B": 10 ** 9}[m[2].upper()] if m else 0.5
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(value)
+
+
+def yes_or_no(text):
+    try:
+        return {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
+
+
+def nearest(word, words):
+    """' (did you mean a or b?)', or nothing if no word is close."""
+    close = difflib.get_close_matches(word, list(words), n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def parse_flags(argv, *settings, description="", positional=None):
+    """Reads --name=value flags, one for each field of the dataclass instances in `settings`; a field's comment is its help.
+
+    Returns (given, words): the flags that were typed, name -> value, and the words without dashes (allowed if `positional`
+    names them). Raises UserError for an unknown flag or a value of the wrong type.
+    """
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(message)
+
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    if positional:
+        parser.add_argument("words", nargs="*", metavar=positional[0], help=positional[1])
+    flags = set()
+    for s in settings:
+        # the comment behind a field explains it to the reader of the code and, here, to the reader of --help
+        notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(type(s)), re.M))
+        for f in dataclasses.fields(s):
+            if f.name in flags:
+                continue
+            flags.add(f.name)
+            value = getattr(s, f.name)
+            kind = yes_or_no if isinstance(value, bool) else number if isinstance(value, int) else type(value)
+            extra = dict(nargs="?", const=True) if isinstance(value, bool) else {}
+            shown = f"{value:,}" if kind is number else value
+            parser.add_argument(f"--{f.name}", type=kind, metavar={yes_or_no: "BOOL", number: "INT"}.get(kind, kind.__name__.upper()),
+                                help=f"{notes[f.name]} [{shown}]".replace("%", "%%"), **extra)
+    namespace, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        if word.startswith("-"):
+            flag = word.lstrip("-").split("=")[0]
+            raise UserError(f"there is no flag --{flag}{nearest(flag, flags)}; --help lists them")
+        raise UserError(f"what is {word!r}? flags are written --name=value")
+    given = vars(namespace)
+    return given, given.pop("words", [])
+
+
+def run_tool(main):
+    """main(argv) with this project's manners: a user's mistake is one line on standard error and exit status 2."""
+    tool = Path(sys.argv[0]).name
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as e:
+        message = str(e)
+    except KeyboardInterrupt:
+        print(f"\n{tool}: stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `... | head` closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        message = f"{e.filename or 'the output'}: {'no space left on the disk; nothing was written over' if full else e.strerror or e}"
+    print(f"{tool}: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+class Progress:
+    """One line that updates itself on a terminal. Elsewhere only `done` prints, so that logs stay short."""
+
+    def __init__(self):
+        self.live, self.last = sys.stdout.isatty(), 0.0
+
+    def show(self, text):
+        if self.live and time.monotonic() - self.last > 0.1:
+            self.last = time.monotonic()
+            print(f"\r\x1b[K{text[:shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+
+    def done(self, text):
+        print(("\r\x1b[K" if self.live else "") + text, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizers
+
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|system|>")  # the İvme card's; ids 0 to 6
+DEFAULT_VOCAB = {"bpe": 16_384, "hybrid": 2111}
+SAMPLE_BYTES = 32 * 2 ** 20  # text a tokenizer learns from, shared equally by the sources
+# GPT-2's rule for cutting text into words, as in tokenizers' ByteLevel
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def load_tokenizer(source):
+    """A tokenizer from a tokenizer.json's path or its text; UserError if it is none or lacks <|bos|> and <|eos|>.
+
+    encode_special_tokens makes text that spells <|eos|> ordinary characters. The file cannot keep that setting, so every
+    load goes through here.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(source) if source.lstrip().startswith("{") else Tokenizer.from_file(source)
+    except Exception as e:  # tokenizers raises plain Exception for everything
+        what = "the tokenizer" if source.lstrip().startswith("{") else source
+        raise UserError(f"{what} is not a tokenizer.json of the tokenizers library: {e}") from None
+    for token in ("<|bos|>", "<|eos|>"):
+        if tokenizer.token_to_id(token) is None:
+            raise UserError(f"the tokenizer {'' if source.lstrip().startswith('{') else source + ' '}has no {token}, which documents are framed with")
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def added_tokens():
+    return [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS]
+
+
+def train_bpe(texts, vocab_size):
+    """Byte-level BPE (arXiv 1508.07909): special tokens, the 256 bytes, then merges in the order they were learned."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=added_tokens(), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+    return tokenizer
+
+
+def train_hybrid(texts, vocab_size):
+    """TinyMemoryLM's tokenizer: special tokens, the 256 bytes, and the most frequent words. A word in the vocabulary is one
+    token, any other is spelled byte by byte; nothing is lost. A BPE without merges that looks whole words up does just that."""
+    words = Tokenizer(models.WordLevel())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.train_from_iterator(texts, trainers.WordLevelTrainer(vocab_size=vocab_size, show_progress=False))  # by frequency, then alphabet
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    by_rank = sorted(words.get_vocab(), key=words.get_vocab().get)
+    vocab = [*SPECIAL_TOKENS, *alphabet, *(w for w in by_rank if len(w) > 1 and w not in SPECIAL_TOKENS)][:vocab_size]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, [], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(added_tokens())
+    return tokenizer
+
+
+TRAINERS = {"bpe": train_bpe, "hybrid": train_hybrid}
+
+
+def byte_of_character():
+    """ByteLevel's alphabet: printable bytes stand for themselves, the others for the characters from U+0100 on. char -> byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
+
+
+def token_byte_counts(tokenizer):
+    """UTF-8 bytes of text behind each token id, int64 (vocabulary size,); special tokens stand for none."""
+    is_bytes, special = byte_of_character(), {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+    counts = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
+    byte_level = '"ByteLevel"' in tokenizer.to_str()
+    for token, i in tokenizer.get_vocab().items():
+        if i not in special:
+            counts[i] = len(token) if byte_level and all(c in is_bytes for c in token) else len(tokenizer.decode([i]).encode())
+    return counts
+
+
+def fast_encoder(tokenizer):
+    """A function texts -> list of id arrays, the ids of tokenizer.encode, by the quickest way there is.
+
+    GPT-2-style byte-level BPE goes through tiktoken's merge loop, built from the same merges: 3 to 7 times faster. Ids are
+    the same because a trained BPE makes each token by one merge only, which is checked. All else goes through encode_batch.
+    """
+    spec = json.loads(tokenizer.to_str())
+    model, pre = spec["model"], spec["pre_tokenizer"] or {}
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
+    plain = (model["type"] == "BPE" and merges and not spec["normalizer"] and pre.get("type") == "ByteLevel"
+             and not pre["add_prefix_space"] and pre.get("use_regex", True) and not model["dropout"] and not model["ignore_merges"]
+             and not model["continuing_subword_prefix"] and not model["end_of_word_suffix"]
+             and len({a + b for a, b in merges}) == len(merges))
+    if not plain:
+        return lambda texts: [np.array(e.ids, dtype=np.uint32) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    import tiktoken
+    byte = byte_of_character()
+    tokens = sorted(byte, key=byte.get) + [a + b for a, b in merges]  # tiktoken merges the pair of lowest rank first
+    ranks = {bytes(byte[c] for c in t): rank for rank, t in enumerate(tokens)}
+    ids = np.array([model["vocab"][t] for t in tokens], dtype=np.uint32)
+    encoding = tiktoken.Encoding("prepare", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens={})
+    pool = ThreadPoolExecutor(os.cpu_count())  # the merge loop runs outside Python's lock
+    return lambda texts: list(pool.map(lambda t: ids[encoding.encode_to_numpy(t, disallowed_special=())], texts))
+
+
+# ---------------------------------------------------------------------------------------------------- reading documents
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
+PIECE = 2 ** 16  # characters; a longer text file becomes several documents, cut at paragraph ends
+
+
+@dataclass
+class Source:
+    name: str  # in file names and tables
+    language: str
+    kind: str  # web, wiki, books, code, math, chat or text
+    origin: dict  # where the text came from, as meta.json tells it
+    documents: object  # () -> iterator of texts; called once for the tokenizer's sample and once to encode
+
+
+def pydocs():
+    """The running Python's library: a document per module's source, and per help topic. No tests, no installed packages.
+
+    Raises UserError where a Python was installed without its sources.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = sorted(p for p in root.rglob("*.py") if not left_out.intersection(p.relative_to(root).parts)
+                   and not p.name.startswith("_sysconfigdata")  # this machine's compiler flags
+                   and p.relative_to(root).parts[0] != "pydoc_data")  # the topics, taken below as text
+    if not files:
+        raise UserError(f"this Python has no library sources under {root}; give prepare.py a text file or folder of yours")
+
+    def documents():
+        for p in files:
+            with tokenize.open(p) as f:  # honours a coding line
+                yield f.read()
+        from pydoc_data.topics import topics
+        for key in sorted(topics):
+            yield topics[key]
+    return Source("pydocs", "en", "code", {"dataset": "pydocs", "python": platform.python_version()}, documents)
+
+
+EMBEDDED = {"pydocs": pydocs}
+
+
+def text_documents(path, limit=PIECE):
+    """The text of a file in documents of at most `limit` characters, cut behind a paragraph, else a line, else a word.
+
+    Line ends become \\n and a byte order mark goes, as Python's text mode has it; bytes that are no UTF-8 become U+FFFD.
+    """
+    rest = ""
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
+        while chunk := f.read(PIECE):
+            rest += chunk
+            while len(rest) > limit:
+                cuts = (rest.rfind(end, limit // 2, limit) + len(end) for end in ("\n\n", "\n", " ") if rest.rfind(end, limit // 2, limit) >= 0)
+                cut = next(cuts, limit)
+                yield rest[:cut]
+                rest = rest[cut:]
+    yield rest
+
+
+def row_documents(path, column):
+    """The texts in the rows of a .jsonl, .jsonl.gz or .parquet file. UserError names the broken line or the missing column."""
+    def pick(columns):
+        name = column or next((c for c in ("text", "content") if c in columns), "text")
+        if name not in columns:
+            raise UserError(f"{path} has no column {name!r}, it has {', '.join(map(repr, columns))}; choose one with --column")
+        return name
+
+    if str(path).endswith(".parquet"):
+        import pyarrow
+        import pyarrow.parquet
+        try:
+            file = pyarrow.parquet.ParquetFile(path)
+            name = pick(file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=256, columns=[name]):
+                yield from batch.column(0).to_pylist()
+        except (pyarrow.ArrowException, OSError) as e:
+            raise UserError(f"{path} cannot be read as parquet: {e}") from None
+        return
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", errors="replace") as f:
+            for i, line in enumerate(f, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise UserError(f"{path} line {i} is not a JSON object")
+                    yield row[pick(row)]
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path} line {i} is not JSON: {e}") from None
+    except (EOFError, gzip.BadGzipFile) as e:
+        raise UserError(f"{path} is not a whole gzip file: {e}") from None
+
+
+def local_source(word, column):
+    """A file or folder, with `@language/kind` behind it perhaps, as a Source. UserError if nothing readable is there."""
+    path, _, label = (word, "", "") if os.path.exists(word) else word.rpartition("@")
+    if not path or not os.path.exists(path):
+        raise UserError(f"{word!r} is neither a file or folder here nor an embedded corpus ({', '.join(EMBEDDED)}){nearest(word, EMBEDDED)}")
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)
+                                                  and not any(part.startswith(".") for part in p.relative_to(path).parts))
+    if not files or not files[0].name.endswith(SUFFIXES):
+        raise UserError(f"{path} {'holds no' if path.is_dir() else 'is not a'} file that prepare.py reads ({', '.join(SUFFIXES)})")
+    size = sum(p.stat().st_size for p in files)
+    # one short file must still give documents for both splits
+    limit = PIECE if len(files) > 1 else min(PIECE, max(1024, size // 32))
+
+    def documents():
+        for p in files:
+            yield from text_documents(p, limit) if p.suffix in (".txt", ".md") else row_documents(p, column)
+    language, _, kind = label.partition("/")
+    name = path.name[:-len(next(s for s in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(s)))] if path.is_file() else path.resolve().name
+    return Source(re.sub(r"[^\w-]+", "_", name), language or "und", kind or "text",
+                  {"path": str(path), "files": len(files), "file_bytes": size}, documents)
+
+
+# ---------------------------------------------------------------------------------------------------- the two passes
+
+@dataclass
+class Document:
+    text: str
+    utf8: bytes
+    hash: int  # 64 bits of the text alone: decides the split and the sample
+
+
+def clean(source, skipped):
+    """The source's documents with their hashes. What is no text or only white space is left out and counted in `skipped`."""
+    for text in source.documents():
+        if not isinstance(text, str) or not text.strip():
+            skipped["empty" if isinstance(text, str) or text is None else "not text"] += 1
+            continue
+        try:
+            utf8 = text.encode()
+        except UnicodeEncodeError:  # half a surrogate pair out of a JSON escape: pairs are joined, the rest becomes U+FFFD
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            utf8 = text.encode()
+        yield Document(text, utf8, int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little"))
+
+
+def scan(source, threshold, sample_bytes, max_tokens):
+    """First pass: how much there is, a sample of the training text, and where the validation split lies.
+
+    The sample is the documents of lowest rehashed hash that fit sample_bytes: even over the whole source, the same whatever its
+    order, and never more than that in memory. If no document's hash is below `threshold`, the split moves up to the lowest one,
+    so that a small source has validation text too. Returns (texts, threshold, bytes, documents).
+    """
+    sample, sampled, total, lowest, n = [], 0, 0, 2 ** 64, 0
+    for d in clean(source, dict.fromkeys(("empty", "not text"), 0)):
+        total, n, lowest = total + len(d.utf8), n + 1, min(lowest, d.hash)
+        if d.hash >= threshold and sample_bytes:
+            key = d.hash * 0x9E3779B97F4A7C15 % 2 ** 64  # independent of the split's order
+            heapq.heappush(sample, (-key, d.text, len(d.utf8)))
+            sampled += len(d.utf8)
+            while sampled > sample_bytes and len(sample) > 1:
+                sampled -= heapq.heappop(sample)[2]
+        if max_tokens and total > 8 * max_tokens:  # no tokenizer here makes tokens that long: the budget ends before this
+            break
+    if n < 2 and threshold:
+        raise UserError(f"{source.name} holds {n} document{'s' * (n != 1)} of text; a training and a validation split need two")
+    texts = [text for _, text, _ in sorted(sample, reverse=True)]
+    return texts, max(threshold, lowest + 1) if threshold else 0, total, n
+
+
+def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, max_tokens, total_bytes):
+    """Second pass: writes train.<stem>.bin and val.<stem>.bin and returns the source's entry for meta.json."""
+    bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
+    splits = {s: dict(file=f"{s}.{stem}.bin", tokens=0, documents=0, bytes=0) for s in ("train", "val")}
+    digest = {s: hashlib.sha256() for s in splits}
+    out = {s: open(folder / splits[s]["file"], "wb") for s in splits}
+    skipped, progress, started, seen = dict.fromkeys(("empty", "not text"), 0), Progress(), time.monotonic(), 0
+
+    def batches():  # about 4 MB of text at a time: enough to keep every core busy, little to hold
+        batch, size = [], 0
+        for d in clean(source, skipped):
+            batch.append(d)
+            size += len(d.utf8)
+            if size > 4 * 2 ** 20:
+                yield batch
+                batch, size = [], 0
+        yield batch
+
+    full = False
+    for batch in batches():
+        pieces = {s: [] for s in splits}
+        for d, ids in zip(batch, encode([d.text for d in batch])):
+            split = "val" if d.hash < threshold else "train"
+            count = splits[split]
+            count["tokens"], count["documents"], count["bytes"] = count["tokens"] + len(ids) + 2, count["documents"] + 1, count["bytes"] + len(d.utf8)
+            pieces[split] += [np.array([bos], dtype), ids.astype(dtype), np.array([eos], dtype)]
+            seen += len(d.utf8)
+            if full := bool(max_tokens) and splits["train"]["tokens"] >= max_tokens:
+                break
+        for s in splits:
+            if pieces[s]:
+                data = np.concatenate(pieces[s]).tobytes()
+                digest[s].update(data)
+                out[s].write(data)
+        rate = seen / max(time.monotonic() - started, 1e-9)
+        progress.show(f"{source.name:<12} {seen / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, {max(0, total_bytes - seen) / rate:,.0f} s left")
+        if full:
+            break
+    for s in splits:
+        out[s].close()
+        splits[s] |= dict(file_size=(folder / splits[s]["file"]).stat().st_size, sha256=digest[s].hexdigest())
+    train, val, left_out = splits["train"], splits["val"], sum(skipped.values())
+    progress.done(f"{source.name:<12} {seen / 1e6:,.1f} MB, {train['documents'] + val['documents']:,} documents: {train['tokens']:,} training and "
+                  f"{val['tokens']:,} validation tokens" + f", {left_out:,} empty ones left out" * bool(left_out))
+    return dict(name=source.name, language=source.language, kind=source.kind, origin=source.origin, budget=max_tokens, skipped=skipped, **splits)
+
+
+def prepare(names, s):
+    """Prepares the corpora `names` with Settings s and returns the folder. A folder with the same settings is left as it is."""
+    if not names:
+        raise UserError(f"name what to prepare: {', '.join(EMBEDDED)}, or a file or folder of yours")
+    if not 0 <= s.val_fraction < 1:
+        raise UserError(f"--val_fraction={s.val_fraction} is not a share from 0 up to 1")
+    if s.max_tokens < 0 or s.vocab_size < 0:
+        raise UserError("--max_tokens and --vocab_size cannot be negative")
+    sources = [EMBEDDED[n]() if n in EMBEDDED else local_source(n, s.column) for n in names]
+    reuse = s.tokenizer not in TRAINERS
+    if reuse and not os.path.isfile(s.tokenizer):
+        raise UserError(f"--tokenizer={s.tokenizer} is neither {' nor '.join(TRAINERS)} nor a file{nearest(s.tokenizer, TRAINERS)}")
+    if reuse and s.vocab_size:
+        raise UserError("--vocab_size belongs to a new tokenizer, and --tokenizer names an existing one")
+    vocab_size = 0 if reuse else s.vocab_size or DEFAULT_VOCAB[s.tokenizer]
+    least = len(SPECIAL_TOKENS) + 256
+    if not reuse and vocab_size < least:
+        raise UserError(f"--vocab_size={vocab_size} is too small: the special tokens and the bytes alone are {least}")
+
+    folder = Path(s.out_dir) / (s.name or corpus_name(names, s.tokenizer, vocab_size))
+    asked = dict(sources=[dict(name=x.name, language=x.language, kind=x.kind, **x.origin) for x in sources],
+                 tokenizer=hashlib.sha256(Path(s.tokenizer).read_bytes()).hexdigest() if reuse else s.tokenizer,
+                 vocab_size=vocab_size, max_tokens=s.max_tokens, val_fraction=s.val_fraction, column=s.column)
+    if folder.exists():
+        made = read_meta(folder)["settings"]
+        if made == asked:
+            print(f"{folder} is there already, made with these settings")
+            return folder
+        differs = ", ".join(f"{k} was {made.get(k)!r} and is now {asked[k]!r}" for k in asked if made.get(k) != asked[k])
+        raise UserError(f"{folder} was made with other settings ({differs}); give --name for a second one, or delete it")
+
+    tokenizer = load_tokenizer(s.tokenizer) if reuse else None
+    threshold = int(s.val_fraction * 2 ** 64)
+    scans = [scan(x, threshold, 0 if reuse else SAMPLE_BYTES // len(sources), s.max_tokens) for x in sources]
+    if not reuse:
+        started, texts = time.monotonic(), [t for texts, *_ in scans for t in texts]
+        tokenizer = TRAINERS[s.tokenizer](texts, vocab_size)
+        tokenizer = load_tokenizer(tokenizer.to_str())
+        print(f"tokenizer    {s.tokenizer}, {tokenizer.get_vocab_size():,} tokens, from {sum(len(t) for t in texts) / 1e6:,.1f} M characters in {time.monotonic() - started:.1f} s", flush=True)
+        del texts
+    totals = [(t, total) for _, t, total, _ in scans]
+    del scans  # the sample is no longer needed
+
+    part = folder.with_name(f".{folder.name}.part")  # renamed at the end: a folder that exists is whole
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    text = tokenizer.to_str(pretty=True)
+    (part / "tokenizer.json").write_text(text, encoding="utf-8")
+    dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 2 ** 16 else "<u4")
+    encode = fast_encoder(tokenizer)
+    entries = [encode_source(x, f"{i}-{x.name}", part, tokenizer, encode, dtype, t, s.max_tokens, total)
+               for i, (x, (t, total)) in enumerate(zip(sources, totals))]
+    meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.get_vocab_size(),
+                tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(), settings=asked, sources=entries)
+    (part / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+    part.rename(folder)
+    return folder
+
+
+def corpus_name(names, tokenizer, vocab_size):
+    """pydocs, hybrid, 2111 -> 'pydocs-hybrid'; a vocabulary size that is not the default is appended."""
+    base = "+".join(n if n in EMBEDDED else Path(n.rpartition("@")[0] if not os.path.exists(n) else n).resolve().name.split(".")[0] for n in names)
+    kind = tokenizer if tokenizer in TRAINERS else Path(tokenizer).resolve().parent.name if Path(tokenizer).name == "tokenizer.json" else Path(tokenizer).stem
+    return f"{base}-{kind}" + (f"-{vocab_size}" if vocab_size and vocab_size != DEFAULT_VOCAB[kind] else "")
+
+
+def read_meta(folder):
+    """meta.json of a prepared folder. UserError if it is missing, unreadable, or does not fit the files beside it."""
+    path = Path(folder) / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        files = [(meta["sources"][i][split][k] for k in ("file", "file_size", "tokens")) for i in range(len(meta["sources"])) for split in ("train", "val")]
+        width = np.dtype(meta["dtype"]).itemsize
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a prepared folder: it has no meta.json") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); prepare the folder again") from None
+    if meta.get("format") != 1:
+        raise UserError(f"{path} has format {meta.get('format')!r}; this version reads format 1")
+    for file, size, tokens in files:
+        file = Path(folder) / file
+        if not file.exists():
+            raise UserError(f"{file} is missing, though meta.json names it; prepare the folder again")
+        if file.stat().st_size != size or size != tokens * width:
+            raise UserError(f"{file} has {file.stat().st_size:,} bytes, but meta.json says {tokens:,} tokens of {width} bytes; prepare the folder again")
+    tokenizer = Path(folder) / "tokenizer.json"
+    if not tokenizer.exists() or hashlib.sha256(tokenizer.read_bytes()).hexdigest() != meta["tokenizer_sha256"]:
+        raise UserError(f"{tokenizer} is {'not the one this folder was encoded with' if tokenizer.exists() else 'missing'}; prepare the folder again")
+    return meta
+
+
+def main(argv):
+    given, names = parse_flags(argv, Settings(), description=__doc__.split("\n")[0],
+                               positional=("NAME", f"{', '.join(EMBEDDED)}, or a file or folder of yours, as PATH or PATH@language/kind"))
+    folder = prepare(names, Settings(**given))
+    files = [Path(x[split]["file"]).name for x in read_meta(folder)["sources"] for split in ("train", "val")]
+    print(f"wrote {folder}: {' '.join([*files[:6], *['...'] * (len(files) > 6)])} tokenizer.json meta.json        next: python train.py --data={folder}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
