@@ -100,9 +100,12 @@ def parse_flags(argv, *settings, description="", positional=None):
                 continue
             flags.add(f.name)
             value = getattr(s, f.name)
-            kind = yes_or_no if isinstance(value, bool) else number if isinstance(value, int) else type(value)
-            extra = dict(nargs="?", const=True) if isinstance(value, bool) else {}
-            shown = f"{value:,}" if kind is number else value
+            switch = value is None or isinstance(value, bool)  # None: neither yes nor no until the user says
+            kind = yes_or_no if switch else number if isinstance(value, int) else type(value)
+            extra = dict(nargs="?", const=True) if switch else {}
+            if switch:
+                parser.add_argument(f"--no-{f.name}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
+            shown = f"{value:,}" if kind is number else "unset" if value is None else value
             parser.add_argument(f"--{f.name}", type=kind, metavar={yes_or_no: "BOOL", number: "INT"}.get(kind, kind.__name__.upper()),
                                 help=f"{notes[f.name]} [{shown}]".replace("%", "%%"), **extra)
     namespace, unknown = parser.parse_known_args(argv)
@@ -433,16 +436,20 @@ def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, max
                 batch, size = [], 0
         yield batch
 
-    full = False
+    def full():  # the training budget is spent, and there is something to validate on
+        return max_tokens and splits["train"]["tokens"] >= max_tokens and (splits["val"]["tokens"] or not threshold)
+
     for batch in batches():
         pieces = {s: [] for s in splits}
         for d, ids in zip(batch, encode([d.text for d in batch])):
             split = "val" if d.hash < threshold else "train"
             count = splits[split]
+            if split == "train" and max_tokens and count["tokens"] >= max_tokens:
+                continue
             count["tokens"], count["documents"], count["bytes"] = count["tokens"] + len(ids) + 2, count["documents"] + 1, count["bytes"] + len(d.utf8)
             pieces[split] += [np.array([bos], dtype), ids.astype(dtype), np.array([eos], dtype)]
             seen += len(d.utf8)
-            if full := bool(max_tokens) and splits["train"]["tokens"] >= max_tokens:
+            if full():
                 break
         for s in splits:
             if pieces[s]:
@@ -451,7 +458,7 @@ def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, max
                 out[s].write(data)
         rate = seen / max(time.monotonic() - started, 1e-9)
         progress.show(f"{source.name:<12} {seen / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, {max(0, total_bytes - seen) / rate:,.0f} s left")
-        if full:
+        if full():
             break
     for s in splits:
         out[s].close()

@@ -1,0 +1,853 @@
+"""Training, for every architecture: `python train.py` (quick start), `python train.py --model=ivme`, `torchrun --nproc_per_node=8 train.py ...`.
+
+Reads top to bottom: settings, data, Muon, schedule and EMA, checkpoints, evaluation, set-up, the loop. An architecture file brings
+its model, its sizes and its recipe (PRESETS); this file brings everything that is the same for all. Each field of Settings and
+of the model's config is a flag, --name=value, and a flag overrides the recipe.
+
+What a run writes to out/RUN: ckpt.pt (latest, for --resume), best.pt (lowest validation loss), step_N.pt (--keep_every),
+metrics.jsonl, loss.png, config.json.
+"""
+import contextlib
+import importlib
+import io
+import json
+import lzma
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import prepare
+from prepare import UserError, nearest, parse_flags, run_tool
+
+
+@dataclass
+class Settings:
+    model: str = "tinymemory"  # preset of an architecture file: tinymemory, ivme, or one of your own
+    data: str = ""  # prepared folders, or names under data/, as NAME or NAME:WEIGHT,NAME:WEIGHT; empty: the recipe's
+    tokenizer: str = "bpe"  # tokenizer that a bare name in --data means: pydocs with hybrid is data/pydocs-hybrid
+    out: str = ""  # folder of the run; empty: out/MODEL
+    resume: bool = False  # go on from the run's ckpt.pt with its recorded settings
+    overwrite: bool = False  # start anew in a folder that holds a run, deleting that run
+    init_from: str = ""  # start from this checkpoint's weights
+    decay_only: bool = False  # with --init_from: keep optimizer, EMA and data position too, and run --decay_steps of decay
+    # batches
+    order: str = "random"  # random: windows of all sources; sequential: source after source; balanced: equal shares
+    block_size: int = 256  # tokens in a training window; at most the model's context
+    batch_tokens: int = 4096  # tokens in an optimizer step, over all processes
+    micro_batch: int = 16  # windows that a process computes at once; the rest of a step is accumulated
+    max_steps: int = 600  # optimizer steps of the run
+    word_boost: float = 1.0  # loss weight of target tokens of more than one character, normalised to mean 1; 1: off
+    # optimizer
+    optimizer: str = "muon"  # muon: matrices of the blocks by Muon, the rest by AdamW; adamw: everything by AdamW
+    muon_lr: float = 0.02  # peak learning rate of Muon
+    lr: float = 3e-4  # peak learning rate of AdamW
+    weight_decay: float = 0.1  # decoupled; not on vectors
+    grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no limit
+    schedule: str = "wsd"  # learning rate: wsd (warm-up, stable, linear decay), cosine, constant
+    warmup_steps: int = 20  # steps of linear warm-up, for every schedule
+    decay_fraction: float = 0.2  # share of the steps that decay (wsd)
+    decay_steps: int = 0  # number of steps that decay (wsd); 0: decay_fraction says it
+    final_lr_fraction: float = 0.0  # learning rate at the end, as a share of the peak (wsd, cosine)
+    ema_beta: float = 0.999  # decay of the weights' moving average; 0: none is kept
+    # evaluation, saving, showing
+    eval_every: int = 100  # steps between evaluations; 0: only at the end
+    eval_tokens: int = 32_768  # validation tokens per source in each of them, spread evenly; 0: all
+    final_eval_tokens: int = 4_000_000  # the same for the last evaluation, of best.pt; 0: all
+    save_every: int = 100  # steps between checkpoints; 0: only at the end
+    keep_every: int = 0  # steps between checkpoints that stay, as step_N.pt; 0: none
+    log_every: int = 10  # steps between rows of metrics.jsonl and lines of the log
+    sample_prompt: str = ""  # text that the sample at the end continues; empty: a new document
+    sample_tokens: int = 200  # length of that sample; 0: none
+    # machine
+    seed: int = 1337  # of initial weights and batch order
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
+    dtype: str = "auto"  # compute type: bfloat16, float32; auto: bfloat16 where the hardware is fast at it
+    compile: str = "auto"  # torch.compile: on, off; auto: on CUDA, and on a CPU for runs long enough to repay it
+    deterministic: bool = False  # repeatable to the bit on CUDA as well; a CPU always is
+
+
+CHOICES = dict(order=("random", "sequential", "balanced"), optimizer=("muon", "adamw"), schedule=("wsd", "cosine", "constant"),
+               dtype=("auto", "bfloat16", "float32"), compile=("auto", "on", "off"))
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+class Source:
+    """One source of a prepared folder: its token files as memory maps, and where it comes from."""
+
+    def __init__(self, folder, entry, dtype, weight):
+        self.name, self.language, self.weight = entry["name"], entry["language"], weight
+        self.budget = entry["budget"] or entry["train"]["tokens"]
+        self.fingerprint = [entry["name"], entry["train"]["sha256"]]
+        self.train, self.val = (self.tokens(folder / entry[split]["file"], dtype) for split in ("train", "val"))
+
+    @staticmethod
+    def tokens(path, dtype):  # an empty file cannot be mapped
+        return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def find_data(spec, tokenizer, vocab_size, is_main, barrier):
+    """--data -> (sources, tokenizer.json's text). Prepares a missing embedded corpus; any other is a UserError with the command to type."""
+    folders = []
+    for item in spec.split(","):
+        name, _, weight = item.rpartition(":") if re.fullmatch(r".+:[0-9.]+", item) else (item, "", "1")
+        named = Path("data") / prepare.corpus_name([name], tokenizer, vocab_size if tokenizer in prepare.TRAINERS else 0)
+        folder = next((f for f in (Path(name), Path("data") / name, named) if (f / "meta.json").exists()), None)
+        command = f"python prepare.py {name} --tokenizer={tokenizer}" + f" --vocab_size={vocab_size}" * (prepare.DEFAULT_VOCAB.get(tokenizer) not in (None, vocab_size))
+        if folder is None and name in prepare.EMBEDDED and tokenizer in prepare.TRAINERS:
+            folder = named
+            if is_main:
+                print(f"{name}: preparing {folder} (once)", flush=True)
+                prepare.prepare([name], prepare.Settings(tokenizer=tokenizer, vocab_size=vocab_size))
+            barrier()
+        if folder is None and os.path.exists(name):
+            raise UserError(f"{name} is not a prepared folder; make one of it: {command}")
+        if folder is None:
+            there = [p.parent.name for p in Path("data").glob("*/meta.json")]
+            raise UserError(f"there is no prepared data {name!r}{nearest(name, [*there, *prepare.EMBEDDED])}; prepare it: {command}")
+        folders.append((folder, prepare.read_meta(folder), float(weight)))
+    first = folders[0]
+    for folder, meta, _ in folders:
+        if meta["tokenizer_sha256"] != first[1]["tokenizer_sha256"]:
+            raise UserError(f"{folder} and {first[0]} have different tokenizers; prepare one with --tokenizer={first[0]}/tokenizer.json")
+        if meta["vocab_size"] > vocab_size:
+            raise UserError(f"{folder} has a vocabulary of {meta['vocab_size']:,} tokens, the model of {vocab_size:,}: prepare it with --vocab_size={vocab_size}, "
+                            f"or give the model --vocab_size={meta['vocab_size']}")
+    sources = [Source(folder, entry, meta["dtype"], weight) for folder, meta, weight in folders for entry in meta["sources"]]
+    for s in sources:  # two folders may bring sources of one name
+        same = [t for t in sources if t.name == s.name]
+        if len(same) > 1:
+            for i, t in enumerate(same):
+                t.name += f"-{i}"
+    return sources, (first[0] / "tokenizer.json").read_text(encoding="utf-8")
+
+
+class Loader:
+    """Deals out training windows, the same ones for the same seed; its whole state is how many each source has given.
+
+    A source's tokens are cut into windows of T + 1 that overlap by one token, so that each token is a target once an epoch.
+    Every epoch deals them in a new order without replacement; from the second on the cuts are shifted, so that a token is
+    not always seen behind the same context. Which source gives the next row: `sequential` goes through them in turn, once in the
+    run and in proportion to their budgets; `random` and `balanced` take the one furthest behind its share, which is its size
+    (times its weight in --data) or the same for all.
+    """
+
+    def __init__(self, sources, order, T, total_rows, seed):
+        self.sources, self.T, self.order, self.seed = sources, T, order, seed
+        self.taken, self.dealt = [0] * len(sources), {}
+        for s in sources:
+            if len(s.train) < T + 1:
+                raise UserError(f"the source {s.name} has {len(s.train):,} training tokens, fewer than one window of {T + 1}: prepare more, or lower --block_size")
+        size = dict(random=lambda s: len(s.train) * s.weight, balanced=lambda s: s.weight, sequential=lambda s: s.budget * s.weight)[order]
+        self.share = np.array([size(s) for s in sources], dtype=np.float64)
+        if not (self.share > 0).all():
+            raise UserError("weights in --data must be above 0")
+        self.share /= self.share.sum()
+        self.turn_ends = np.round(np.cumsum(self.share) * total_rows)  # sequential: rows dealt when each source's turn is over
+
+    def next_window(self):
+        """(source, start) of the next row."""
+        if self.order == "sequential":
+            source = min(int(np.searchsorted(self.turn_ends, sum(self.taken), side="right")), len(self.sources) - 1)
+        else:
+            source = int(np.argmin((np.array(self.taken) + 0.5) / self.share))
+        size = len(self.sources[source].train)
+        epoch, k = divmod(self.taken[source], (size - 1) // self.T)
+        if self.dealt.get(source, (None,))[0] != epoch:
+            rng = np.random.default_rng([self.seed, source, epoch])
+            shift = int(rng.integers(size)) if epoch else 0
+            self.dealt[source] = epoch, shift + self.T * rng.permutation((size - 1) // self.T)
+        self.taken[source] += 1
+        return source, int(self.dealt[source][1][k]) % size
+
+    def batch(self, rows):
+        """The next `rows` windows, int64 (rows, T + 1)."""
+        out = np.empty((rows, self.T + 1), dtype=np.int64)
+        for row in out:
+            source, start = self.next_window()
+            tokens = self.sources[source].train
+            piece = tokens[start:start + self.T + 1]
+            row[:len(piece)], row[len(piece):] = piece, tokens[:self.T + 1 - len(piece)]  # a shifted window may wrap around
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------- optimizers
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic's coefficients: steep at zero, singular values end within 0.7 and 1.2
+
+
+def orthogonalize(stack, dtype):
+    """Newton-Schulz: the nearest semi-orthogonal matrix to each of stack (n, rows, columns), roughly; shape kept, fp32 (Muon, Jordan 2024).
+
+    Five steps of X <- aX + bAX + cA^2 X with A = XX^T push all singular values near 1. Tall matrices are transposed, which makes A small.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = stack.size(1) > stack.size(2)
+    x = (stack.mT if tall else stack).to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values at most 1, where the iteration converges
+    for _ in range(5):
+        A = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()
+
+
+class Muon:
+    """MomentUm Orthogonalized by Newton-Schulz, for the matrices inside the blocks (https://kellerjordan.github.io/posts/muon).
+
+    m <- 0.95 m + 0.05 g;  u = 0.05 g + 0.95 m (Nesterov);  w <- (1 - lr wd) w - lr sqrt(max(1, rows / columns)) orthogonalize(u)
+
+    matrices: list of (name, parameter, rows of each map in a fused one or None). A fused matrix is orthogonalised map by map.
+    Matrices of one shape go through Newton-Schulz as one stack; with several processes each does its share of every stack.
+    The arithmetic is `torch.optim.Muon`'s. Momentum is fp32 and whole on every process, so any one of them can save it.
+    """
+
+    def __init__(self, matrices, weight_decay=0.1, momentum=0.95, dtype=torch.float32):
+        self.names, self.params = [m[0] for m in matrices], [m[1] for m in matrices]
+        self.momentum, self.weight_decay, self.dtype = momentum, weight_decay, dtype
+        self.buffers = [torch.zeros_like(p) for p in self.params]
+        self.stacks = {}  # (rows, columns) -> [(index of the parameter, first row)]
+        for i, (_, p, parts) in enumerate(matrices):
+            first = 0
+            for rows in parts or (p.size(0),):
+                self.stacks.setdefault((rows, p.size(1)), []).append((i, first))
+                first += rows
+            assert first == p.size(0), f"{self.names[i]}: parts {parts} do not make up {p.size(0)} rows"
+
+    @torch.no_grad()
+    def step(self, lr):
+        """One update from the parameters' .grad with learning rate lr."""
+        grads = [p.grad for p in self.params]
+        torch._foreach_lerp_(self.buffers, grads, 1 - self.momentum)
+        updates = torch._foreach_lerp(grads, self.buffers, self.momentum)
+        torch._foreach_mul_(self.params, 1 - lr * self.weight_decay)
+        world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        for (rows, columns), members in self.stacks.items():
+            stack = torch.stack([updates[i][first:first + rows] for i, first in members])
+            if world == 1:
+                stack = orthogonalize(stack, self.dtype)
+            else:
+                each = -(-len(members) // world)  # the last share is padded with zeros, which stay zero
+                stack = torch.nn.functional.pad(stack, (0, 0, 0, 0, 0, each * world - len(members)))
+                mine = orthogonalize(stack[rank * each:(rank + 1) * each], self.dtype).contiguous()
+                dist.all_gather_into_tensor(stack, mine)
+            scale = max(1, rows / columns) ** 0.5  # tall maps: keeps the change of the output's size the same
+            for (i, first), update in zip(members, stack):
+                self.params[i][first:first + rows].add_(update, alpha=-lr * scale)
+
+    def state_dict(self):
+        return dict(zip(self.names, self.buffers))
+
+    def load_state_dict(self, state):
+        for name, buffer in zip(self.names, self.buffers):
+            buffer.copy_(state[name])
+
+
+class Optimizers:
+    """Muon and AdamW behind one step. Who gets what is the model's own table, `roles()`: exactly one line must fit a parameter."""
+
+    def __init__(self, model, s, muon_dtype):
+        groups = dict(matrix=[], embedding=[], head=[], vector=[])
+        for name, p in model.named_parameters():
+            fits = [role for end, role in model.roles().items() if name.endswith(end)]
+            assert len(fits) == 1 and fits[0][0] in groups, f"roles() must name {name} exactly once as one of {list(groups)}, found {fits}"
+            groups[fits[0][0]].append((name, p, fits[0][1]))
+        matrices = groups.pop("matrix") if s.optimizer == "muon" else []
+        decayed = [p for role, members in groups.items() for _, p, _ in members if role != "vector"]
+        vectors = [p for _, p, _ in groups["vector"]]
+        self.muon = Muon(matrices, s.weight_decay, dtype=muon_dtype) if matrices else None
+        # fused: one kernel for all tensors, where the device has it
+        self.adamw = torch.optim.AdamW([dict(params=decayed, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)],
+                                       lr=s.lr, betas=(0.9, 0.95), eps=1e-8, fused=decayed[0].device.type in ("cpu", "cuda"))
+        self.peak, self.n_matrices, self.n_other = (s.muon_lr, s.lr), len(matrices), len(decayed) + len(vectors)
+
+    def step(self, factor):
+        """One update with `factor` times the peak learning rates; returns the larger of the two rates."""
+        for group in self.adamw.param_groups:
+            group["lr"] = self.peak[1] * factor
+        self.adamw.step()
+        if self.muon:
+            self.muon.step(self.peak[0] * factor)
+        return self.peak[0 if self.muon else 1] * factor
+
+    def state_dict(self):
+        return dict(adamw=self.adamw.state_dict(), muon=self.muon.state_dict() if self.muon else {})
+
+    def load_state_dict(self, state):
+        self.adamw.load_state_dict(state["adamw"])
+        if self.muon:
+            self.muon.load_state_dict(state["muon"])
+
+
+# ---------------------------------------------------------------------------------------------------- schedule, EMA
+
+def decay_steps(s):
+    return s.decay_steps or round(s.decay_fraction * s.max_steps)
+
+
+def lr_factor(step, s):
+    """Share of the peak learning rate for update number `step` (from 0) of s.max_steps.
+
+    Warm-up is linear over warmup_steps. wsd (arXiv 2405.18392): 1, then linear to final_lr_fraction, which the step after the last
+    would have. cosine (arXiv 1608.03983): half a wave from the end of warm-up to final_lr_fraction. constant: 1.
+    """
+    if step < s.warmup_steps:
+        return (step + 1) / s.warmup_steps
+    if s.schedule == "wsd":
+        left = min(1.0, (s.max_steps - step) / max(1, decay_steps(s)))
+    elif s.schedule == "cosine":
+        left = 0.5 + 0.5 * math.cos(math.pi * (step - s.warmup_steps) / max(1, s.max_steps - s.warmup_steps))
+    else:
+        return 1.0
+    return s.final_lr_fraction + (1 - s.final_lr_fraction) * left
+
+
+@torch.no_grad()
+def ema_update(ema, params, step, beta):
+    """ema <- b ema + (1 - b) params with b = min(beta, (1 + step) / (10 + step)), so that a short run is not averaged with its start."""
+    torch._foreach_lerp_(ema, params, 1 - min(beta, (1 + step) / (10 + step)))
+
+
+@contextlib.contextmanager
+def weights(params, values):
+    """Inside, the parameters hold `values`; behind it, to the bit, what they held before. None changes nothing."""
+    saved = [p.detach().clone() for p in params] if values is not None else []
+    with torch.no_grad():
+        if values is not None:
+            torch._foreach_copy_(params, values)
+        try:
+            yield
+        finally:
+            if values is not None:
+                torch._foreach_copy_(params, saved)
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+FORMAT = 1
+KEYS = ("format", "step", "tokens", "model_name", "cfg", "train", "model", "ema", "use_ema", "optimizer", "rng", "loader", "tokenizer", "metrics")
+
+
+def write_file(path, data):
+    """Writes bytes so that a crash at any moment leaves the old file or the new one, never half of either."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())  # without it the rename can reach the disk before the contents
+    os.replace(part, path)
+
+
+def save_checkpoint(path, checkpoint):
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_file(path, buffer.getbuffer())
+
+
+def read_checkpoint(path):
+    """The checkpoint's dict, tensors on the CPU. UserError if it is missing, damaged, or not one of ours."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name a checkpoint in it, such as {Path(path) / 'best.pt'}") from None
+    except Exception as e:  # torch raises many types for a damaged file
+        raise UserError(f"{path} is damaged or not a checkpoint ({type(e).__name__})") from None
+    missing = [k for k in KEYS if k not in checkpoint] if isinstance(checkpoint, dict) else KEYS
+    if missing or checkpoint["format"] != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this train.py: " + (f"it lacks {', '.join(missing[:4])}" if missing else f"its format is {checkpoint['format']!r}, not {FORMAT}"))
+    return checkpoint
+
+
+def find_preset(name):
+    """Preset name -> (architecture module, config, recipe): `i3-80m` is in i3.py. UserError lists the presets there are."""
+    stem, here = name.split("-")[0], Path(__file__).parent
+    files = [p.stem for p in sorted(here.glob("*.py")) if re.search(r"^PRESETS\b", p.read_text(encoding="utf-8"), re.M)]
+    if stem not in files:
+        presets = [preset for f in files for preset in importlib.import_module(f).PRESETS]
+        raise UserError(f"there is no model {name!r}{nearest(name, presets)}; there are {', '.join(presets)}")
+    module = importlib.import_module(stem)
+    if name not in module.PRESETS:
+        raise UserError(f"{stem}.py has no preset {name!r}{nearest(name, module.PRESETS)}; it has {', '.join(module.PRESETS)}")
+    return module, *module.PRESETS[name]
+
+
+def load_checkpoint(path, device="cpu", ema=None):
+    """A trained model, ready to use: (model in eval mode on `device`, tokenizer, the checkpoint's dict).
+
+    ema True or False picks the averaged or the raw weights; None those with the lower validation loss, as the checkpoint says.
+    Raises UserError for a file that is missing, damaged or foreign, and for ema=True where no average was kept.
+    """
+    checkpoint = read_checkpoint(path)
+    module, *_ = find_preset(checkpoint["model_name"])
+    ema = checkpoint["use_ema"] if ema is None else ema
+    if ema and not checkpoint["ema"]:
+        raise UserError(f"{path} holds no EMA weights (its run had --ema_beta=0)")
+    try:
+        model = module.Model(module.Config(**checkpoint["cfg"]))
+        model.load_state_dict(checkpoint["model"] | (checkpoint["ema"] if ema else {}))
+    except (TypeError, RuntimeError) as e:
+        raise UserError(f"{path} does not fit {module.__name__}.py as it is now: {str(e).splitlines()[0]}") from None
+    return model.to(device).eval(), prepare.load_tokenizer(checkpoint["tokenizer"]), checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
+
+@torch.no_grad()
+def evaluate(run, sources, tokens, T, rows, autocast, bytes_per_token, device, world=1, rank=0):
+    """Validation loss of the present weights: {"source": {name: (loss, bits per byte)}, "language": {...}, "mixed": (loss, bits per byte)}.
+
+    A source is cut into windows of T targets, the last one shorter; `tokens` of them, spread evenly, count (0: all). Losses are means
+    in nats per token over a group's windows, bits per byte are its nats / ln 2 / UTF-8 bytes. Draws no random numbers.
+    """
+    sums = torch.zeros(len(sources), 3, dtype=torch.float64)  # nats, tokens, bytes
+    for total, source in zip(sums, sources):
+        windows = -(-(len(source.val) - 1) // T) if len(source.val) > 1 else 0
+        take = min(windows, -(-tokens // T)) if tokens else windows
+        starts = [T * (i * windows // take) for i in range(take)][rank::world]
+        for first in range(0, len(starts), rows):
+            batch = torch.full((len(starts[first:first + rows]), T + 1), -1, dtype=torch.int64)
+            for row, start in zip(batch, starts[first:first + rows]):
+                piece = torch.from_numpy(source.val[start:start + T + 1].astype(np.int64))
+                row[:len(piece)] = piece
+            x, y = batch[:, :-1].clamp(min=0).to(device), batch[:, 1:].to(device)
+            with autocast():
+                losses = run(x, y, reduction="none")[1]
+            total[0] += losses.double().sum().cpu() if device.type != "mps" else losses.cpu().double().sum()  # no doubles on MPS
+            kept = batch[:, 1:][batch[:, 1:] >= 0]
+            total[1] += len(kept)
+            total[2] += float(bytes_per_token[kept].sum())
+    if world > 1:
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+        sums = sums.cpu()
+
+    def result(chosen):
+        nats, n, size = sums[chosen].sum(0).tolist()
+        return (nats / n if n else math.nan, nats / math.log(2) / size if size else math.nan)
+    languages = sorted({s.language for s in sources})
+    return dict(mixed=result([i for i, _ in enumerate(sources)]),
+                language={x: result([i for i, s in enumerate(sources) if s.language == x]) for x in languages},
+                source={s.name: result([i]) for i, s in enumerate(sources)})
+
+
+def split_result(result, i):
+    """Of evaluate's (loss, bits per byte) pairs the losses (i = 0) or the bits (i = 1), for metrics.jsonl."""
+    return {k: v[i] if isinstance(v, tuple) else {n: pair[i] for n, pair in v.items()} for k, v in result.items()}
+
+
+def xz_bits_per_byte(sources, tokenizer, limit=8_000_000):
+    """What `xz -9` makes of the validation text, for scale: a language model is a compressor. None above `limit` bytes."""
+    text = "".join(tokenizer.decode(np.asarray(s.val).tolist()) for s in sources if len(s.val) < limit).encode()
+    return 8 * len(lzma.compress(text, preset=9)) / len(text) if text and sum(len(s.val) for s in sources) < limit and len(text) < limit else None
+
+
+def read_rows(path):
+    """The rows of metrics.jsonl; a last line that a crash cut short is dropped."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def draw_loss(rows, path, title, xz=None):
+    """loss.png: bits per byte of the training batches and of the validation text, over the tokens trained on."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    train, val = [r for r in rows if "train_loss" in r], [r for r in rows if "val_loss" in r and not r.get("final")]
+    fig, ax = plt.subplots(figsize=(8, 4.5), dpi=100, layout="constrained")
+    ax.plot([r["tokens"] / 1e6 for r in train], [r["train_bits_per_byte"] for r in train], color="#b9c7d6", lw=1, label="training batches")
+    for kind, color in (("raw", "#33658a"), ("ema", "#d1495b")):
+        points = [(r["tokens"] / 1e6, r["val_bits_per_byte"][kind]["mixed"]) for r in val if kind in r["val_bits_per_byte"]]
+        if points:
+            ax.plot(*zip(*points), color=color, marker="o", ms=3.5, lw=1.6, label=f"validation, {'EMA' if kind == 'ema' else 'raw'} weights: {points[-1][1]:.3f} at the end")
+    if xz:
+        ax.axhline(xz, color="#888888", lw=1, ls="--", label=f"xz -9 on the validation text: {xz:.3f}")
+    low = min((r["val_bits_per_byte"][k]["mixed"] for r in val for k in r["val_bits_per_byte"]), default=1)
+    ax.set(xlabel="million training tokens", ylabel="bits per byte", title=title, ylim=(0.9 * low, max(3.2 * low, 1.1 * (xz or 0))))
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png")
+    plt.close(fig)
+    write_file(path, buffer.getbuffer())
+
+
+# ---------------------------------------------------------------------------------------------------- set-up
+
+def flag_value(argv, name):
+    """The value of --name in argv before it is parsed: some flags decide which flags there are."""
+    for i, word in enumerate(argv):
+        if word == f"--{name}":
+            return argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else "true"
+        if word.startswith(f"--{name}="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def settings_from(argv):
+    """argv -> (module, config, Settings, checkpoint to start from or None, checkpoint to resume or None).
+
+    Defaults come from Settings, then the preset's recipe; with --resume from the run's record; flags override.
+    """
+    resume = prepare.yes_or_no(flag_value(argv, "resume") or "false")
+    init_from = flag_value(argv, "init_from")
+    parent = read_checkpoint(init_from) if init_from and not resume else None
+    name = flag_value(argv, "model") or (parent["model_name"] if parent else Settings.model)
+    checkpoint = None
+    if resume:
+        out = Path(flag_value(argv, "out") or f"out/{name}")
+        if not (out / "config.json").exists():
+            raise UserError(f"there is no run to resume in {out}; --out names its folder")
+        try:
+            record = json.loads((out / "config.json").read_text())
+            name, cfg, base = record["model"], record["cfg"], Settings(**record["train"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{out / 'config.json'} is damaged ({e}); start anew with --overwrite") from None
+        module, *_ = find_preset(name)
+        cfg = module.Config(**cfg)
+        if (out / "ckpt.pt").exists():
+            checkpoint = read_checkpoint(out / "ckpt.pt")
+        elif base.init_from:
+            parent = read_checkpoint(base.init_from)
+    else:
+        module, cfg, recipe = find_preset(name)
+        base = Settings(model=name, **{k: v for k, v in recipe.items() if k != "model"})
+        if parent:
+            if parent["model_name"].split("-")[0] != name.split("-")[0]:
+                raise UserError(f"--init_from={init_from} holds a {parent['model_name']}, not a {name}")
+            cfg = module.Config(**parent["cfg"])
+            if prepare.yes_or_no(flag_value(argv, "decay_only") or "false"):
+                base = replace(Settings(**parent["train"]), out="", overwrite=False, resume=False)
+    given, _ = parse_flags(argv, base, cfg, description=f"{__doc__.split(chr(10))[0]} Defaults in brackets are those of --model={name}.")
+    given.pop("resume", None)
+    shape = {k: given.pop(k) for k in list(given) if k in {f.name for f in fields(cfg)}}
+    if (resume or parent) and any(getattr(cfg, k) != v for k, v in shape.items()):
+        raise UserError(f"{'the run' if resume else init_from} has another shape: " + ", ".join(f"{k} is {getattr(cfg, k)}" for k, v in shape.items() if getattr(cfg, k) != v))
+    cfg = replace(cfg, **shape)
+    s = replace(base, resume=resume, **given)
+    if "sample_prompt" not in given and given.get("data", base.data) != base.data:
+        s.sample_prompt = ""  # the recipe's prompt belongs to the recipe's data
+    if resume and given.get("model", name) != name:
+        raise UserError(f"the run in {out} is a {name}, not a {given['model']}")
+    for field, allowed in CHOICES.items():
+        if getattr(s, field) not in allowed:
+            raise UserError(f"--{field}={getattr(s, field)} is not one of {', '.join(allowed)}{nearest(getattr(s, field), allowed)}")
+    positive = ("block_size", "batch_tokens", "micro_batch", "max_steps", "log_every")
+    for field in fields(s):
+        value = getattr(s, field.name)
+        if type(value) in (int, float) and (value < 0 or field.name in positive and value == 0 or not math.isfinite(value)):
+            raise UserError(f"--{field.name}={value} must be {'above' if field.name in positive else 'at least'} 0")
+    if s.ema_beta >= 1 or s.decay_fraction > 1:
+        raise UserError("--ema_beta must be below 1 and --decay_fraction at most 1")
+    if s.block_size > cfg.context_length:
+        raise UserError(f"--block_size={s.block_size} is longer than the model's context of {cfg.context_length}; --context_length={s.block_size} makes a model that fits")
+    if s.batch_tokens % s.block_size:
+        raise UserError(f"--batch_tokens={s.batch_tokens} is not a multiple of --block_size={s.block_size}")
+    if s.decay_only and not s.init_from:
+        raise UserError("--decay_only needs --init_from=CHECKPOINT")
+    if s.decay_only and not resume:
+        if not s.decay_steps:
+            raise UserError("--decay_only needs --decay_steps")
+        s.schedule, s.warmup_steps, s.max_steps = "wsd", 0, parent["step"] + s.decay_steps
+    if not s.data:
+        raise UserError(f"--model={name} names no data of its own: give --data")
+    s.out = s.out or f"out/{name}" + "-decay" * s.decay_only
+    return module, cfg, s, parent, checkpoint
+
+
+def pick_device(s, local_rank):
+    """(device, compute dtype, compile?) for the settings. UserError if the device is not there or cannot do it."""
+    name = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device={s.device} is not a device; use cpu, cuda, cuda:1 or mps") from None
+    if device.type not in ("cpu", "cuda", "mps") or (device.type == "cuda" and not torch.cuda.is_available()) or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"--device={s.device}: this torch has no such device here; use --device=cpu")
+    if device.type == "cuda":
+        index = device.index if device.index is not None else local_rank
+        if index >= torch.cuda.device_count():
+            raise UserError(f"there is no device cuda:{index}: this machine has {torch.cuda.device_count()}")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = device.type == "cpu" and bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32, "auto": torch.bfloat16 if fast else torch.float32}[s.dtype]
+    compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++", "cl") if c and shutil.which(c)), None)
+    if s.compile == "on" and device.type == "cpu" and not compiler:
+        raise UserError("--compile=on needs a C++ compiler on a CPU, and none was found; --compile=off trains without")
+    if device.type != "cuda" or s.deterministic:
+        # compiled CPU code was seen to differ from run to run without this
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every buffer twice
+        if device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return device, dtype, compiler
+
+
+def clock(seconds):
+    """125 -> '02:05', 7265 -> '2:01:05'."""
+    m, s = divmod(round(seconds), 60)
+    return f"{m:02d}:{s:02d}" if m < 60 else f"{m // 60}:{m % 60:02d}:{s:02d}"
+
+
+# Dense bf16 matrix products per second without sparsity, from the makers' data sheets
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "L4": 121e12}
+COMPILE_PAYS = 1e14  # FLOPs of a run from which compiling on a CPU (about half a minute) is repaid: some 15 minutes on two cores
+
+
+# ---------------------------------------------------------------------------------------------------- the run
+
+def main(argv):
+    module, cfg, s, parent, checkpoint = settings_from(argv)
+    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    is_main = rank == 0
+    if not is_main:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
+    device, dtype, compiler = pick_device(s, local_rank)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    try:
+        return train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compiler)
+    except UserError:
+        if is_main:
+            raise
+        return 2  # every process met the same mistake; one line is enough
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compiler):
+    is_main, out = rank == 0, Path(s.out)
+    barrier = dist.barrier if world > 1 else lambda: None
+    resumed = checkpoint is not None
+    start = checkpoint if resumed else parent  # where weights come from, if from anywhere
+    if not s.resume and (out / "ckpt.pt").exists() and not s.overwrite:
+        raise UserError(f"{out} holds a run: --resume goes on with it, --out names another folder, --overwrite deletes it")
+
+    # data: rows of T + 1 tokens, the same global batch for any number of processes
+    T, rows = s.block_size, s.batch_tokens // s.block_size
+    if rows % world:
+        raise UserError(f"the {rows} windows of a step cannot be shared out evenly to {world} processes; change --batch_tokens")
+    micro = next(m for m in range(min(s.micro_batch, rows // world), 0, -1) if rows // world % m == 0)
+    sources, tokenizer_text = find_data(s.data, s.tokenizer, cfg.vocab_size, is_main, barrier)
+    tokenizer = prepare.load_tokenizer(tokenizer_text)
+    if start and start["tokenizer"] != tokenizer_text:
+        raise UserError(f"the data {s.data} was not encoded with the checkpoint's tokenizer; prepare it with --tokenizer=PATH of the one it was trained with")
+    if not any(len(x.val) > 1 for x in sources):
+        raise UserError(f"{s.data} has no validation text; prepare it with --val_fraction above 0")
+    loader = Loader(sources, s.order, T, s.max_steps * rows, s.seed)
+    bytes_per_token = torch.from_numpy(prepare.token_byte_counts(tokenizer)).float()
+    boost = torch.tensor([1.0 if len(tokenizer.decode([i])) < 2 else s.word_boost for i in range(tokenizer.get_vocab_size())]) if s.word_boost != 1 else None
+
+    # model and optimizers
+    torch.manual_seed(s.seed)
+    try:
+        model = module.Model(cfg).to(device)
+    except ValueError as e:
+        raise UserError(f"--model={s.model}: {e}") from None
+    if start:
+        use = start["model"] | (start["ema"] if start["use_ema"] and not (resumed or s.decay_only) else {})
+        model.load_state_dict(use)
+    params, names = list(model.parameters()), [n for n, _ in model.named_parameters()]
+    # Newton-Schulz needs few digits; bf16 there is faster wherever bf16 is
+    optimizers = Optimizers(model, s, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    ema = [p.detach().clone() for p in params] if s.ema_beta else None
+    step, tokens, elapsed, use_ema, best = 0, 0, 0.0, False, dict(loss=math.inf, step=0)
+    torch.manual_seed(s.seed + rank)  # dropout, if a fork has any, differs between processes
+    if start and (resumed or s.decay_only):
+        if [list(f) for f in start["loader"]["fingerprint"]] != [x.fingerprint for x in sources]:
+            raise UserError(f"the data of {s.data} has changed since the checkpoint, so its place in it is lost; use the data it was trained on")
+        step, tokens, use_ema, loader.taken = start["step"], start["tokens"], start["use_ema"], list(start["loader"]["taken"])
+        optimizers.load_state_dict(start["optimizer"])
+        if ema is not None and start["ema"]:
+            ema = [start["ema"][n].to(device) for n in names]
+        if len(start["rng"]) == world:
+            torch.set_rng_state(start["rng"][rank]["cpu"])
+            if device.type == "cuda" and "cuda" in start["rng"][rank]:
+                torch.cuda.set_rng_state(start["rng"][rank]["cuda"])
+        if resumed:
+            best, elapsed = start["metrics"]["best"], start["metrics"]["elapsed"]
+    flops = model.flops_per_token(T)
+    compiled = s.compile == "on" or s.compile == "auto" and (device.type == "cuda" or device.type == "cpu" and bool(compiler) and flops * s.batch_tokens * s.max_steps > COMPILE_PAYS)
+    run = torch.compile(model, dynamic=False) if compiled else model
+    if world > 1:
+        run = torch.nn.parallel.DistributedDataParallel(run, device_ids=[device.index] if device.type == "cuda" else None)
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext()
+
+    # the run's folder
+    if is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        for old in [*out.glob("*.part"), *(() if resumed else [*out.glob("*.pt"), out / "loss.png"])]:
+            old.unlink(missing_ok=True)
+        kept = [r for r in read_rows(out / "metrics.jsonl") if r["step"] <= step and not r.get("final")] if resumed else []
+        write_file(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept).encode())  # a resumed run repeats the steps since its checkpoint
+        write_file(out / "config.json", json.dumps(dict(model=s.model, cfg=asdict(cfg), train=asdict(replace(s, resume=False, overwrite=False))), indent=1).encode())
+    barrier()
+
+    def record(row):
+        if is_main:
+            with open(out / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def save(*paths):
+        rng = dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state()) if device.type == "cuda" else {})
+        every_rng = [rng]
+        if world > 1:
+            every_rng = [None] * world
+            dist.all_gather_object(every_rng, rng)
+        if is_main:
+            state = dict(format=FORMAT, step=step, tokens=tokens, model_name=s.model, cfg=asdict(cfg), train=asdict(s), model=model.state_dict(),
+                         ema=dict(zip(names, ema)) if ema is not None else {}, use_ema=use_ema, optimizer=optimizers.state_dict(), rng=every_rng,
+                         loader=dict(taken=loader.taken, fingerprint=[x.fingerprint for x in sources]), tokenizer=tokenizer_text,
+                         metrics=dict(best=best, elapsed=elapsed))
+            for path in paths:
+                save_checkpoint(path, state)
+
+    def measure(n_tokens):
+        return evaluate(model, sources, n_tokens, T, micro, autocast, bytes_per_token, device, world, rank)  # not compiled: its shapes vary
+
+    print(f"{s.model:<12} {model.n_params / 1e6:,.2f}M parameters ({Path(module.__file__).name}), context {cfg.context_length:,}, training on windows of {T:,}")
+    for x, share in zip(sources, loader.share):
+        print(f"{x.name:<12} {x.language}, {len(x.train):,} training and {len(x.val):,} validation tokens, {share:.0%} of the run")
+    print(f"{device.type:<12} {str(dtype)[6:]}{', compiled' * compiled}, {f'{world} processes' if world > 1 else f'{torch.get_num_threads()} threads' if device.type == 'cpu' else torch.cuda.get_device_name(device) if device.type == 'cuda' else 'one GPU'}; "
+          f"Muon {optimizers.n_matrices} matrices, AdamW {optimizers.n_other} tensors; {s.max_steps:,} steps of {s.batch_tokens:,} tokens, {rows // world // micro} x {micro} windows each")
+    if resumed:
+        print(f"resumed      {out / 'ckpt.pt'} at step {step:,}")
+
+    # Ctrl-C and SIGTERM end the step, save and leave; a second one ends at once
+    stop = []
+    def on_signal(number, frame):
+        if stop:
+            sys.exit(128 + number)
+        stop.append(number)
+    previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    progress, peak = prepare.Progress(), next((v for k, v in PEAK_FLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), None)
+    model.train()
+    mark, mark_step, saved_step = time.monotonic(), step, step if resumed else -1
+    while step < s.max_steps:
+        # one optimizer step
+        batch = torch.from_numpy(loader.batch(rows))
+        if batch.max() >= cfg.vocab_size:
+            raise UserError(f"the data holds token id {int(batch.max())}, the model's vocabulary ends at {cfg.vocab_size - 1}; prepare the data again")
+        loss_weights = boost[batch[:, 1:]] if boost is not None else torch.ones(rows, T)
+        whole = float(loss_weights.sum())  # over all processes, so that the mean is the same for any number of them
+        mine, my_weights = batch[rank::world].to(device), loss_weights[rank::world]
+        loss = torch.zeros((), device=device)
+        for i in range(0, len(mine), micro):
+            part, w = mine[i:i + micro], my_weights[i:i + micro]
+            last = i + micro >= len(mine)
+            with contextlib.nullcontext() if last or world == 1 else run.no_sync():  # gradients travel once a step
+                with autocast():
+                    part_loss = run(part[:, :-1], part[:, 1:], loss_weights=w.to(device) if boost is not None else None)[1]
+                part_loss = part_loss * (float(w.sum()) / whole)
+                (part_loss * world).backward()  # DDP averages over the processes; the loss is a sum of shares
+            loss += part_loss.detach()
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf, foreach=True))
+        if not math.isfinite(grad_norm):
+            kept = f"{out / 'ckpt.pt'} holds step {saved_step}" if saved_step >= 0 else "no checkpoint was written yet"
+            raise UserError(f"the loss is not finite at step {step + 1} (loss {float(loss):.3g}, gradient norm {grad_norm}): stopped; {kept}. A lower learning rate or --dtype=float32 may help")
+        lr = optimizers.step(lr_factor(step, s))
+        for p in params:
+            p.grad = None
+        if ema is not None:
+            ema_update(ema, params, step, s.ema_beta)
+        step, tokens = step + 1, tokens + s.batch_tokens
+
+        stopping = torch.tensor([len(stop)], device=device)
+        if world > 1:
+            dist.all_reduce(stopping)  # a signal may reach the processes in different steps
+        stopping = bool(stopping) if world > 1 else bool(stop)
+
+        if step % s.log_every == 0 or step == s.max_steps:
+            if world > 1:
+                dist.all_reduce(loss)
+            seconds = time.monotonic() - mark
+            rate = (step - mark_step) * s.batch_tokens / seconds
+            elapsed += seconds
+            per_byte = s.batch_tokens / math.log(2) / float(bytes_per_token[batch[:, 1:]].sum())
+            record(dict(step=step, tokens=tokens, train_loss=float(loss), train_bits_per_byte=float(loss) * per_byte, lr=lr, grad_norm=grad_norm, tokens_per_s=rate, elapsed=elapsed))
+            line = (f"step {step:>6,}/{s.max_steps:,}  loss {float(loss):.3f}  {float(loss) * per_byte:.2f} bits/byte  lr {lr:.4f}  |g| {grad_norm:.2f}  {rate / 1e3:.1f}k tok/s"
+                    + (f"  MFU {rate * flops / peak / world:.0%}" if peak and dtype == torch.bfloat16 else "") + f"  {clock((s.max_steps - step) * s.batch_tokens / rate)} left")
+            (progress.show if progress.live else progress.done)(line)
+            mark, mark_step = time.monotonic(), step
+
+        if step == s.max_steps or s.eval_every and step % s.eval_every == 0:
+            begun = time.monotonic()
+            model.eval()
+            results = dict(raw=measure(s.eval_tokens))
+            if ema is not None:
+                with weights(params, ema):
+                    results["ema"] = measure(s.eval_tokens)
+            model.train()
+            record(dict(step=step, tokens=tokens, val_loss={k: split_result(r, 0) for k, r in results.items()},
+                        val_bits_per_byte={k: split_result(r, 1) for k, r in results.items()}, elapsed=elapsed))
+            winner = min(results, key=lambda k: results[k]["mixed"][0])
+            use_ema = winner == "ema"
+            better = results[winner]["mixed"][0] < best["loss"]
+            if better:
+                best = dict(loss=results[winner]["mixed"][0], step=step)
+            languages = "".join(f"  {k} {v[1]:.3f}" for k, v in results[winner]["language"].items() if len(results[winner]["language"]) > 1)
+            progress.done(f"eval {step:>6,}  validation {results['raw']['mixed'][1]:.3f} bits/byte" + (f", EMA {results['ema']['mixed'][1]:.3f}" if ema is not None else "") + languages + "  best" * better)
+            if better:
+                save(out / "best.pt")
+            mark += time.monotonic() - begun  # speed is that of training alone
+
+        begun = time.monotonic()
+        if stopping or step == s.max_steps or s.save_every and step % s.save_every == 0:
+            save(out / "ckpt.pt")
+            saved_step = step
+        if s.keep_every and step % s.keep_every == 0:
+            save(out / f"step_{step}.pt")
+        mark += time.monotonic() - begun
+        if stopping:
+            progress.done(f"stopped at step {step:,} of {s.max_steps:,}, saved {out / 'ckpt.pt'}        next: python train.py --resume --out={out}")
+            return 0
+
+    for number, handler in previous.items():  # from here on there is nothing to save
+        signal.signal(number, handler)
+    # the best weights of the run, on the whole validation text
+    final = read_checkpoint(out / "best.pt")
+    model.load_state_dict(final["model"] | (final["ema"] if final["use_ema"] else {}))
+    model.eval()
+    result, kind = measure(s.final_eval_tokens), "ema" if final["use_ema"] else "raw"
+    if is_main:
+        xz = xz_bits_per_byte(sources, tokenizer)
+        record(dict(step=final["step"], tokens=final["tokens"], final=True, val_loss={kind: split_result(result, 0)}, val_bits_per_byte={kind: split_result(result, 1)}, xz_bits_per_byte=xz, elapsed=elapsed))
+        draw_loss(read_rows(out / "metrics.jsonl"), out / "loss.png", f"{s.model} on {', '.join(x.name for x in sources)}", xz)
+        print(f"best         step {final['step']:,}{' (EMA)' * final['use_ema']}: {result['mixed'][1]:.3f} bits/byte over the validation text" + (f"; xz -9 needs {xz:.3f}" if xz else ""))
+        if s.sample_tokens:
+            bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
+            prompt = torch.tensor([[bos, *tokenizer.encode(s.sample_prompt, add_special_tokens=False).ids]], device=device)
+            ids = model.generate(prompt, s.sample_tokens, temperature=0.8, top_p=0.95, stop_token=eos, generator=torch.Generator(device).manual_seed(s.seed))
+            print("sample       " + tokenizer.decode(ids[0].tolist()).replace("\n", "\n             "))
+        shown = f' --prompt="{s.sample_prompt}"' if s.sample_prompt else ""
+        print(f"wrote {out}: best.pt ckpt.pt metrics.jsonl loss.png config.json        next: python sample.py --ckpt={out / 'best.pt'}{shown}")
+    barrier()
+    return 0
+
+
+if __name__ == "__main__":
+    run_tool(main)
