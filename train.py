@@ -789,8 +789,9 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
             elapsed += seconds
             per_byte = s.batch_tokens / math.log(2) / float(bytes_per_token[batch[:, 1:]].sum())
             record(dict(step=step, tokens=tokens, train_loss=float(loss), train_bits_per_byte=float(loss) * per_byte, lr=lr, grad_norm=grad_norm, tokens_per_s=rate, elapsed=elapsed))
-            line = (f"step {step:>6,}/{s.max_steps:,}  loss {float(loss):.3f}  {float(loss) * per_byte:.2f} bits/byte  lr {lr:.4f}  |g| {grad_norm:.2f}  {rate / 1e3:.1f}k tok/s"
-                    + (f"  MFU {rate * flops / peak / world:.0%}" if peak and dtype == torch.bfloat16 else "") + f"  {clock((s.max_steps - step) * s.batch_tokens / rate)} left")
+            line = (f"step {step:>6,}/{s.max_steps:,}  loss {float(loss):.3f}  {float(loss) * per_byte:.2f} bits/byte  {rate / 1e3:.1f}k tok/s  "
+                    f"{clock((s.max_steps - step) * s.batch_tokens / rate)} left  lr {lr:.4f}  |g| {grad_norm:.2f}"  # the end is cut off in a narrow terminal
+                    + (f"  MFU {rate * flops / peak / world:.0%}" if peak and dtype == torch.bfloat16 else ""))
             (progress.show if progress.live else progress.done)(line)
             mark, mark_step = time.monotonic(), step
 

@@ -1,0 +1,197 @@
+"""Whole programs: killed and resumed, over two processes, interrupted, out of disk, and sampled from."""
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from conftest import ROOT, SMALL, command, same_tensors
+
+TIMES = ("tokens_per_s", "elapsed")  # what a clock says is all that may differ between two equal runs
+
+
+def metrics(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in rows]
+
+
+def finish(process, status=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, err[-3000:]
+    return out
+
+
+def last_step(path):
+    try:
+        return max((json.loads(line)["step"] for line in path.read_text().splitlines()), default=0)
+    except (FileNotFoundError, ValueError):
+        return 0  # not there yet, or half a line
+
+
+# Kills the process at the n-th checkpoint: "before" the complete file takes the old one's place, or "within", when half of it is written
+KILL_WHILE_SAVING = """
+import os, signal, sys, train
+n, where = int(sys.argv[1]), sys.argv[2]
+replace = os.replace
+def replace_or_die(part, path):
+    global n
+    if str(path).endswith("ckpt.pt"):
+        n -= 1
+        if n == 0:
+            if where == "within":
+                os.truncate(part, os.path.getsize(part) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    replace(part, path)
+os.replace = replace_or_die
+train.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_a_run_killed_five_times_and_resumed_is_the_uninterrupted_run_to_the_bit(compile, workdir, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workdir / "inductor"))  # compiled once, by the first of these processes
+    flags = [*SMALL, "--vocab_size=600", "--data=pydocs-hybrid", f"--compile={compile}", "--max_steps=60", "--eval_every=10", "--save_every=5",
+             "--word_boost=1.5", "--sample_tokens=0"]
+    finish(command(ROOT / "train.py", *flags, "--out=whole"))
+    finish(command("-c", KILL_WHILE_SAVING, 2, "within", *flags, "--out=killed"), -signal.SIGKILL)
+    assert train.read_checkpoint(workdir / "killed/ckpt.pt")["step"] == 5  # the one before the torn one
+    finish(command("-c", KILL_WHILE_SAVING, 1, "before", "--resume", "--out=killed"), -signal.SIGKILL)
+    rng = random.Random(compile)
+    for earliest in (8, 18, 32):  # and three times from outside, at a random step
+        process = command(ROOT / "train.py", "--resume", "--out=killed")
+        at = earliest + rng.randrange(8)
+        while process.poll() is None and last_step(workdir / "killed/metrics.jsonl") < at:
+            time.sleep(0.001)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL and at <= last_step(workdir / "killed/metrics.jsonl") < 60
+    finish(command(ROOT / "train.py", "--resume", "--out=killed"))
+    assert metrics(workdir / "killed") == metrics(workdir / "whole")
+    for name in ("ckpt.pt", "best.pt"):
+        a, b = (train.read_checkpoint(workdir / run / name) for run in ("killed", "whole"))
+        for key in ("step", "tokens", "model", "ema", "use_ema", "optimizer", "loader", "rng"):
+            assert same_tensors(a[key], b[key]), (name, key)
+
+
+def test_a_run_killed_before_its_first_checkpoint_resumes_from_its_recorded_settings(workdir):
+    finish(command("-c", KILL_WHILE_SAVING, 1, "within", *SMALL, "--vocab_size=600", "--data=pydocs-hybrid", "--seed=7", "--out=early"), -signal.SIGKILL)
+    assert not (workdir / "early/ckpt.pt").exists()
+    finish(command(ROOT / "train.py", "--resume", "--out=early"))
+    assert train.read_checkpoint(workdir / "early/ckpt.pt")["train"]["seed"] == 7
+    assert [r["step"] for r in metrics(workdir / "early") if "train_loss" in r] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_and_leave_quietly(number, workdir):
+    process = command(ROOT / "train.py", *SMALL, "--vocab_size=600", "--data=pydocs-hybrid", "--max_steps=100000", "--save_every=0", "--eval_every=0", "--out=long")
+    while last_step(workdir / "long/metrics.jsonl") < 3:
+        time.sleep(0.01)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == "" and "--resume --out=long" in out
+    step = train.read_checkpoint(workdir / "long/ckpt.pt")["step"]
+    assert step == last_step(workdir / "long/metrics.jsonl") and f"stopped at step {step:,}" in out
+
+
+def torchrun(n, *flags):
+    return command("-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", ROOT / "train.py", *flags)
+
+
+def test_two_processes_give_the_losses_of_one_and_share_muons_work(workdir):
+    """Global batch of 8 windows, weighted losses normalised over all of it, gradients accumulated on both sides."""
+    flags = [*SMALL, "--n_layer=3", "--vocab_size=600", "--data=two-hybrid", "--max_steps=20", "--eval_every=10", "--word_boost=1.7", "--micro_batch=2", "--order=balanced"]
+    finish(command(ROOT / "train.py", *flags, "--out=one"))
+    finish(torchrun(2, *flags, "--out=two"))
+    one, two = metrics(workdir / "one"), metrics(workdir / "two")
+    assert [r["step"] for r in one] == [r["step"] for r in two] and len([r for r in one if "train_loss" in r]) == 20
+    for a, b in zip(one, two):
+        if "train_loss" in a:
+            assert abs(a["train_loss"] - b["train_loss"]) < 1e-4 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-3
+        else:
+            for kind in a["val_loss"]:
+                assert abs(a["val_loss"][kind]["mixed"] - b["val_loss"][kind]["mixed"]) < 1e-4
+                assert np.allclose(list(a["val_loss"][kind]["source"].values()), list(b["val_loss"][kind]["source"].values()), atol=1e-4)
+    a, b = (train.read_checkpoint(workdir / run / "ckpt.pt") for run in ("one", "two"))
+    assert all(torch.allclose(a["model"][k], b["model"][k], atol=1e-3) for k in a["model"]) and len(b["rng"]) == 2
+
+
+# Each process counts the matrices that it orthogonalises and compares its step with that of a process alone
+SHARED_MUON = """
+import torch, torch.distributed as dist, train
+def matrices():
+    g = torch.Generator().manual_seed(0)
+    shapes = [(24, 16)] * 3 + [(16, 24)] * 4 + [(16, 16)]
+    params = [torch.nn.Parameter(torch.randn(s, generator=g)) for s in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=g)
+    return [(str(i), p, (8, 16) if p.shape == (24, 16) else None) for i, p in enumerate(params)]
+alone, shared = matrices(), matrices()
+train.Muon(alone).step(0.1)
+seen, orthogonalize = [], train.orthogonalize
+train.orthogonalize = lambda stack, dtype: (seen.append(int((stack.abs().sum((1, 2)) > 0).sum())), orthogonalize(stack, dtype))[1]
+dist.init_process_group("gloo")
+train.Muon(shared).step(0.1)
+assert all(torch.allclose(a[1], b[1], atol=1e-6) for a, b in zip(alone, shared))
+print("rank", dist.get_rank(), "did", sum(seen), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_muons_stacks_are_shared_out_over_the_processes(workdir):
+    (workdir / "shared.py").write_text(SHARED_MUON)
+    out = finish(command("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", workdir / "shared.py"))
+    done = sorted(int(n) for n in re.findall(r"did (\d+)", out))
+    assert sum(done) == 3 * 2 + 4 + 1 and done[0] >= 4  # eleven maps, each orthogonalised once, about half on either side
+
+
+# Runs a tool with a limit on the size of a file it may write, which fails as a full disk does
+LITTLE_DISK = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(workdir):
+    flags = [*SMALL, "--vocab_size=600", "--data=pydocs-hybrid", "--out=full"]
+    finish(command(ROOT / "train.py", *flags))
+    before = (workdir / "full/ckpt.pt").read_bytes()
+    process = command("-c", LITTLE_DISK, len(before) // 2, ROOT / "train.py", "--resume", "--out=full", "--max_steps=20")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count("\n") == 1 and "no space left" in err
+    assert (workdir / "full/ckpt.pt").read_bytes() == before
+
+
+def test_the_terminal_shows_one_updating_line_and_a_pipe_plain_lines(workdir):
+    pty = pytest.importorskip("pty", reason="pseudo-terminals are a Unix thing")
+    flags = [*SMALL, "--vocab_size=600", "--data=pydocs-hybrid"]
+    piped = finish(command(ROOT / "train.py", *flags, "--out=piped"))
+    assert "\r" not in piped and "\x1b" not in piped and piped.count("\nstep ") == 12 and piped.count("\neval ") == 2
+    seen, status = [], None
+    parent, child = pty.fork()
+    if parent == 0:
+        os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+        os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), *flags, "--out=shown"])
+    with open(child, "rb", buffering=0) as f:
+        while True:
+            try:
+                data = f.read(4096)
+            except OSError:  # Linux's way of saying that the other side closed
+                break
+            if not data:
+                break
+            seen.append(data)
+    _, status = os.waitpid(parent, 0)
+    shown = b"".join(seen).decode()
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert "\r\x1b[Kstep" in shown and "left" in shown and shown.rstrip().splitlines()[-1].startswith("wrote shown")

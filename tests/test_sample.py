@@ -1,0 +1,178 @@
+"""sample.py: each sampling rule against a plain reference, batches, the cache beyond the context, and what is printed."""
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ivme
+import prepare
+import sample
+import tinymemory
+
+TINY = dict(n_layer=2, d_model=16, n_head=2, d_ff=16, vocab_size=40, context_length=16)
+
+
+@pytest.fixture(params=[ivme, tinymemory], ids=["ivme", "tinymemory"])
+def model(request):
+    torch.manual_seed(0)
+    model = request.param.Model(replace(request.param.Config(), **TINY, **({"n_kv_head": 1} if request.param is ivme else {})))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return model.eval()
+
+
+def probabilities(logits):
+    return logits.softmax(-1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 99), top_k=st.integers(0, 12), top_p=st.floats(0.05, 1), min_p=st.floats(0, 0.9))
+def test_top_k_top_p_and_min_p_keep_what_transformers_keeps(seed, top_k, top_p, min_p):
+    logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(seed)) * 3
+    expected = logits
+    if top_k:
+        expected = transformers.TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = transformers.TopPLogitsWarper(top_p)(None, expected)
+    if min_p:
+        expected = transformers.MinPLogitsWarper(min_p)(None, expected)
+    assert torch.equal(sample.keep_likely(logits, top_k, top_p, min_p), expected)
+
+
+def test_repetition_penalty_is_transformers_own():
+    logits, idx = torch.randn(3, 12), torch.randint(12, (3, 7))
+    expected = transformers.RepetitionPenaltyLogitsProcessor(1.3)(idx, logits)
+    assert torch.equal(sample.penalize_repetition(logits, torch.zeros(3, 12, dtype=torch.bool).scatter_(1, idx, True), 1.3), expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(row=st.lists(st.integers(0, 3), max_size=30), n=st.integers(1, 5))
+def test_banned_tokens_are_those_that_transformers_bans(row, n):
+    logits = torch.zeros(1, 4)
+    expected = transformers.NoRepeatNGramLogitsProcessor(n)(torch.tensor([row], dtype=torch.long).view(1, -1), logits)
+    assert set(sample.SeenNgrams(n, row).banned()) == set(torch.where(expected[0] == -math.inf)[0].tolist())
+
+
+def test_no_ngram_is_repeated(model):
+    ids = sample.generate(model, torch.tensor([[1, 2, 3]]), 100, temperature=0, no_repeat_ngram_size=2)[0].tolist()
+    pairs = list(zip(ids, ids[1:]))
+    assert len(pairs) == len(set(pairs))
+    plain = sample.generate(model, torch.tensor([[1, 2, 3]]), 100, temperature=0)[0].tolist()
+    assert len(set(zip(plain, plain[1:]))) < 102  # without the rule it does repeat
+
+
+def test_greedy_beyond_the_context_equals_rereading_the_second_half(model):
+    """Reference without a cache: while the context is not full, all of it; when full, start again from its second half."""
+    idx, C, begin = torch.tensor([[5, 6, 7], [8, 9, 10]]), 16, 0
+    got = sample.generate(model, idx, 40, temperature=0)
+    for _ in range(40):
+        if idx.size(1) - begin > C:
+            begin = idx.size(1) - C // 2
+        with torch.no_grad():
+            idx = torch.cat((idx, model(idx[:, begin:])[0][:, -1].argmax(-1, keepdim=True)), 1)
+    assert torch.equal(got, idx)
+    assert torch.equal(got, model.generate(got[:, :3], 40, temperature=0))
+
+
+def test_a_prompt_longer_than_the_context_is_read_from_its_end(model):
+    long = torch.randint(40, (1, 50))
+    assert torch.equal(sample.generate(model, long, 5, temperature=0)[:, 50:], sample.generate(model, long[:, -16:], 5, temperature=0)[:, 16:])
+
+
+def test_same_seed_same_text_and_another_seed_another(model):
+    a, b, c = (sample.generate(model, torch.tensor([[1]]), 60, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_samples_follow_the_models_distribution(model):
+    prompt = torch.tensor([[3, 4]])
+    n = 20_000
+    drawn = sample.generate(model, prompt.repeat(n, 1), 1, temperature=0.7, generator=torch.Generator().manual_seed(0))[:, -1]
+    with torch.no_grad():
+        p = probabilities(model(prompt)[0][0, -1] / 0.7)
+    assert (torch.bincount(drawn, minlength=40) / n - p).abs().max() < 4 * math.sqrt(0.25 / n)
+
+
+def test_rows_of_a_batch_are_what_each_gives_alone(model):
+    prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    together = sample.generate(model, prompts, 30, temperature=0, repetition_penalty=1.2)
+    assert all(torch.equal(together[i], sample.generate(model, prompts[i:i + 1], 30, temperature=0, repetition_penalty=1.2)[0]) for i in range(3))
+
+
+def test_rows_end_at_the_stop_token_and_are_filled_up_with_it(model):
+    def draw(**kw):
+        return sample.generate(model, torch.tensor([[1], [2]]), 40, generator=torch.Generator().manual_seed(4), **kw).tolist()
+    free = draw()
+    stop = next(t for t in free[0][1:] if t in free[1][1:])  # a token that both rows come to, at different places
+    ends = [row.index(stop, 1) for row in free]
+    assert ends[0] != ends[1]
+    for row, plain, end in zip(draw(stop_token=stop), free, ends):
+        assert row == plain[:end + 1] + [stop] * (max(ends) - end)
+
+
+# ---------------------------------------------------------------------------------------------------- text
+
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    return prepare.load_tokenizer(prepare.train_hybrid(["a b"], 263).to_str())
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=30), stop=st.text(max_size=3))
+def test_streamed_text_is_the_whole_text_up_to_the_stop_and_never_takes_anything_back(text, stop, byte_tokenizer):
+    shown = sample.Text(byte_tokenizer, 2, stop)
+    pieces = [shown.add(i) for i in byte_tokenizer.encode(text).ids] + [shown.finish()]
+    assert "".join(pieces) == (text.split(stop)[0] if stop else text)
+    assert all("\ufffd" not in p or "\ufffd" in text for p in pieces)  # no half characters
+
+
+def test_text_ends_at_the_end_token(byte_tokenizer):
+    t = sample.Text(byte_tokenizer, 2)
+    ids = byte_tokenizer.encode("ab").ids
+    assert [t.add(i) for i in (ids[0], 2, ids[1])] == ["a", "", ""] and t.done
+
+
+def run(capsys, *flags):
+    sample.main(list(flags))
+    return capsys.readouterr().out
+
+
+def test_one_sample_continues_the_prompt(trained, capsys):
+    text = run(capsys, f"--ckpt={trained}/best.pt", "--prompt=import os", "--max_new_tokens=20")
+    assert text.startswith("import os") and len(text) > len("import os\n")
+    assert text == run(capsys, f"--ckpt={trained}/best.pt", "--prompt=import os", "--max_new_tokens=20")
+    assert text != run(capsys, f"--ckpt={trained}/best.pt", "--prompt=import os", "--max_new_tokens=20", "--seed=3")
+
+
+def test_several_samples_are_marked_and_differ(trained, capsys):
+    parts = run(capsys, f"--ckpt={trained}/best.pt", "--prompt=def", "--num_samples=3", "--max_new_tokens=15").split("--- sample ")
+    assert len(parts) == 4 and len({p.split("\n", 1)[1] for p in parts[1:]}) == 3 and all("\ndef" in p for p in parts[1:])
+
+
+def test_the_prompt_may_come_from_standard_input(trained, capsys, monkeypatch):
+    import io
+    monkeypatch.setattr("sys.stdin", io.StringIO("class A\n"))
+    assert run(capsys, f"--ckpt={trained}/best.pt", "--max_new_tokens=4").startswith("class A")
+
+
+def test_a_prompt_that_spells_a_special_token_is_plain_text(trained, capsys):
+    assert run(capsys, f"--ckpt={trained}/best.pt", "--prompt=<|eos|>", "--max_new_tokens=4", "--temperature=0").startswith("<|eos|>")
+
+
+def test_ema_and_no_ema_choose_the_weights(trained, monkeypatch, capsys):
+    asked, load = [], sample.load_checkpoint
+    monkeypatch.setattr(sample, "load_checkpoint", lambda path, device, ema: (asked.append(ema), load(path, device, ema))[1])
+    for flag in ((), ("--ema",), ("--no-ema",), ("--ema=false",)):
+        run(capsys, f"--ckpt={trained}/ckpt.pt", "--prompt=x", "--max_new_tokens=1", *flag)
+    assert asked == [None, True, False, False]
+
+
+def test_generation_ends_before_the_stop_text(trained, capsys):
+    flags = (f"--ckpt={trained}/best.pt", "--prompt=import", "--max_new_tokens=80")
+    free = run(capsys, *flags)[len("import"):-1]
+    stop = free[20:22]
+    assert run(capsys, *flags, f"--stop={stop}") == "import" + free.split(stop)[0] + "\n"
