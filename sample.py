@@ -133,21 +133,25 @@ class Text:
         if token == self.eos:
             return self.finish()
         self.pending.append(token)
-        piece = self.tokenizer.decode(self.pending)
-        if piece.endswith("\ufffd") and len(self.pending) < 4:  # a character of up to four bytes is still coming
-            return ""
-        self.pending, self.text = [], self.text + piece
-        if self.stop and self.stop in self.text[max(0, self.shown - len(self.stop)):]:
-            self.text = self.text[:self.text.index(self.stop)]
-            return self.finish()
+        # a character of up to four bytes may still be coming
+        return "" if self.tokenizer.decode(self.pending).endswith("\ufffd") and len(self.pending) < 4 else self.take()
+
+    def take(self):
+        """Moves the pending tokens into the text."""
+        self.text, self.pending = self.text + self.tokenizer.decode(self.pending), []
+        at = self.text.find(self.stop, max(0, self.shown - len(self.stop))) if self.stop else -1
+        if at >= 0:
+            self.text, self.done = self.text[:at], True
+            return self.show(at)
         return self.show(len(self.text) - max((n for n in range(1, len(self.stop)) if self.text.endswith(self.stop[:n])), default=0))
 
     def finish(self):
         """The rest, when no more tokens come."""
-        if not self.done and self.pending:
-            self.text += self.tokenizer.decode(self.pending)
+        if self.done:
+            return ""
+        piece = self.take()
         self.done = True
-        return self.show(len(self.text))
+        return piece + self.show(len(self.text))
 
     def show(self, end):
         piece, self.shown = self.text[self.shown:end], max(self.shown, end)
