@@ -540,7 +540,7 @@ def read_meta(folder):
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        files = [(meta["sources"][i][split][k] for k in ("file", "file_size", "tokens")) for i in range(len(meta["sources"])) for split in ("train", "val")]
+        files = [[x[split][k] for k in ("file", "file_size", "tokens")] for x in meta["sources"] for split in ("train", "val")]
         width = np.dtype(meta["dtype"]).itemsize
     except FileNotFoundError:
         raise UserError(f"{folder} is not a prepared folder: it has no meta.json") from None

@@ -540,6 +540,8 @@ def settings_from(argv):
         raise UserError(f"{'the run' if resume else init_from} has another shape: " + ", ".join(f"{k} is {getattr(cfg, k)}" for k, v in shape.items() if getattr(cfg, k) != v))
     cfg = replace(cfg, **shape)
     s = replace(base, resume=resume, **given)
+    if "block_size" not in given:
+        s.block_size = min(s.block_size, cfg.context_length)
     if "sample_prompt" not in given and given.get("data", base.data) != base.data:
         s.sample_prompt = ""  # the recipe's prompt belongs to the recipe's data
     if resume and given.get("model", name) != name:
