@@ -40,6 +40,14 @@ class IvmeConfig:
 
 # ---------------------------------------------------------------------------------------------------- building blocks
 
+def recompute(f, *args):
+    """f(*args), whose intermediate values are computed again in the backward pass instead of being kept (arXiv 2205.05198).
+
+    Used where a value is large and cheap: without it a step at B 8, T 1024 takes half as much memory again.
+    """
+    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else f(*args)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 (arXiv 1910.07467)."""
 
@@ -106,7 +114,10 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return recompute(self.gated_down, self.gate_up(x))  # the backward pass stops recomputing before the matrix product
+
+    def gated_down(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
@@ -117,8 +128,8 @@ class Block(nn.Module):
         self.ffn_norm, self.ffn = RMSNorm(cfg.d_model, cfg.norm_eps), SwiGLU(cfg)
 
     def forward(self, x, cos, sin, cache=None, layer=0):
-        x = x + self.attn(self.attn_norm(x), cos, sin, cache, layer)
-        return x + self.ffn(self.ffn_norm(x))
+        x = x + self.attn(recompute(self.attn_norm, x), cos, sin, cache, layer)
+        return x + self.ffn(recompute(self.ffn_norm, x))
 
 
 class Cache:
@@ -138,7 +149,7 @@ class Cache:
 
 # ---------------------------------------------------------------------------------------------------- loss in chunks
 
-LOSS_CHUNK = 2 ** 25  # logits alive at once (128 MB in fp32); (B, T, V) at once would be the largest tensor of a step
+LOSS_CHUNK = 2 ** 24  # logits alive at once (64 MB in fp32); (B, T, V) at once would be the largest tensor of a step
 
 
 def _chunk_loss(x, weight, targets):
@@ -154,7 +165,7 @@ def chunked_loss(x, weight, targets, loss_weights=None, reduction="mean"):
     """
     assert reduction in ("mean", "none"), reduction
     n = max(1, LOSS_CHUNK // weight.size(0))
-    losses = torch.cat([checkpoint(_chunk_loss, c, weight, t, use_reentrant=False, preserve_rng_state=False)
+    losses = torch.cat([recompute(_chunk_loss, c, weight, t)
                         for c, t in zip(x.flatten(0, 1).split(n), targets.flatten().split(n))]).view_as(targets)
     weights = (targets >= 0).float() if loss_weights is None else loss_weights.float() * (targets >= 0)
     losses = losses * weights

@@ -31,12 +31,14 @@ import sys
 import sysconfig
 import time
 import tokenize
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 
 @dataclass
@@ -58,8 +60,8 @@ class UserError(Exception):
 
 def number(text):
     """'235M' -> 235000000: an int, with _ or , between digits and K, M or B (10^3, 10^6, 10^9) behind it."""
-    m = re.fullmatch(r"(-?[\d_,]+(?:\.\d+)?)([KMB]?)", text.strip(), re.I)
-    value = float(re.sub("[_,]", "", m[1])) * {"": 1, "K": 10 ** 3, "M": 10 ** 6, "B": 10 ** 9}[m[2].upper()] if m else 0.5
+    m = re.fullmatch(r"(-?\d[\d_,]*(?:\.\d+)?)([KMB]?)", text.strip(), re.I)
+    value = Fraction(re.sub("[_,]", "", m[1])) * {"": 1, "K": 10 ** 3, "M": 10 ** 6, "B": 10 ** 9}[m[2].upper()] if m else 0.5
     if value != int(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(value)
@@ -113,9 +115,10 @@ def parse_flags(argv, *settings, description="", positional=None):
         if word.startswith("-"):
             flag = word.lstrip("-").split("=")[0]
             raise UserError(f"there is no flag --{flag}{nearest(flag, flags)}; --help lists them")
-        raise UserError(f"what is {word!r}? flags are written --name=value")
+        if not positional:
+            raise UserError(f"what is {word!r}? flags are written --name=value")
     given = vars(namespace)
-    return given, given.pop("words", [])
+    return given, [*given.pop("words", []), *unknown]  # argparse leaves the words behind a flag to us
 
 
 def run_tool(main):
@@ -177,6 +180,8 @@ def load_tokenizer(source):
         if tokenizer.token_to_id(token) is None:
             raise UserError(f"the tokenizer {'' if source.lstrip().startswith('{') else source + ' '}has no {token}, which documents are framed with")
     tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()  # a file made for batches of one length would cut or pad the documents
+    tokenizer.no_padding()
     return tokenizer
 
 
@@ -187,10 +192,13 @@ def added_tokens():
 def train_bpe(texts, vocab_size):
     """Byte-level BPE (arXiv 1508.07909): special tokens, the 256 bytes, then merges in the order they were learned."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # the trainer's time grows with the square of a word's length: a run of 512 characters is a word of its own while it learns
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\S{512}|\s{512}"), "isolated"),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=added_tokens(), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return tokenizer
 
 
@@ -213,6 +221,11 @@ def train_hybrid(texts, vocab_size):
 TRAINERS = {"bpe": train_bpe, "hybrid": train_hybrid}
 
 
+def vocabulary_size(tokenizer):
+    """One more than the highest id: a tokenizer from elsewhere may leave ids unused."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def byte_of_character():
     """ByteLevel's alphabet: printable bytes stand for themselves, the others for the characters from U+0100 on. char -> byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -223,7 +236,7 @@ def byte_of_character():
 def token_byte_counts(tokenizer):
     """UTF-8 bytes of text behind each token id, int64 (vocabulary size,); special tokens stand for none."""
     is_bytes, special = byte_of_character(), {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
-    counts = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
+    counts = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
     byte_level = '"ByteLevel"' in tokenizer.to_str()
     for token, i in tokenizer.get_vocab().items():
         if i not in special:
@@ -235,21 +248,23 @@ def fast_encoder(tokenizer):
     """A function texts -> list of id arrays, the ids of tokenizer.encode, by the quickest way there is.
 
     GPT-2-style byte-level BPE goes through tiktoken's merge loop, built from the same merges: 3 to 7 times faster. Ids are
-    the same because a trained BPE makes each token by one merge only, which is checked. All else goes through encode_batch.
+    the same if every token's own text encodes to that token, by one merge only, which is checked. All else goes through encode_batch.
     """
     spec = json.loads(tokenizer.to_str())
     model, pre = spec["model"], spec["pre_tokenizer"] or {}
     merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
+    byte = byte_of_character()
+    tokens = sorted(byte, key=byte.get) + [a + b for a, b in merges]  # tiktoken merges the pair of lowest rank first
     plain = (model["type"] == "BPE" and merges and not spec["normalizer"] and pre.get("type") == "ByteLevel"
              and not pre["add_prefix_space"] and pre.get("use_regex", True) and not model["dropout"] and not model["ignore_merges"]
              and not model["continuing_subword_prefix"] and not model["end_of_word_suffix"]
-             and len({a + b for a, b in merges}) == len(merges))
+             and len({a + b for a, b in merges}) == len(merges) and byte.keys() <= model["vocab"].keys()
+             and all(t.special for t in tokenizer.get_added_tokens_decoder().values())  # others are found in the text first
+             and all(len(tokenizer.model.tokenize(t)) == 1 for t in tokens))
     if not plain:
         return lambda texts: [np.array(e.ids, dtype=np.uint32) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     import tiktoken
-    byte = byte_of_character()
-    tokens = sorted(byte, key=byte.get) + [a + b for a, b in merges]  # tiktoken merges the pair of lowest rank first
     ranks = {bytes(byte[c] for c in t): rank for rank, t in enumerate(tokens)}
     ids = np.array([model["vocab"][t] for t in tokens], dtype=np.uint32)
     encoding = tiktoken.Encoding("prepare", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens={})
@@ -273,7 +288,8 @@ class Source:
 
 
 def pydocs():
-    """The running Python's library: a document per module's source, and per help topic. No tests, no installed packages.
+    """The running Python's library: a document per module's source, and per help topic. No tests, no generated code pages, no
+    installed packages.
 
     Raises UserError where a Python was installed without its sources.
     """
@@ -288,7 +304,9 @@ def pydocs():
     def documents():
         for p in files:
             with tokenize.open(p) as f:  # honours a coding line
-                yield f.read()
+                text = f.read()
+            if "gencodec.py" not in text[:2000]:  # the 65 code pages it generates: a tenth of the text, tables without an end
+                yield text
         from pydoc_data.topics import topics
         for key in sorted(topics):
             yield topics[key]
@@ -331,7 +349,7 @@ def row_documents(path, column):
             name = pick(file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=256, columns=[name]):
                 yield from batch.column(0).to_pylist()
-        except (pyarrow.ArrowException, OSError) as e:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
             raise UserError(f"{path} cannot be read as parquet: {e}") from None
         return
     try:
@@ -342,9 +360,9 @@ def row_documents(path, column):
                     if not isinstance(row, dict):
                         raise UserError(f"{path} line {i} is not a JSON object")
                     yield row[pick(row)]
-    except json.JSONDecodeError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} line {i} is not JSON: {e}") from None
-    except (EOFError, gzip.BadGzipFile) as e:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise UserError(f"{path} is not a whole gzip file: {e}") from None
 
 
@@ -401,21 +419,24 @@ def scan(source, threshold, sample_bytes, max_tokens):
     order, and never more than that in memory. If no document's hash is below `threshold`, the split moves up to the lowest one,
     so that a small source has validation text too. Returns (texts, threshold, bytes, documents).
     """
-    sample, sampled, total, lowest, n = [], 0, 0, 2 ** 64, 0
+    sample, sampled, bar, total, lowest, highest, n = [], 0, 2 ** 64, 0, 2 ** 64, -1, 0
     for d in clean(source, dict.fromkeys(("empty", "not text"), 0)):
-        total, n, lowest = total + len(d.utf8), n + 1, min(lowest, d.hash)
-        if d.hash >= threshold and sample_bytes:
-            key = d.hash * 0x9E3779B97F4A7C15 % 2 ** 64  # independent of the split's order
-            heapq.heappush(sample, (-key, d.text, len(d.utf8)))
+        total, n, lowest, highest = total + len(d.utf8), n + 1, min(lowest, d.hash), max(highest, d.hash)
+        key = d.hash * 0x9E3779B97F4A7C15 % 2 ** 64  # independent of the split's order
+        if d.hash >= threshold and sample_bytes and key < bar:
+            heapq.heappush(sample, (-key, d.text, len(d.utf8), d.hash))
             sampled += len(d.utf8)
             while sampled > sample_bytes and len(sample) > 1:
+                bar = -sample[0][0]  # what ranks behind a document that did not fit stays out, even if it is short
                 sampled -= heapq.heappop(sample)[2]
-        if max_tokens and total > 8 * max_tokens:  # no tokenizer here makes tokens that long: the budget ends before this
+        if max_tokens and total > 8 * max_tokens and lowest < highest:  # no tokenizer here makes tokens that long: the budget ends before this
             break
-    if n < 2 and threshold:
-        raise UserError(f"{source.name} holds {n} document{'s' * (n != 1)} of text; a training and a validation split need two")
-    texts = [text for _, text, _ in sorted(sample, reverse=True)]
-    return texts, max(threshold, lowest + 1) if threshold else 0, total, n
+    if not n or threshold and lowest == highest:
+        raise UserError(f"{source.name} holds {'only one document' if n else 'no document'} of text; a training and a validation split need two different ones")
+    if threshold:
+        threshold = min(max(threshold, lowest + 1), highest)
+    texts = [text for _, text, _, hash in sorted(sample, reverse=True) if hash >= threshold]
+    return texts, threshold, total, n
 
 
 def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, max_tokens, total_bytes):
@@ -517,11 +538,11 @@ def prepare(names, s):
     part.mkdir(parents=True)
     text = tokenizer.to_str(pretty=True)
     (part / "tokenizer.json").write_text(text, encoding="utf-8")
-    dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 2 ** 16 else "<u4")
+    dtype = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2 ** 16 else "<u4")
     encode = fast_encoder(tokenizer)
     entries = [encode_source(x, f"{i}-{x.name}", part, tokenizer, encode, dtype, t, s.max_tokens, total)
                for i, (x, (t, total)) in enumerate(zip(sources, totals))]
-    meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.get_vocab_size(),
+    meta = dict(format=1, dtype=dtype.name, vocab_size=vocabulary_size(tokenizer),
                 tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(), settings=asked, sources=entries)
     (part / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
     part.rename(folder)

@@ -137,7 +137,7 @@ class Cache:
 
 # ---------------------------------------------------------------------------------------------------- loss in chunks
 
-LOSS_CHUNK = 2 ** 25  # logits alive at once (128 MB in fp32); (B, T, V) at once would be the largest tensor of a step
+LOSS_CHUNK = 2 ** 24  # logits alive at once (64 MB in fp32); (B, T, V) at once would be the largest tensor of a step
 
 
 def _chunk_loss(x, weight, targets):
