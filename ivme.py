@@ -56,12 +56,12 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).type_as(x)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
 
 def rope_tables(context_length, head_dim, theta):
     """Cosines and sines of the rotary angles t * theta^(-2i/D), each (context_length, D / 2), fp32."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    frequency = 1 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     angle = torch.outer(torch.arange(context_length).float(), frequency)
     return angle.cos(), angle.sin()
 
@@ -72,7 +72,7 @@ def apply_rope(x, cos, sin):
     Pairing the two halves, not neighbours, is Llama's layout in `transformers`; the other one would need its weights permuted.
     """
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)  # fp32, as the tables
 
 
 class Attention(nn.Module):
@@ -97,7 +97,10 @@ class Attention(nn.Module):
 
 def causal_attention(q, k, v):
     """softmax(q k^T / sqrt(D)) v for the last T of S positions: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
-    T, S = q.size(2), k.size(2)
+    if v.device.type == "cpu" and v.dtype == torch.bfloat16:  # bf16 attention on a CPU costs up to twice as much as fp32
+        with torch.autocast("cpu", enabled=False):
+            return causal_attention(q.float(), k.float(), v.float()).type_as(v)
+    T, S, q, k = q.size(2), k.size(2), q.type_as(v), k.type_as(v)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     # is_causal would align the triangle with the first key, but these queries are the last T positions

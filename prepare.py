@@ -432,7 +432,8 @@ def scan(source, threshold, sample_bytes, max_tokens):
         if max_tokens and total > 8 * max_tokens and lowest < highest:  # no tokenizer here makes tokens that long: the budget ends before this
             break
     if not n or threshold and lowest == highest:
-        raise UserError(f"{source.name} holds {'only one document' if n else 'no document'} of text; a training and a validation split need two different ones")
+        raise UserError(f"{source.name} holds {'only one document' if n else 'no document'} of text; "
+                        "a training and a validation split need two different ones")
     if threshold:
         threshold = min(max(threshold, lowest + 1), highest)
     texts = [text for _, text, _, hash in sorted(sample, reverse=True) if hash >= threshold]
@@ -478,7 +479,8 @@ def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, max
                 digest[s].update(data)
                 out[s].write(data)
         rate = seen / max(time.monotonic() - started, 1e-9)
-        progress.show(f"{source.name:<12} {seen / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, {max(0, total_bytes - seen) / rate:,.0f} s left")
+        progress.show(f"{source.name:<12} {seen / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, "
+                      f"{max(0, total_bytes - seen) / rate:,.0f} s left")
         if full():
             break
     for s in splits:
@@ -528,7 +530,8 @@ def prepare(names, s):
         started, texts = time.monotonic(), [t for texts, *_ in scans for t in texts]
         tokenizer = TRAINERS[s.tokenizer](texts, vocab_size)
         tokenizer = load_tokenizer(tokenizer.to_str())
-        print(f"tokenizer    {s.tokenizer}, {tokenizer.get_vocab_size():,} tokens, from {sum(len(t) for t in texts) / 1e6:,.1f} M characters in {time.monotonic() - started:.1f} s", flush=True)
+        print(f"tokenizer    {s.tokenizer}, {tokenizer.get_vocab_size():,} tokens, from {sum(map(len, texts)) / 1e6:,.1f} M characters "
+              f"in {time.monotonic() - started:.1f} s", flush=True)
         del texts
     totals = [(t, total) for _, t, total, _ in scans]
     del scans  # the sample is no longer needed
@@ -552,7 +555,8 @@ def prepare(names, s):
 def corpus_name(names, tokenizer, vocab_size):
     """pydocs, hybrid, 2111 -> 'pydocs-hybrid'; a vocabulary size that is not the default is appended."""
     base = "+".join(n if n in EMBEDDED else Path(n.rpartition("@")[0] if not os.path.exists(n) else n).resolve().name.split(".")[0] for n in names)
-    kind = tokenizer if tokenizer in TRAINERS else Path(tokenizer).resolve().parent.name if Path(tokenizer).name == "tokenizer.json" else Path(tokenizer).stem
+    path = Path(tokenizer)
+    kind = tokenizer if tokenizer in TRAINERS else path.resolve().parent.name if path.name == "tokenizer.json" else path.stem
     return f"{base}-{kind}" + (f"-{vocab_size}" if vocab_size and vocab_size != DEFAULT_VOCAB[kind] else "")
 
 
@@ -574,7 +578,8 @@ def read_meta(folder):
         if not file.exists():
             raise UserError(f"{file} is missing, though meta.json names it; prepare the folder again")
         if file.stat().st_size != size or size != tokens * width:
-            raise UserError(f"{file} has {file.stat().st_size:,} bytes, but meta.json says {tokens:,} tokens of {width} bytes; prepare the folder again")
+            raise UserError(f"{file} has {file.stat().st_size:,} bytes, but meta.json says {tokens:,} tokens of {width} bytes; "
+                            "prepare the folder again")
     tokenizer = Path(folder) / "tokenizer.json"
     if not tokenizer.exists() or hashlib.sha256(tokenizer.read_bytes()).hexdigest() != meta["tokenizer_sha256"]:
         raise UserError(f"{tokenizer} is {'not the one this folder was encoded with' if tokenizer.exists() else 'missing'}; prepare the folder again")
@@ -585,8 +590,13 @@ def main(argv):
     given, names = parse_flags(argv, Settings(), description=__doc__.split("\n")[0],
                                positional=("NAME", f"{', '.join(EMBEDDED)}, or a file or folder of yours, as PATH or PATH@language/kind"))
     folder = prepare(names, Settings(**given))
-    files = [Path(x[split]["file"]).name for x in read_meta(folder)["sources"] for split in ("train", "val")]
-    print(f"wrote {folder}: {' '.join([*files[:6], *['...'] * (len(files) > 6)])} tokenizer.json meta.json        next: python train.py --data={folder}")
+    meta = read_meta(folder)
+    files = [x[split]["file"] for x in meta["sources"] for split in ("train", "val")]
+    made = meta["settings"]  # name the model that this kind of vocabulary is for, and its size where it is not the default
+    model = {"bpe": " --model=ivme", "hybrid": " --model=tinymemory"}.get(made["tokenizer"], "")
+    size = f" --vocab_size={meta['vocab_size']}" if model and made["vocab_size"] != DEFAULT_VOCAB[made["tokenizer"]] else ""
+    print(f"wrote {folder}: {' '.join([*files[:6], *['...'] * (len(files) > 6)])} tokenizer.json meta.json        "
+          f"next: python train.py{model} --data={folder}{size}")
 
 
 if __name__ == "__main__":

@@ -161,8 +161,10 @@ class Text:
 def main(argv):
     given, _ = parse_flags(argv, Settings(), description=__doc__.split("\n")[0])
     s = Settings(**given)
-    for name, good in dict(num_samples=s.num_samples > 0, max_new_tokens=s.max_new_tokens > 0, temperature=s.temperature >= 0, top_k=s.top_k >= 0, top_p=0 < s.top_p <= 1,
-                           min_p=0 <= s.min_p <= 1, repetition_penalty=s.repetition_penalty > 0, no_repeat_ngram_size=s.no_repeat_ngram_size >= 0).items():
+    sound = dict(num_samples=s.num_samples > 0, max_new_tokens=s.max_new_tokens > 0, temperature=s.temperature >= 0, top_k=s.top_k >= 0,
+                 top_p=0 < s.top_p <= 1, min_p=0 <= s.min_p <= 1, repetition_penalty=s.repetition_penalty > 0,
+                 no_repeat_ngram_size=s.no_repeat_ngram_size >= 0)
+    for name, good in sound.items():
         if not good:
             raise UserError(f"--{name}={getattr(s, name)} makes no sense; --help says what it does")
     device, *_ = pick_device(TrainSettings(device=s.device), 0)
@@ -179,8 +181,8 @@ def main(argv):
     if s.num_samples == 1:
         print(prompt, end="", flush=True)
     sampling = {k: getattr(s, k) for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")}
-    produced = 0
-    for tokens in stream(model, torch.tensor([ids] * s.num_samples, device=device), s.max_new_tokens, generator=torch.Generator(device).manual_seed(s.seed), **sampling):
+    idx, generator, produced = torch.tensor([ids] * s.num_samples, device=device), torch.Generator(device).manual_seed(s.seed), 0
+    for tokens in stream(model, idx, s.max_new_tokens, generator=generator, **sampling):
         produced += sum(not t.done for t in texts)
         pieces = [t.add(token) for t, token in zip(texts, tokens.tolist())]
         if s.num_samples == 1:

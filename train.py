@@ -103,7 +103,9 @@ def find_data(spec, tokenizer, vocab_size, is_main, barrier):
         name, _, weight = item.rpartition(":") if re.fullmatch(r".+:[0-9.]+", item) else (item, "", "1")
         named = Path("data") / prepare.corpus_name([name], tokenizer, vocab_size if tokenizer in prepare.TRAINERS else 0)
         folder = next((f for f in (Path(name), Path("data") / name, named) if (f / "meta.json").exists()), None)
-        command = f"python prepare.py {name} --tokenizer={tokenizer}" + f" --vocab_size={vocab_size}" * (prepare.DEFAULT_VOCAB.get(tokenizer) not in (None, vocab_size))
+        command = f"python prepare.py {name} --tokenizer={tokenizer}"
+        if prepare.DEFAULT_VOCAB.get(tokenizer) not in (None, vocab_size):
+            command += f" --vocab_size={vocab_size}"
         if folder is None and name in prepare.EMBEDDED and tokenizer in prepare.TRAINERS:
             folder = named
             if is_main:
@@ -366,7 +368,8 @@ def read_checkpoint(path):
         raise UserError(f"{path} is damaged or not a checkpoint ({type(e).__name__})") from None
     missing = [k for k in KEYS if k not in checkpoint] if isinstance(checkpoint, dict) else KEYS
     if missing or checkpoint["format"] != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this train.py: " + (f"it lacks {', '.join(missing[:4])}" if missing else f"its format is {checkpoint['format']!r}, not {FORMAT}"))
+        why = f"it lacks {', '.join(missing[:4])}" if missing else f"its format is {checkpoint['format']!r}, not {FORMAT}"
+        raise UserError(f"{path} is not a checkpoint of this train.py: {why}")
     return checkpoint
 
 
@@ -449,8 +452,10 @@ def split_result(result, i):
 
 def xz_bits_per_byte(sources, tokenizer, limit=8_000_000):
     """What `xz -9` makes of the validation text, for scale: a language model is a compressor. None above `limit` bytes."""
-    text = "".join(tokenizer.decode(np.asarray(s.val).tolist()) for s in sources if len(s.val) < limit).encode()
-    return 8 * len(lzma.compress(text, preset=9)) / len(text) if text and sum(len(s.val) for s in sources) < limit and len(text) < limit else None
+    if sum(len(s.val) for s in sources) > limit:  # a token is a byte at least, nearly always more
+        return None
+    text = "".join(tokenizer.decode(s.val.tolist()) for s in sources).encode()
+    return 8 * len(lzma.compress(text, preset=9)) / len(text) if 0 < len(text) <= limit else None
 
 
 def read_rows(path):
@@ -473,7 +478,8 @@ def draw_loss(rows, path, title, xz=None):
     for kind, color in (("raw", "#33658a"), ("ema", "#d1495b")):
         points = [(r["tokens"] / 1e6, r["val_bits_per_byte"][kind]["mixed"]) for r in val if kind in r["val_bits_per_byte"]]
         if points:
-            ax.plot(*zip(*points), color=color, marker="o", ms=3.5, lw=1.6, label=f"validation, {'EMA' if kind == 'ema' else 'raw'} weights: {points[-1][1]:.3f} at the end")
+            label = f"validation, {'EMA' if kind == 'ema' else 'raw'} weights: {points[-1][1]:.3f} at the end"
+            ax.plot(*zip(*points), color=color, marker="o", ms=3.5, lw=1.6, label=label)
     if xz:
         ax.axhline(xz, color="#888888", lw=1, ls="--", label=f"xz -9 on the validation text: {xz:.3f}")
     low = min((r["val_bits_per_byte"][k]["mixed"] for r in val for k in r["val_bits_per_byte"]), default=1)
@@ -536,8 +542,10 @@ def settings_from(argv):
     given, _ = parse_flags(argv, base, cfg, description=f"{__doc__.split(chr(10))[0]} Defaults in brackets are those of --model={name}.")
     given.pop("resume", None)
     shape = {k: given.pop(k) for k in list(given) if k in {f.name for f in fields(cfg)}}
-    if (resume or parent) and any(getattr(cfg, k) != v for k, v in shape.items()):
-        raise UserError(f"{'the run' if resume else init_from} has another shape: " + ", ".join(f"{k} is {getattr(cfg, k)}" for k, v in shape.items() if getattr(cfg, k) != v))
+    if resume or parent:
+        differs = [f"{k} is {getattr(cfg, k)}" for k, v in shape.items() if getattr(cfg, k) != v]
+        if differs:
+            raise UserError(f"{'the run' if resume else init_from} has another shape: {', '.join(differs)}")
     cfg = replace(cfg, **shape)
     s = replace(base, resume=resume, **given)
     if "block_size" not in given:
@@ -548,7 +556,8 @@ def settings_from(argv):
         raise UserError(f"the run in {out} is a {name}, not a {given['model']}")
     for field, allowed in CHOICES.items():
         if getattr(s, field) not in allowed:
-            raise UserError(f"--{field}={getattr(s, field)} is not one of {', '.join(allowed)}{nearest(getattr(s, field), allowed)}")
+            value = getattr(s, field)
+            raise UserError(f"--{field}={value} is not one of {', '.join(allowed)}{nearest(value, allowed)}")
     positive = ("block_size", "batch_tokens", "micro_batch", "max_steps", "log_every")
     for field in fields(s):
         value = getattr(s, field.name)
@@ -557,7 +566,8 @@ def settings_from(argv):
     if s.ema_beta >= 1 or s.decay_fraction > 1:
         raise UserError("--ema_beta must be below 1 and --decay_fraction at most 1")
     if s.block_size > cfg.context_length:
-        raise UserError(f"--block_size={s.block_size} is longer than the model's context of {cfg.context_length}; --context_length={s.block_size} makes a model that fits")
+        raise UserError(f"--block_size={s.block_size} is longer than the model's context of {cfg.context_length}; "
+                        f"--context_length={s.block_size} makes a model that fits")
     if s.batch_tokens % s.block_size:
         raise UserError(f"--batch_tokens={s.batch_tokens} is not a multiple of --block_size={s.block_size}")
     if s.decay_only and not s.init_from:
@@ -579,7 +589,8 @@ def pick_device(s, local_rank):
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device={s.device} is not a device; use cpu, cuda, cuda:1 or mps") from None
-    if device.type not in ("cpu", "cuda", "mps") or (device.type == "cuda" and not torch.cuda.is_available()) or (device.type == "mps" and not torch.backends.mps.is_available()):
+    here = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if not here.get(device.type):
         raise UserError(f"--device={s.device}: this torch has no such device here; use --device=cpu")
     if device.type == "cuda":
         index = device.index if device.index is not None else local_rank
@@ -654,12 +665,15 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
     sources, tokenizer_text = find_data(s.data, s.tokenizer, cfg.vocab_size, is_main, barrier)
     tokenizer = prepare.load_tokenizer(tokenizer_text)
     if start and start["tokenizer"] != tokenizer_text:
-        raise UserError(f"the data {s.data} was not encoded with the checkpoint's tokenizer; prepare it with --tokenizer=PATH of the one it was trained with")
+        raise UserError(f"the data {s.data} was not encoded with the checkpoint's tokenizer; "
+                        "prepare it with --tokenizer=PATH of the one it was trained with")
     if not any(len(x.val) > 1 for x in sources):
         raise UserError(f"{s.data} has no validation text; prepare it with --val_fraction above 0")
     loader = Loader(sources, s.order, T, s.max_steps * rows, s.seed)
     bytes_per_token = torch.from_numpy(prepare.token_byte_counts(tokenizer)).float()
-    boost = torch.tensor([1.0 if len(tokenizer.decode([i])) < 2 else s.word_boost for i in range(tokenizer.get_vocab_size())]) if s.word_boost != 1 else None
+    boost = None
+    if s.word_boost != 1:
+        boost = torch.tensor([1.0 if len(tokenizer.decode([i])) < 2 else s.word_boost for i in range(len(bytes_per_token))])
 
     # model and optimizers
     torch.manual_seed(s.seed)
@@ -690,7 +704,8 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
         if resumed:
             best, elapsed = start["metrics"]["best"], start["metrics"]["elapsed"]
     flops = model.flops_per_token(T)
-    compiled = s.compile == "on" or s.compile == "auto" and (device.type == "cuda" or device.type == "cpu" and bool(compiler) and flops * s.batch_tokens * s.max_steps > COMPILE_PAYS)
+    long_enough = device.type == "cpu" and bool(compiler) and flops * s.batch_tokens * s.max_steps > COMPILE_PAYS
+    compiled = s.compile == "on" or s.compile == "auto" and (device.type == "cuda" or long_enough)
     run = torch.compile(model, dynamic=False) if compiled else model
     if world > 1:
         run = torch.nn.parallel.DistributedDataParallel(run, device_ids=[device.index] if device.type == "cuda" else None)
@@ -701,11 +716,13 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
     # the run's folder
     if is_main:
         out.mkdir(parents=True, exist_ok=True)
-        for old in [*out.glob("*.part"), *(() if resumed else [*out.glob("*.pt"), out / "loss.png"])]:
-            old.unlink(missing_ok=True)
+        for pattern in ("*.part", *(() if resumed else ("ckpt.pt", "best.pt", "step_*.pt", "loss.png"))):
+            for old in out.glob(pattern):
+                old.unlink()
         kept = [r for r in read_rows(out / "metrics.jsonl") if r["step"] <= step and not r.get("final")] if resumed else []
-        write_file(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept).encode())  # a resumed run repeats the steps since its checkpoint
-        write_file(out / "config.json", json.dumps(dict(model=s.model, cfg=asdict(cfg), train=asdict(replace(s, resume=False, overwrite=False))), indent=1).encode())
+        write_file(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept).encode())  # the steps since the checkpoint come again
+        settings = dict(model=s.model, cfg=asdict(cfg), train=asdict(replace(s, resume=False, overwrite=False)))
+        write_file(out / "config.json", json.dumps(settings, indent=1).encode())
     barrier()
 
     def record(row):
@@ -730,11 +747,14 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
     def measure(n_tokens):
         return evaluate(model, sources, n_tokens, T, micro, autocast, bytes_per_token, device, world, rank)  # not compiled: its shapes vary
 
-    print(f"{s.model:<12} {model.n_params / 1e6:,.2f}M parameters ({Path(module.__file__).name}), context {cfg.context_length:,}, training on windows of {T:,}")
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{s.model:<12} {model.n_params / 1e6:,.2f}M parameters ({Path(module.__file__).name}), "
+          f"context {cfg.context_length:,}, training on windows of {T:,}")
     for x, share in zip(sources, loader.share):
         print(f"{x.name:<12} {x.language}, {len(x.train):,} training and {len(x.val):,} validation tokens, {share:.0%} of the run")
-    print(f"{device.type:<12} {str(dtype)[6:]}{', compiled' * compiled}, {f'{world} processes' if world > 1 else f'{torch.get_num_threads()} threads' if device.type == 'cpu' else torch.cuda.get_device_name(device) if device.type == 'cuda' else 'one GPU'}; "
-          f"Muon {optimizers.n_matrices} matrices, AdamW {optimizers.n_other} tensors; {s.max_steps:,} steps of {s.batch_tokens:,} tokens, {rows // world // micro} x {micro} windows each")
+    print(f"{device.type:<12} {str(dtype)[6:]}{', compiled' * compiled}, {f'{world} x ' * (world > 1)}{chip}; "
+          f"Muon {optimizers.n_matrices} matrices, AdamW {optimizers.n_other} tensors; "
+          f"{s.max_steps:,} steps of {s.batch_tokens:,} tokens, {rows // world // micro} x {micro} windows each")
     if resumed:
         print(f"resumed      {out / 'ckpt.pt'} at step {step:,}")
 
@@ -746,14 +766,15 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
         stop.append(number)
     previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
 
-    progress, peak = prepare.Progress(), next((v for k, v in PEAK_FLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), None)
+    progress, peak = prepare.Progress(), next((flops for name, flops in PEAK_FLOPS.items() if name in chip), None)
     model.train()
     mark, mark_step, saved_step = time.monotonic(), step, step if resumed else -1
     while step < s.max_steps:
         # one optimizer step
         batch = torch.from_numpy(loader.batch(rows))
         if batch.max() >= cfg.vocab_size:
-            raise UserError(f"the data holds token id {int(batch.max())}, the model's vocabulary ends at {cfg.vocab_size - 1}; prepare the data again")
+            raise UserError(f"the data holds token id {int(batch.max())}, the model's vocabulary ends at {cfg.vocab_size - 1}; "
+                            "prepare the data again")
         loss_weights = boost[batch[:, 1:]] if boost is not None else torch.ones(rows, T)
         whole = float(loss_weights.sum())  # over all processes, so that the mean is the same for any number of them
         mine, my_weights = batch[rank::world].to(device), loss_weights[rank::world]
@@ -770,7 +791,8 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
         grad_norm = float(torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf, foreach=True))
         if not math.isfinite(grad_norm):
             kept = f"{out / 'ckpt.pt'} holds step {saved_step}" if saved_step >= 0 else "no checkpoint was written yet"
-            raise UserError(f"the loss is not finite at step {step + 1} (loss {float(loss):.3g}, gradient norm {grad_norm}): stopped; {kept}. A lower learning rate or --dtype=float32 may help")
+            raise UserError(f"the loss is not finite at step {step + 1} (loss {float(loss):.3g}, gradient norm {grad_norm}): stopped; {kept}. "
+                            "A lower learning rate or --dtype=float32 may help")
         lr = optimizers.step(lr_factor(step, s))
         for p in params:
             p.grad = None
@@ -790,7 +812,8 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
             rate = (step - mark_step) * s.batch_tokens / seconds
             elapsed += seconds
             per_byte = s.batch_tokens / math.log(2) / float(bytes_per_token[batch[:, 1:]].sum())
-            record(dict(step=step, tokens=tokens, train_loss=float(loss), train_bits_per_byte=float(loss) * per_byte, lr=lr, grad_norm=grad_norm, tokens_per_s=rate, elapsed=elapsed))
+            record(dict(step=step, tokens=tokens, train_loss=float(loss), train_bits_per_byte=float(loss) * per_byte, lr=lr,
+                        grad_norm=grad_norm, tokens_per_s=rate, elapsed=elapsed))
             line = (f"step {step:>6,}/{s.max_steps:,}  loss {float(loss):.3f}  {float(loss) * per_byte:.2f} bits/byte  {rate / 1e3:.1f}k tok/s  "
                     f"{clock((s.max_steps - step) * s.batch_tokens / rate)} left  lr {lr:.4f}  |g| {grad_norm:.2f}"  # the end is cut off in a narrow terminal
                     + (f"  MFU {rate * flops / peak / world:.0%}" if peak and dtype == torch.bfloat16 else ""))
@@ -812,8 +835,10 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
             better = results[winner]["mixed"][0] < best["loss"]
             if better:
                 best = dict(loss=results[winner]["mixed"][0], step=step)
-            languages = "".join(f"  {k} {v[1]:.3f}" for k, v in results[winner]["language"].items() if len(results[winner]["language"]) > 1)
-            progress.done(f"eval {step:>6,}  validation {results['raw']['mixed'][1]:.3f} bits/byte" + (f", EMA {results['ema']['mixed'][1]:.3f}" if ema is not None else "") + languages + "  best" * better)
+            by_language = results[winner]["language"]
+            progress.done(f"eval {step:>6,}  validation {results['raw']['mixed'][1]:.3f} bits/byte"
+                          + (f", EMA {results['ema']['mixed'][1]:.3f}" if ema is not None else "")
+                          + "".join(f"  {name} {bits:.3f}" for name, (_, bits) in by_language.items() if len(by_language) > 1) + "  best" * better)
             if better:
                 save(out / "best.pt")
             mark += time.monotonic() - begun  # speed is that of training alone
@@ -826,7 +851,8 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
             save(out / f"step_{step}.pt")
         mark += time.monotonic() - begun
         if stopping:
-            progress.done(f"stopped at step {step:,} of {s.max_steps:,}, saved {out / 'ckpt.pt'}        next: python train.py --resume --out={out}")
+            progress.done(f"stopped at step {step:,} of {s.max_steps:,}, saved {out / 'ckpt.pt'}        "
+                          f"next: python train.py --resume --out={out}")
             return 0
 
     for number, handler in previous.items():  # from here on there is nothing to save
@@ -838,13 +864,16 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
     result, kind = measure(s.final_eval_tokens), "ema" if final["use_ema"] else "raw"
     if is_main:
         xz = xz_bits_per_byte(sources, tokenizer)
-        record(dict(step=final["step"], tokens=final["tokens"], final=True, val_loss={kind: split_result(result, 0)}, val_bits_per_byte={kind: split_result(result, 1)}, xz_bits_per_byte=xz, elapsed=elapsed))
+        record(dict(step=final["step"], tokens=final["tokens"], final=True, val_loss={kind: split_result(result, 0)},
+                    val_bits_per_byte={kind: split_result(result, 1)}, xz_bits_per_byte=xz, elapsed=elapsed))
         draw_loss(read_rows(out / "metrics.jsonl"), out / "loss.png", f"{s.model} on {', '.join(x.name for x in sources)}", xz)
-        print(f"best         step {final['step']:,}{' (EMA)' * final['use_ema']}: {result['mixed'][1]:.3f} bits/byte over the validation text" + (f"; xz -9 needs {xz:.3f}" if xz else ""))
+        print(f"best         step {final['step']:,}{' (EMA)' * final['use_ema']}: {result['mixed'][1]:.3f} bits/byte over the validation text"
+              + (f"; xz -9 needs {xz:.3f}" if xz else ""))
         if s.sample_tokens:
             bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
             prompt = torch.tensor([[bos, *tokenizer.encode(s.sample_prompt, add_special_tokens=False).ids]], device=device)
-            ids = model.generate(prompt, s.sample_tokens, temperature=0.8, top_p=0.95, stop_token=eos, generator=torch.Generator(device).manual_seed(s.seed))
+            ids = model.generate(prompt, s.sample_tokens, temperature=0.8, top_p=0.95, stop_token=eos,
+                                 generator=torch.Generator(device).manual_seed(s.seed))
             print("sample       " + tokenizer.decode(ids[0].tolist()).replace("\n", "\n             "))
         shown = f' --prompt="{s.sample_prompt}"' if s.sample_prompt else ""
         print(f"wrote {out}: best.pt ckpt.pt metrics.jsonl loss.png config.json        next: python sample.py --ckpt={out / 'best.pt'}{shown}")

@@ -637,13 +637,18 @@ print(peak() - before)
 """
 
 
-def test_memory_stays_below_the_size_of_the_text(tmp_path, monkeypatch):
+def test_a_large_file_is_prepared_whole_in_less_memory_than_its_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Linux counts the memory of the process that starts another one as that one's peak: a small one stands between it and this one
     process = command("-c", "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', *sys.argv[1:]]))", MEASURE, 60)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    assert os.path.getsize("data/large-bpe-1000/train.0-large.bin") > 10 ** 6
+    source = prepare.read_meta("data/large-bpe-1000")["sources"][0]
+    assert source["train"]["bytes"] + source["val"]["bytes"] == os.path.getsize("large.txt")
+    for split in ("train", "val"):  # many batches are counted and summed up as one is
+        raw = Path("data/large-bpe-1000", source[split]["file"]).read_bytes()
+        assert source[split]["sha256"] == hashlib.sha256(raw).hexdigest() and source[split]["tokens"] == len(raw) // 2
+        assert source[split]["documents"] == np.count_nonzero(np.frombuffer(raw, "<u2") == 1)  # <|bos|>
     assert 5 < float(out.split()[-1]) < 60
 
 
