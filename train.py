@@ -8,8 +8,8 @@ What a run writes to out/RUN: ckpt.pt (latest, for --resume), best.pt (lowest va
 metrics.jsonl, loss.png, config.json.
 """
 import contextlib
+import errno
 import importlib
-import io
 import json
 import lzma
 import math
@@ -339,21 +339,23 @@ FORMAT = 1
 KEYS = ("format", "step", "tokens", "model_name", "cfg", "train", "model", "ema", "use_ema", "optimizer", "rng", "loader", "tokenizer", "metrics")
 
 
-def write_file(path, data):
-    """Writes bytes so that a crash at any moment leaves the old file or the new one, never half of either."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write to, which takes path's place when all is written: a crash leaves the old file or the new one, never half of either."""
+    part = Path(path).with_name(Path(path).name + ".part")
     with open(part, "wb") as f:
-        f.write(data)
+        yield f
         f.flush()
         os.fsync(f.fileno())  # without it the rename can reach the disk before the contents
     os.replace(part, path)
 
 
 def save_checkpoint(path, checkpoint):
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_file(path, buffer.getbuffer())
+    with replacing(path) as f:
+        try:
+            torch.save(checkpoint, f)
+        except RuntimeError as e:  # torch's writer hides what the system said
+            raise e.__context__ if isinstance(e.__context__, OSError) else OSError(errno.ENOSPC, str(e), str(path)) from None
 
 
 def read_checkpoint(path):
@@ -487,10 +489,9 @@ def draw_loss(rows, path, title, xz=None):
     ax.grid(alpha=0.25)
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png")
+    with replacing(path) as f:
+        fig.savefig(f, format="png")
     plt.close(fig)
-    write_file(path, buffer.getbuffer())
 
 
 # ---------------------------------------------------------------------------------------------------- set-up
@@ -720,9 +721,11 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
             for old in out.glob(pattern):
                 old.unlink()
         kept = [r for r in read_rows(out / "metrics.jsonl") if r["step"] <= step and not r.get("final")] if resumed else []
-        write_file(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept).encode())  # the steps since the checkpoint come again
-        settings = dict(model=s.model, cfg=asdict(cfg), train=asdict(replace(s, resume=False, overwrite=False)))
-        write_file(out / "config.json", json.dumps(settings, indent=1).encode())
+        with replacing(out / "metrics.jsonl") as f:
+            f.write("".join(json.dumps(r) + "\n" for r in kept).encode())  # the steps since the checkpoint come again
+        with replacing(out / "config.json") as f:
+            settings = dict(model=s.model, cfg=asdict(cfg), train=asdict(replace(s, resume=False, overwrite=False)))
+            f.write(json.dumps(settings, indent=1).encode())
     barrier()
 
     def record(row):

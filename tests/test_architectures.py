@@ -425,30 +425,6 @@ def test_full_logits_never_exist_in_training(name, monkeypatch):
     assert largest[8] <= max(B * T * V // 2, V * model.cfg.d_model)
 
 
-TRAINING_STEP = """
-import resource, sys, torch, {name} as it
-model = it.Model(it.PRESETS["{preset}"][0])
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-for p in model.parameters():
-    p.grad = torch.zeros_like(p)
-optimizer.step()  # allocates the optimizer's state; the gradients stay, as they do when they are accumulated
-idx = torch.randint(model.cfg.vocab_size, (8, 1025))
-with torch.autocast("cpu", torch.bfloat16, enabled=sys.argv[1] == "bfloat16"):
-    loss = model(idx[:, :-1], idx[:, 1:])[1]
-# The peak is the head's backward on top of every block's activations: from the last block on memory is only given back
-# (watched block by block, in both dtypes), so what follows is left out for speed.
-loss.backward(inputs=list(model.blocks[-1].parameters()))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-"""
-
-
-@pytest.mark.parametrize("dtype, limit", (("bfloat16", 3e9), ("float32", 4e9)))
-def test_ivme_training_step_of_8192_tokens_fits_in_memory(dtype, limit):
-    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
-    peak = int(run_python(TRAINING_STEP.format(name="ivme", preset="ivme"), ROOT, dtype, threads=threads))
-    assert peak < limit, f"{peak / 1e9:.2f} GB"
-
-
 # ---------------------------------------------------------------------------------------------------- generation
 
 def greedy(model, idx, n):
