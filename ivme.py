@@ -164,12 +164,15 @@ def chunked_loss(x, weight, targets, loss_weights=None, reduction="mean"):
 
     x (B, T, d), weight (V, d), targets (B, T) with -1 ignored, loss_weights (B, T) or None.
     Returns fp32: the weighted mean over the targets that count ("mean"), or each token's loss times its weight, (B, T) ("none").
-    A chunk's logits are recomputed in the backward pass; the product is in the compute dtype, the softmax in fp32.
+    The chunks' logits are recomputed in the backward pass; the product is in the compute dtype, the softmax in fp32.
     """
     assert reduction in ("mean", "none"), reduction
     n = max(1, LOSS_CHUNK // weight.size(0))
-    losses = torch.cat([recompute(_chunk_loss, c, weight, t)
-                        for c, t in zip(x.flatten(0, 1).split(n), targets.flatten().split(n))]).view_as(targets)
+    chunks = list(zip(x.flatten(0, 1).split(n), targets.flatten().split(n)))
+    if len(chunks) == 1:  # nothing to save by recomputing the only one
+        losses = _chunk_loss(x.flatten(0, 1), weight, targets.flatten()).view_as(targets)
+    else:
+        losses = torch.cat([recompute(_chunk_loss, c, weight, t) for c, t in chunks]).view_as(targets)
     weights = (targets >= 0).float() if loss_weights is None else loss_weights.float() * (targets >= 0)
     losses = losses * weights
     # no target at all gives 0, not nan

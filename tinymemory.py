@@ -152,12 +152,15 @@ def chunked_loss(x, weight, targets, loss_weights=None, reduction="mean"):
 
     x (B, T, d), weight (V, d), targets (B, T) with -1 ignored, loss_weights (B, T) or None.
     Returns fp32: the weighted mean over the targets that count ("mean"), or each token's loss times its weight, (B, T) ("none").
-    A chunk's logits are recomputed in the backward pass; the product is in the compute dtype, the softmax in fp32.
+    The chunks' logits are recomputed in the backward pass; the product is in the compute dtype, the softmax in fp32.
     """
     assert reduction in ("mean", "none"), reduction
     n = max(1, LOSS_CHUNK // weight.size(0))
-    losses = torch.cat([checkpoint(_chunk_loss, c, weight, t, use_reentrant=False, preserve_rng_state=False)
-                        for c, t in zip(x.flatten(0, 1).split(n), targets.flatten().split(n))]).view_as(targets)
+    chunks = list(zip(x.flatten(0, 1).split(n), targets.flatten().split(n)))
+    if len(chunks) == 1:  # nothing to save by recomputing the only one
+        losses = _chunk_loss(x.flatten(0, 1), weight, targets.flatten()).view_as(targets)
+    else:
+        losses = torch.cat([checkpoint(_chunk_loss, c, weight, t, use_reentrant=False, preserve_rng_state=False) for c, t in chunks]).view_as(targets)
     weights = (targets >= 0).float() if loss_weights is None else loss_weights.float() * (targets >= 0)
     losses = losses * weights
     # no target at all gives 0, not nan
@@ -284,7 +287,7 @@ Config, Model = TinyMemoryConfig, TinyMemoryLM
 # The card gives sizes but no recipe. This one is sized for about three minutes on two CPU cores.
 PRESETS = {
     "tinymemory": (TinyMemoryConfig(), dict(
-        data="pydocs", tokenizer="hybrid", order="random", block_size=256, batch_tokens=4096, micro_batch=16, max_steps=600,
-        optimizer="muon", muon_lr=0.02, lr=3e-3, weight_decay=0.1, grad_clip=1.0,
-        schedule="wsd", warmup_steps=20, decay_fraction=0.5, final_lr_fraction=0.0, ema_beta=0.98, sample_prompt="def ")),
+        data="pydocs", tokenizer="hybrid", order="random", block_size=256, batch_tokens=2048, micro_batch=8, max_steps=720,
+        optimizer="muon", muon_lr=0.02, lr=3e-3, weight_decay=0.1, grad_clip=1.0, schedule="wsd", warmup_steps=20, decay_fraction=0.45,
+        final_lr_fraction=0.0, ema_beta=0.98, eval_every=180, eval_tokens=16_384, save_every=180, log_every=10, sample_prompt="def ")),
 }
