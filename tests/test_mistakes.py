@@ -106,7 +106,7 @@ MISTAKES = {
     "no such column": (prepare, ["rows.jsonl", "--column=body"], nothing, "no column 'body', it has 'title', 'text'"),
     "half a gzip file": (prepare, ["half.jsonl.gz"], nothing, "half.jsonl.gz is not a whole gzip file"),
     "no parquet": (prepare, ["fake.parquet"], nothing, "fake.parquet cannot be read as parquet"),
-    "one document for two splits": (prepare, ["rows.jsonl"], nothing, "rows holds 1 document of text"),
+    "one document for two splits": (prepare, ["rows.jsonl"], nothing, "rows holds only one document of text"),
     "the folder has other settings": (prepare, ["book.txt", "--name=mine"], nothing, "data/mine was made with other settings.*--name"),
     "a vocabulary below the bytes": (prepare, ["book.txt", "--vocab_size=100"], nothing, "--vocab_size=100 is too small.*263"),
     "no tokenizer": (prepare, ["book.txt", "--tokenizer=hybird"], nothing, r"neither bpe nor hybrid nor a file \(did you mean hybrid\?\)"),
