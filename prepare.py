@@ -109,7 +109,7 @@ def parse_flags(argv, *settings, description="", positional=None):
                 parser.add_argument(f"--no-{f.name}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
             shown = f"{value:,}" if kind is number else "unset" if value is None else value
             parser.add_argument(f"--{f.name}", type=kind, metavar={yes_or_no: "BOOL", number: "INT"}.get(kind, kind.__name__.upper()),
-                                help=f"{notes[f.name]} [{shown}]".replace("%", "%%"), **extra)
+                                help=f"{notes.get(f.name, '')} [{shown}]".replace("%", "%%"), **extra)
     namespace, unknown = parser.parse_known_args(argv)
     for word in unknown:
         if word.startswith("-"):
@@ -420,7 +420,9 @@ def scan(source, threshold, sample_bytes, max_tokens):
     so that a small source has validation text too. Returns (texts, threshold, bytes, documents).
     """
     sample, sampled, bar, total, lowest, highest, n = [], 0, 2 ** 64, 0, 2 ** 64, -1, 0
+    progress = Progress()
     for d in clean(source, dict.fromkeys(("empty", "not text"), 0)):
+        progress.show(f"{source.name:<12} reading, {total / 1e6:,.1f} MB")
         total, n, lowest, highest = total + len(d.utf8), n + 1, min(lowest, d.hash), max(highest, d.hash)
         key = d.hash * 0x9E3779B97F4A7C15 % 2 ** 64  # independent of the split's order
         if d.hash >= threshold and sample_bytes and key < bar:
@@ -530,8 +532,8 @@ def prepare(names, s):
         started, texts = time.monotonic(), [t for texts, *_ in scans for t in texts]
         tokenizer = TRAINERS[s.tokenizer](texts, vocab_size)
         tokenizer = load_tokenizer(tokenizer.to_str())
-        print(f"tokenizer    {s.tokenizer}, {tokenizer.get_vocab_size():,} tokens, from {sum(map(len, texts)) / 1e6:,.1f} M characters "
-              f"in {time.monotonic() - started:.1f} s", flush=True)
+        Progress().done(f"tokenizer    {s.tokenizer}, {tokenizer.get_vocab_size():,} tokens, from {sum(map(len, texts)) / 1e6:,.1f} M characters "
+                        f"in {time.monotonic() - started:.1f} s")
         del texts
     totals = [(t, total) for _, t, total, _ in scans]
     del scans  # the sample is no longer needed

@@ -608,7 +608,7 @@ def pick_device(s, local_rank):
     compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++", "cl") if c and shutil.which(c)), None)
     if s.compile == "on" and device.type == "cpu" and not compiler:
         raise UserError("--compile=on needs a C++ compiler on a CPU, and none was found; --compile=off trains without")
-    if device.type != "cuda" or s.deterministic:
+    if device.type == "cpu" or s.deterministic:
         # compiled CPU code was seen to differ from run to run without this
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every buffer twice
