@@ -284,7 +284,9 @@ class IvmeConversate(nn.Module):
                     logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
                 if top_p is not None:
                     p, order = logits.softmax(-1).sort(descending=True)
-                    logits.scatter_(1, order, logits.gather(1, order).masked_fill(p.cumsum(-1) - p >= top_p, -math.inf))
+                    beyond = p.cumsum(-1) - p >= top_p
+                    beyond[:, 0] = False  # the likeliest token always stays
+                    logits.scatter_(1, order, logits.gather(1, order).masked_fill(beyond, -math.inf))
                 new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             idx = torch.cat((idx, new), dim=1)
             if stop_token is not None:

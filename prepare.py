@@ -9,8 +9,8 @@ several sources of one corpus. The folder data/NAME-TOKENIZER holds
     meta.json                       what it is made of, with counts of tokens, documents and UTF-8 bytes, sizes and checksums
 
 The input is read as a stream, twice: once to sample the text that the tokenizer learns from, once to encode. Memory does not
-grow with it. Whether a document is training or validation text depends on the hash of its text alone, so neither the
-order of files nor a later addition moves a document from one to the other.
+grow with it. Whether a document is training or validation text depends on the hash of its text alone, not on the order of
+files or on what is added later; only a source so small that no hash falls below val_fraction lends its lowest one.
 
 The bottom of the import order: what every tool needs (flags, one-line errors, the progress line, the tokenizer rules) is here too.
 """

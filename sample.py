@@ -49,6 +49,7 @@ def keep_likely(logits, top_k=0, top_p=1.0, min_p=0.0):
     if top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True)
         beyond = p.cumsum(-1) - p >= top_p  # the token that reaches top_p stays
+        beyond[:, 0] = False  # and the likeliest one always
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -math.inf)
     if min_p:
         p = logits.softmax(-1)

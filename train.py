@@ -803,10 +803,11 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
             ema_update(ema, params, step, s.ema_beta)
         step, tokens = step + 1, tokens + s.batch_tokens
 
-        stopping = torch.tensor([len(stop)], device=device)
-        if world > 1:
-            dist.all_reduce(stopping)  # a signal may reach the processes in different steps
-        stopping = bool(stopping) if world > 1 else bool(stop)
+        stopping = bool(stop)
+        if world > 1:  # a signal may reach the processes in different steps
+            anyone = torch.tensor([stopping], dtype=torch.int32, device=device)
+            dist.all_reduce(anyone)
+            stopping = bool(anyone)
 
         if step % s.log_every == 0 or step == s.max_steps:
             if world > 1:
