@@ -1,0 +1,138 @@
+"""Mamba's selective scan (arXiv 2312.00752), differentiable, on a CPU and on CUDA:
+
+    h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t        y_t = sum_n C_t[n] h_t[n] + D u_t
+
+    y = selective_scan(u, delta, A, B, C, D)                        whole sequences
+    y, h = selective_scan(..., h0=h, return_state=True)             going on from a state
+    y = selective_scan_step(h, u, delta, A, B, C, D)                one token, h changed in place
+
+Three implementations stand behind the one operator torch.ops.kernels.selective_scan, which torch.compile keeps as one node of its graph:
+reference.py (PyTorch), selective_scan.cpp (C++ with SIMD and threads) and selective_scan.cu (CUDA). The compiled ones are built at
+first use. Where that cannot be done, one line says why and the reference runs. The environment variable KERNELS overrides:
+`reference`; `cpu` or `cuda`, which must build or raise; `auto`, the default.
+
+To use the folder in another project, copy it.
+"""
+import functools
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from . import build, reference
+from .reference import CHUNK
+
+MAX_STATES = 256  # what the CUDA kernels are made for
+
+
+# ---------------------------------------------------------------------------------------------------- which implementation
+
+@functools.cache
+def compiled(kind, must):
+    """The compiled operators of `kind` (cpu or cuda), or None where they cannot be built. With `must` that is a RuntimeError."""
+    try:
+        torch.ops.load_library(build.library(kind))
+        return getattr(torch.ops, f"selective_scan_{kind}")
+    except (build.CannotBuild, OSError) as e:
+        if must:
+            raise RuntimeError(f"KERNELS={kind}, but {e}") from None
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"kernels      {e}, so the selective scan runs in PyTorch, several times slower", file=sys.stderr, flush=True)
+        return None
+
+
+def implementation(x):
+    """The module or operators that compute the scan for tensors like x."""
+    choice, kind = os.environ.get("KERNELS", "auto"), x.device.type
+    if choice not in ("auto", "reference", "cpu", "cuda"):
+        raise ValueError(f"KERNELS={choice} is not one of auto, reference, cpu, cuda")
+    if choice == "reference" or kind not in ("cpu", "cuda") or kind == "cuda" and (choice == "cpu" or x.dtype == torch.float64):
+        return reference
+    return compiled(kind, must=choice == kind) or reference
+
+
+# ---------------------------------------------------------------------------------------------------- the operator
+
+@torch.library.custom_op("kernels::selective_scan", mutates_args=())
+def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None, reset: Tensor | None,
+         save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(implementation(u).forward(u, delta, A, B, C, D, h0, reset, save))
+
+
+@scan.register_fake
+def _(u, delta, A, B, C, D, h0, reset, save):
+    kept = -(-u.size(1) // CHUNK) if save else 0
+    return u.new_empty(u.shape), A.new_empty(u.size(0), *A.shape), A.new_empty(u.size(0), kept, A.size(1), A.size(0))
+
+
+@torch.library.custom_op("kernels::selective_scan_backward", mutates_args=())
+def scan_backward(dy: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, reset: Tensor | None,
+                  checkpoints: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return tuple(implementation(u).backward(dy, dlast, u, delta, A, B, C, D, reset, checkpoints))
+
+
+@scan_backward.register_fake
+def _(dy, dlast, u, delta, A, B, C, D, reset, checkpoints):
+    return *(x.new_empty(x.shape) for x in (u, delta, A, B, C)), A.new_empty(A.size(0)), A.new_empty(u.size(0), *A.shape)
+
+
+def _setup(ctx, inputs, output):
+    u, delta, A, B, C, D, h0, reset, save = inputs
+    ctx.save_for_backward(u, delta, A, B, C, D, reset, output[2])
+    ctx.has_h0 = h0 is not None
+    ctx.set_materialize_grads(False)  # the state's gradient is mostly absent, and a tensor of zeros costs time
+
+
+def _backward(ctx, dy, dlast, _):
+    u, delta, A, B, C, D, reset, checkpoints = ctx.saved_tensors
+    dy = torch.zeros_like(u) if dy is None else dy
+    du, ddelta, dA, dB, dC, dD, dh0 = scan_backward(dy, dlast, u, delta, A, B, C, D, reset, checkpoints)
+    return du, ddelta, dA, dB, dC, dD if D is not None else None, dh0 if ctx.has_h0 else None, None, None
+
+
+scan.register_autograd(_backward, setup_context=_setup)
+
+
+# ---------------------------------------------------------------------------------------------------- what to call
+
+def selective_scan(u, delta, A, B, C, D=None, h0=None, reset=None, return_state=False):
+    """y, or (y, last state) with return_state. Differentiable in all tensors but reset, and through the returned state.
+
+    u, delta   (batch, T, channels)    input, and the step size, at least 0
+    A          (channels, N)           at most 0; exp(delta A) is the decay of a state in one step; N at most 256
+    B, C       (batch, T, N)           what goes into the states, what is read out of them; the same for all channels
+    D          (channels,)             skip connection; None: none
+    h0         (batch, channels, N)    state before the first step; None: zeros
+    reset      bool (batch, T)         true where a document begins: the state before that step counts as zero
+
+    u, delta, B and C are fp32, bf16 or fp16 and of any strides; states, A, D and all sums are fp32 (fp64 throughout if u is: for gradient
+    checks). y has u's type, shape and contiguous strides. Keeps for the backward pass its inputs and a state every 64 steps. Raises
+    ValueError for shapes that do not fit.
+    """
+    if u.ndim != 3 or A.ndim != 2:
+        raise ValueError(f"u must be (batch, T, channels) and A (channels, N), not {tuple(u.shape)} and {tuple(A.shape)}")
+    (batch, T, channels), N = u.shape, A.size(1)
+    if not 1 <= N <= MAX_STATES:
+        raise ValueError(f"A has {N} states; 1 to {MAX_STATES} are possible")
+    shapes = dict(delta=(batch, T, channels), A=(channels, N), B=(batch, T, N), C=(batch, T, N), D=(channels,), h0=(batch, channels, N), reset=(batch, T))
+    for (name, shape), x in zip(shapes.items(), (delta, A, B, C, D, h0, reset)):
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(f"{name} is {tuple(x.shape)}, but {shape} goes with u {tuple(u.shape)} and A {tuple(A.shape)}")
+    if reset is not None and reset.dtype != torch.bool:
+        raise ValueError(f"reset must be bool, not {reset.dtype}")
+    compute = torch.float64 if u.dtype == torch.float64 else torch.float32
+    A, D, h0 = (x if x is None else x.to(compute) for x in (A, D, h0))
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, delta, A, B, C, D, h0))
+    y, last, _ = scan(u, delta, A, B, C, D, h0, reset, differentiable)
+    return (y, last) if return_state else y
+
+
+def selective_scan_step(h, u, delta, A, B, C, D=None):
+    """One time step, without gradients: changes the state h (batch, channels, N) in place and returns y (batch, channels) in u's type.
+
+    u, delta (batch, channels), A (channels, N), B, C (batch, N), D (channels,) or None: the same arithmetic as selective_scan.
+    """
+    dtype, tensors = u.dtype, [x if x is None else x.detach().to(h.dtype).contiguous() for x in (u, delta, A, B, C, D)]
+    kernels = implementation(h)
+    return (kernels if hasattr(kernels, "step") else reference).step(h, *tensors).to(dtype)

@@ -1,0 +1,103 @@
+"""Builds the C++ and CUDA sources of this folder at first use and keeps the result.
+
+What is built goes to torch's own folder for such things, $TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions, under a name that holds
+the hash of the sources, the flags and torch's version: whatever changes, an old library is never loaded for it.
+"""
+import contextlib
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+SOURCES = {"cpu": ("selective_scan.cpp",), "cuda": ("selective_scan.cpp", "selective_scan.cu")}
+# By what torch says of this CPU, and not -march=native: a home directory may be shared by machines that differ. ATEN_CPU_CAPABILITY overrides
+SIMD = {"AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"], "AVX2": ["-mavx2", "-mfma", "-mf16c"]}
+
+
+class CannotBuild(Exception):
+    """Why there is no compiled library, in a few words."""
+
+
+def flags(kind):
+    """(flags of the C++ compiler, flags of nvcc)."""
+    cxx = ["-O3"]
+    if kind == "cpu":
+        cxx += SIMD.get(torch.backends.cpu.get_cpu_capability(), [])
+    else:
+        cxx += ["-DWITH_CUDA"]
+    if platform.system() == "Linux":
+        cxx += ["-fopenmp"]  # at::parallel_for is a template, and serial without it
+    return cxx, ["-O3"]
+
+
+def library(kind):
+    """Path of the shared library `kind` (cpu or cuda), built if it is not there yet. Raises CannotBuild."""
+    cxx, nvcc = flags(kind)
+    digest = hashlib.sha256(repr((cxx, nvcc, torch.__version__, platform.machine())).encode())
+    for name in (*SOURCES[kind], "selective_scan.h"):
+        digest.update((HERE / name).read_bytes())
+    if kind == "cuda":
+        digest.update(repr(sorted(set(torch.cuda.get_arch_list()) | {str(torch.cuda.get_device_capability())})).encode())
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    path = root / f"selective_scan_{kind}-{digest.hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    compiler = os.environ.get("CXX") or "c++"
+    if not shutil.which(compiler):
+        raise CannotBuild(f"there is no C++ compiler ({compiler})")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with only_one(root / ".selective_scan.lock"):
+            if not path.exists():  # else another process has built it meanwhile
+                compile_into(path, kind, cxx, nvcc)
+    except OSError as e:
+        raise CannotBuild(f"{e.filename or root}: {e.strerror}") from None
+    return path
+
+
+@contextlib.contextmanager
+def only_one(path):
+    """Lets one process in at a time. The system drops the lock when a process dies, so none can be left behind."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows: two processes both build, and either result is whole
+        yield
+        return
+    with open(path, "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def compile_into(path, kind, cxx, nvcc):
+    """Builds in a folder of its own, then moves the library to its place: what stands there is always whole."""
+    def say(text, end):
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process speaks for all of a machine
+            print(text, end=end, file=sys.stderr, flush=True)
+
+    say(f"kernels      building the selective scan for {kind.upper()} (once; {'20 seconds or so' if kind == 'cpu' else 'a few minutes'}) ...", "")
+    started, search = time.monotonic(), os.environ.get("PATH", "")
+    with contextlib.suppress(ImportError):
+        import ninja  # its program is on the PATH only while the virtual environment is active
+        os.environ["PATH"] = search + os.pathsep + ninja.BIN_DIR
+    try:
+        from torch.utils import cpp_extension
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            cpp_extension.load(path.stem.replace("-", "_"), [str(HERE / name) for name in SOURCES[kind]], extra_cflags=cxx, extra_cuda_cflags=nvcc,
+                               build_directory=folder, is_python_module=False)
+            os.replace(next(Path(folder).glob("*.so")), path)
+    except (RuntimeError, ImportError, subprocess.SubprocessError) as e:
+        say(" failed", "\n")
+        reason = re.search(r"^.*\berror: .*$", str(e), re.M)  # the compiler's first complaint, in the pages that ninja prints
+        raise CannotBuild(f"the build failed ({reason[0] if reason else str(e).splitlines()[0]:.200})") from None
+    finally:
+        os.environ["PATH"] = search
+    say(f" {time.monotonic() - started:.0f} s", "\n")

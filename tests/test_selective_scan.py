@@ -1,0 +1,358 @@
+"""The selective scan: every implementation against a float64 loop over time, and what its callers rely on.
+
+Errors are max |difference| / max |reference|. CUDA takes part where there is a GPU; without one, test_selective_scan_cuda.py runs its
+kernels on the CPU.
+"""
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import kernels
+from conftest import ROOT, command
+
+IMPLEMENTATIONS = ["reference", "cpu"] + ["cuda"] * torch.cuda.is_available()
+NAMES = ("u", "delta", "A", "B", "C", "D", "h0")
+every_implementation = pytest.mark.parametrize("kind", IMPLEMENTATIONS)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """use("reference") makes that implementation the one that runs; returns its device."""
+    def choose(kind):
+        monkeypatch.setenv("KERNELS", kind)
+        return "cuda" if kind == "cuda" else "cpu"
+    return choose
+
+
+def problem(batch, T, channels, N, seed=0, optional=True):
+    """float64 inputs by name: decays from fast to slow, as a trained Mamba has them. Without `optional` no D, h0 and reset."""
+    g = torch.Generator().manual_seed(seed)
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+    x = dict(u=draw(batch, T, channels), delta=torch.nn.functional.softplus(2 * draw(batch, T, channels) - 2), A=-draw(channels, N).exp(),
+             B=draw(batch, T, N), C=draw(batch, T, N))
+    if optional:
+        x |= dict(D=draw(channels), h0=draw(batch, channels, N), reset=torch.rand(batch, T, generator=g) < 0.05)
+    return x
+
+
+def brute_force(u, delta, A, B, C, D=None, h0=None, reset=None):
+    """The definition, one step and one tensor operation after the other."""
+    h = torch.zeros(u.size(0), *A.shape, dtype=u.dtype) if h0 is None else h0
+    y = [torch.zeros_like(u[:, :0])]
+    for t in range(u.size(1)):
+        if reset is not None:
+            h = torch.where(reset[:, t, None, None], 0.0, h)
+        h = torch.exp(delta[:, t, :, None] * A) * h + delta[:, t, :, None] * B[:, t, None] * u[:, t, :, None]
+        y.append((C[:, t, None] * h).sum(-1)[:, None])
+    return torch.cat(y, 1) + (0 if D is None else D * u), h
+
+
+def gradients(scan, x, dy, dh):
+    """[y, last state, *gradients by inputs] of scan(**x) for the output gradients dy and dh."""
+    leaves = {k: v.detach().requires_grad_() if k in NAMES else v for k, v in x.items()}
+    y, h = scan(**leaves)
+    inputs = [leaves[k] for k in NAMES if k in leaves]
+    outputs = [(out, grad.to(out)) for out, grad in ((y, dy), (h, dh)) if out.requires_grad]  # none does where T is 0 and h0 is not given
+    grads = torch.autograd.grad([o for o, _ in outputs], inputs, [g for _, g in outputs], allow_unused=True) if outputs else [None] * len(inputs)
+    return [y.detach(), h.detach(), *(torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs))]
+
+
+def error(value, truth):
+    value, truth = value.double().cpu(), truth.double().cpu()
+    assert value.shape == truth.shape
+    return float((value - truth).abs().max() / truth.abs().max().clamp(min=1e-30)) if truth.numel() else 0.0
+
+
+def convert(x, device, dtype):
+    """Activations in dtype, parameters and state in float32."""
+    return {k: v.to(device) if k == "reset" else v.to(device, dtype if k in ("u", "delta", "B", "C") else torch.float32) for k, v in x.items()}
+
+
+scan = functools.partial(kernels.selective_scan, return_state=True)
+
+
+# ---------------------------------------------------------------------------------------------------- arithmetic
+
+@pytest.mark.parametrize("N", (1, 7, 16, 64, 128, 256))
+@pytest.mark.parametrize("T", (0, 1, 2, 63, 64, 65, 257, 1000))
+def test_all_implementations_equal_the_float64_loop(T, N, use):
+    for optional, dtype in ((True, torch.float32), (False, torch.float32), (True, torch.bfloat16)):
+        channels = 33 if T < 1000 else 19  # no multiple of any tile
+        x = problem(2, T, channels, N, optional=optional)
+        rounded = {k: v.double() if k != "reset" else v for k, v in convert(x, "cpu", dtype).items()}
+        dy, dh = problem(2, T, channels, N, seed=1)["u"].to(dtype).double(), torch.randn(2, channels, N, dtype=torch.float64)
+        truth = gradients(brute_force, rounded, dy, dh)
+        for kind in IMPLEMENTATIONS:
+            values = gradients(scan, convert(x, use(kind), dtype), dy, dh)
+            assert values[0].dtype == dtype and values[1].dtype == torch.float32
+            errors = [error(v, t) for v, t in zip(values, truth)]
+            assert max(errors) < (1e-5 if dtype == torch.float32 else 2e-2), (kind, dtype, errors)
+
+
+@every_implementation
+def test_any_strides_and_mixed_types(kind, use):
+    x = convert(problem(3, 70, 21, 10), use(kind), torch.float32)
+    x["delta"], x["B"] = x["delta"].half(), x["B"].bfloat16()
+    dy, dh = torch.randn(3, 70, 21), torch.randn(3, 21, 10)
+    truth = gradients(scan, x, dy, dh)
+    strided = dict(x, u=x["u"].permute(2, 0, 1).contiguous().permute(1, 2, 0), delta=x["delta"].repeat_interleave(2, 2)[:, :, ::2],
+                   B=x["B"].mT.contiguous().mT, C=torch.cat((x["C"], x["C"]), 2)[:, :, 10:], A=x["A"].mT.contiguous().mT,
+                   D=x["D"].repeat_interleave(3)[::3], h0=x["h0"].mT.contiguous().mT, reset=x["reset"].mT.contiguous().mT)
+    values = gradients(scan, strided, dy.mT.contiguous().mT, dh.mT.contiguous().mT)
+    assert all(not v.is_contiguous() for v in strided.values())
+    assert all(error(v, t) < (1e-5 if t.dtype == torch.float32 else 1e-2) and v.dtype == t.dtype for v, t in zip(values, truth))
+    assert values[0].is_contiguous()
+
+
+@every_implementation
+def test_reset_equals_scanning_each_document_alone(kind, use):
+    x, ends = convert(problem(1, 150, 20, 16), use(kind), torch.float32), (0, 1, 64, 66, 129, 150)
+    x["reset"] = torch.zeros(1, 150, dtype=torch.bool, device=x["u"].device)
+    x["reset"][0, list(ends[:-1])] = True
+    y, h = scan(**x)
+    for first, end in zip(ends, ends[1:]):
+        part = {k: v[:, first:end] if k in ("u", "delta", "B", "C") else v for k, v in x.items() if k not in ("h0", "reset")}
+        alone, last = scan(**part)
+        assert error(y[:, first:end], alone) < 1e-6
+    assert error(h, last) < 1e-6
+    for t in ends[:-1]:  # and no gradient crosses
+        u = x["u"].detach().requires_grad_()
+        g, = torch.autograd.grad(kernels.selective_scan(**{**x, "u": u})[:, t:].sum(), u)
+        assert (g[:, :t] == 0).all() and (g[:, t:] != 0).all()
+
+
+@every_implementation
+@settings(max_examples=25, deadline=None, database=None, derandomize=True)
+@given(data=st.data())
+def test_a_sequence_cut_anywhere_and_carried_on_gives_the_same(kind, data):
+    T, N = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 20))
+    cuts = sorted(data.draw(st.lists(st.integers(0, T), max_size=4)))
+    os.environ["KERNELS"] = kind
+    try:
+        x = convert(problem(2, T, 9, N, seed=T), "cuda" if kind == "cuda" else "cpu", torch.float32)
+        dy, dh = torch.randn(2, T, 9), torch.randn(2, 9, N)
+        def in_pieces(h0, **x):
+            ys, h = [], h0
+            for first, end in zip([0, *cuts], [*cuts, T]):
+                y, h = scan(**{k: v[:, first:end] if k in ("u", "delta", "B", "C", "reset") else v for k, v in x.items()}, h0=h)
+                ys.append(y)
+            return torch.cat(ys, 1), h
+        for value, truth in zip(gradients(in_pieces, x, dy, dh), gradients(scan, x, dy, dh)):
+            assert error(value, truth) < 1e-5
+    finally:
+        del os.environ["KERNELS"]
+
+
+@pytest.mark.parametrize("kind", ("reference", "cpu"))
+def test_gradcheck_in_float64(kind, use):
+    use(kind)
+    x = problem(2, 67, 3, 2)
+    reset = x.pop("reset")
+    inputs = [v.requires_grad_() for v in x.values()]
+    assert torch.autograd.gradcheck(lambda *a: scan(*a, reset=reset), inputs, fast_mode=True)
+    few = [v.detach()[:, :3].contiguous().requires_grad_() if k in ("u", "delta", "B", "C") else v for k, v in x.items()]
+    assert torch.autograd.gradcheck(lambda *a: scan(*a), few)
+
+
+@every_implementation
+def test_same_bits_on_every_run_and_for_any_number_of_threads(kind, use):
+    x = convert(problem(3, 130, 70, 16), use(kind), torch.float32)
+    dy, dh, threads = torch.randn(3, 130, 70), torch.randn(3, 70, 16), torch.get_num_threads()
+    try:
+        runs = []
+        for n in (1, 2, 2, 3):
+            torch.set_num_threads(n)
+            runs.append(gradients(scan, x, dy, dh))
+    finally:
+        torch.set_num_threads(threads)
+    same = runs[1:] if kind != "reference" else runs[2:3]  # the reference's matrix products depend on the number of threads
+    first = runs[0] if kind != "reference" else runs[1]
+    assert all(torch.equal(a, b) for run in same for a, b in zip(run, first))
+
+
+@every_implementation
+@pytest.mark.parametrize("delta", (0.0, 1e-30, 1e4))
+@pytest.mark.parametrize("A", (0.0, -1e-30, -1e4))
+def test_extreme_steps_and_decays_are_finite_and_right(kind, delta, A, use):
+    x = problem(1, 70, 5, 9)
+    x["delta"][:, ::2], x["A"][::2] = delta, A
+    truth = gradients(brute_force, x, x["u"], x["h0"])
+    values = gradients(scan, convert(x, use(kind), torch.float32), x["u"], x["h0"])
+    assert all(v.isfinite().all() for v in values)
+    assert max(error(v, t) for v, t in zip(values, truth)) < 1e-5
+
+
+@every_implementation
+def test_decay_above_one_and_not_a_number_are_not_hidden(kind, use):
+    x = convert(problem(1, 1, 4, 3, optional=False), use(kind), torch.float32)
+    assert (scan(**dict(x, A=torch.full_like(x["A"], 1e8), h0=torch.ones_like(x["A"])[None]))[1] == torch.inf).all()
+    for name in ("u", "delta", "A", "B", "C"):
+        broken = dict(x, **{name: torch.full_like(x[name], torch.nan)})
+        assert scan(**broken)[0].isnan().all(), name
+
+
+def test_one_token_step_equals_the_scan(use):
+    for kind in IMPLEMENTATIONS:
+        for N in (1, 7, 16, 64, 100):
+            x = convert(problem(2, 6, 21, N), use(kind), torch.float32)
+            del x["reset"]
+            y, last = scan(**x)
+            h = x["h0"].clone()
+            steps = [kernels.selective_scan_step(h, x["u"][:, t], x["delta"][:, t], x["A"], x["B"][:, t], x["C"][:, t], x["D"]) for t in range(6)]
+            assert error(torch.stack(steps, 1), y) < 1e-6 and error(h, last) < 1e-6
+            half = kernels.selective_scan_step(h, x["u"][:, 0].bfloat16(), x["delta"][:, 0], x["A"], x["B"][:, 0], x["C"][:, 0])
+            assert half.dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------------------------------------------- memory, compiling, mistakes
+
+class Allocated(TorchDispatchMode):
+    """Sizes of all tensors that operations return, largest first."""
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.sizes += [t.numel() * t.element_size() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        return out
+
+
+MEMORY = """
+import ctypes, re, sys, torch, kernels
+ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once, so that the peak counts
+torch.set_num_threads(1)
+B, T, D, N = 1, 4096, 512, int(sys.argv[1])
+def run(T):
+    u, delta, dy = (torch.rand(B, T, D) for _ in range(3))
+    b, c, A = torch.randn(B, T, N), torch.randn(B, T, N), -torch.rand(D, N)
+    leaves = [x.requires_grad_() for x in (u, delta, A, b, c)]
+    kernels.selective_scan(*leaves).backward(dy)
+    return sum(2 * x.numel() * 4 for x in leaves) + 2 * dy.numel() * 4 + B * -(-T // 64) * D * N * 4
+def memory(what):
+    return 1024 * int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+run(64)
+before = memory("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+stated = run(T)
+print((memory("VmHWM") - before) / stated)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures with /proc and mallopt")
+@pytest.mark.parametrize("N", (16, 64))
+def test_memory_is_inputs_outputs_gradients_and_a_state_every_64_steps(N):
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(N)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert 0.8 < float(done.stdout) < 1.2
+
+
+@every_implementation
+def test_nothing_of_the_size_of_all_states_exists(kind, use):
+    B, T, D, N = 1, 1024, 32, 16
+    x = convert(problem(B, T, D, N), use(kind), torch.float32)
+    with Allocated() as seen:
+        gradients(scan, x, torch.ones(B, T, D), torch.ones(B, D, N))
+    assert max(seen.sizes) <= 4 * B * D * max(T, kernels.CHUNK * N)
+
+
+@every_implementation
+def test_compiled_function_is_one_graph_with_the_same_results(kind, use):
+    torch._dynamo.reset()
+    x = convert(problem(2, 70, 10, 8), use(kind), torch.float32)
+    dy, dh = torch.randn(2, 70, 10), torch.randn(2, 10, 8)
+    compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(gradients(compiled, x, dy, dh), gradients(scan, x, dy, dh)))
+    with torch.no_grad():
+        assert torch.equal(compiled(**x)[0], scan(**x)[0])
+
+
+def test_operator_passes_torchs_own_checks(use):
+    use("cpu")
+    x = convert(problem(2, 70, 5, 3), "cpu", torch.float32)
+    inputs = [x[k].requires_grad_() for k in NAMES]
+    torch.library.opcheck(torch.ops.kernels.selective_scan, (*inputs, x["reset"], True),
+                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+def test_shapes_that_do_not_fit_are_refused(use):
+    use("cpu")
+    x = convert(problem(2, 5, 4, 3), "cpu", torch.float32)
+    for name in ("delta", "A", "B", "C", "D", "h0", "reset"):
+        with pytest.raises(ValueError):
+            scan(**dict(x, **{name: x[name][..., :-1]}))
+    with pytest.raises(ValueError, match="256"):
+        scan(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 257), torch.zeros(1, 1, 257), torch.zeros(1, 1, 257))
+    with pytest.raises(ValueError, match="bool"):
+        scan(**dict(x, reset=x["reset"].float()))
+
+
+# ---------------------------------------------------------------------------------------------------- building
+
+USE = """
+import torch, kernels
+x = torch.ones(1, 3, 2)
+y = kernels.selective_scan(x, x, -torch.ones(2, 1), x[..., :1], x[..., :1])
+print([round(v, 4) for v in y[0, :, 0].tolist()], len(kernels.compiled.__wrapped__.__doc__) > 0, kernels.implementation(x).__name__)
+"""
+TRUE = "[1.0, 1.3679, 1.5032]"  # 1, 1 + 1/e, 1 + 1/e + 1/e^2
+
+
+def test_without_a_compiler_one_line_says_so_and_the_reference_runs(tmp_path):
+    env = dict(PATH="", TORCH_EXTENSIONS_DIR=str(tmp_path))
+    out, err = command("-c", USE, **env).communicate()
+    assert TRUE in out and "reference" in out
+    assert len(err.splitlines()) == 1 and "no C++ compiler" in err
+    out, err = command("-c", USE, KERNELS="cpu", **env).communicate()
+    assert not out and "RuntimeError: KERNELS=cpu, but there is no C++ compiler" in err
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="a C++ compiler lends its --version")
+def test_a_compiler_that_fails_is_reported_in_one_line(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\ncase $1 in -*ersion*) exec c++ $1;; esac\necho 'selective_scan.cpp:1: error: this compiler is broken' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    out, err = command("-c", USE, CXX=str(compiler), TORCH_EXTENSIONS_DIR=str(tmp_path / "cache")).communicate()
+    assert TRUE in out and "reference" in out
+    assert "this compiler is broken" in err.splitlines()[-1] and "Traceback" not in err
+    assert not list((tmp_path / "cache").glob("*.so"))
+
+
+def test_an_unwritable_cache_is_no_end(tmp_path):
+    (tmp_path / "file").touch()
+    out, err = command("-c", USE, TORCH_EXTENSIONS_DIR=str(tmp_path / "file" / "cache")).communicate()
+    assert TRUE in out and "Traceback" not in err
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_without_simd_flags_it_is_right_and_two_processes_may_build_at_once(tmp_path):
+    # ATEN_CPU_CAPABILITY=default: what a machine without AVX2 would build. Another process is killed while it builds
+    env = dict(TORCH_EXTENSIONS_DIR=str(tmp_path), ATEN_CPU_CAPABILITY="default", KERNELS="cpu")
+    killed = command("-c", USE, **env)
+    threading.Timer(3, killed.kill).start()
+    killed.communicate()
+    both = [command("-c", USE, **env) for _ in range(2)]
+    errors = ""
+    for process in both:
+        out, err = process.communicate()
+        assert TRUE in out and process.returncode == 0, err
+        errors += err
+    assert errors.count("building") == 1  # the second one waited and took what the first had built
+    library, = tmp_path.glob("*.so")
+    here = "tests/test_selective_scan.py::test_"
+    tests = [here + "all_implementations_equal_the_float64_loop[65-7]", here + "extreme_steps_and_decays_are_finite_and_right[0.0-0.0-cpu]",
+             here + "extreme_steps_and_decays_are_finite_and_right[-10000.0-10000.0-cpu]", here + "one_token_step_equals_the_scan"]
+    out, err = command("-m", "pytest", "-n0", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *(f"{ROOT}/{t}" for t in tests),
+                       **{k: v for k, v in env.items() if k != "KERNELS"}).communicate()
+    assert "4 passed" in out, out + err
+    assert [*tmp_path.glob("*.so")] == [library]  # that was the library in use
