@@ -79,16 +79,16 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_
     """Yields the next token of every row, int64 (B,), max_new_tokens times, continuing idx (B, T).
 
     Applied in this order: repetition penalty and n-gram ban (both count the prompt), temperature (0: likeliest token), top_k, top_p,
-    min_p. generator: torch.Generator on the model's device. Only the last context_length tokens of idx are read.
+    min_p. generator: torch.Generator on the model's device. Only the last tokens of idx are read, as many as the model can.
     """
-    C, V = model.cfg.context_length, model.cfg.vocab_size
-    idx = idx[:, -C:]
+    cache, V = model.init_cache(idx.size(0)), model.cfg.vocab_size
+    C = cache.max_len  # the context; without an end for a model that keeps a state in place of a context
+    new = idx = idx[:, -C:]
     seen = torch.zeros(idx.size(0), V, dtype=torch.bool, device=idx.device).scatter_(1, idx, True)
     ngrams = [SeenNgrams(no_repeat_ngram_size, row) for row in idx.tolist()] if no_repeat_ngram_size else []
-    cache, new = None, idx
     for _ in range(max_new_tokens):
-        if cache is None or cache.length == C:
-            cache, new = model.init_cache(idx.size(0)), idx[:, -(C if cache is None else C // 2):]
+        if cache.length == C:
+            cache, new = model.init_cache(idx.size(0)), idx[:, -(C // 2):]
         logits = model(new, cache=cache)[0][:, -1].float()
         if repetition_penalty != 1:
             logits = penalize_repetition(logits, seen, repetition_penalty)

@@ -484,7 +484,8 @@ def draw_loss(rows, path, title, xz=None):
             ax.plot(*zip(*points), color=color, marker="o", ms=3.5, lw=1.6, label=label)
     if xz:
         ax.axhline(xz, color="#888888", lw=1, ls="--", label=f"xz -9 on the validation text: {xz:.3f}")
-    low = min((r["val_bits_per_byte"][k]["mixed"] for r in val for k in r["val_bits_per_byte"]), default=1)
+    bits = [r["val_bits_per_byte"][k]["mixed"] for r in val for k in r["val_bits_per_byte"]]
+    low = min((b for b in bits if not math.isnan(b)), default=1)  # NaN: every character is unknown
     ax.set(xlabel="million training tokens", ylabel="bits per byte", title=title, ylim=(0.9 * low, max(3.2 * low, 1.1 * (xz or 0))))
     ax.grid(alpha=0.25)
     ax.legend(frameon=False)
@@ -791,6 +792,9 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
                 part_loss = part_loss * (float(w.sum()) / whole)
                 (part_loss * world).backward()  # DDP averages over the processes; the loss is a sum of shares
             loss += part_loss.detach()
+        for p in params:
+            if p.grad is None:  # a part that is switched off
+                p.grad = torch.zeros_like(p)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf, foreach=True))
         if not math.isfinite(grad_norm):
             kept = f"{out / 'ckpt.pt'} holds step {saved_step}" if saved_step >= 0 else "no checkpoint was written yet"
@@ -815,7 +819,7 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
             seconds = time.monotonic() - mark
             rate = (step - mark_step) * s.batch_tokens / seconds
             elapsed += seconds
-            per_byte = s.batch_tokens / math.log(2) / float(bytes_per_token[batch[:, 1:]].sum())
+            per_byte = s.batch_tokens / math.log(2) / (float(bytes_per_token[batch[:, 1:]].sum()) or math.nan)  # 0: all are unknown
             record(dict(step=step, tokens=tokens, train_loss=float(loss), train_bits_per_byte=float(loss) * per_byte, lr=lr,
                         grad_norm=grad_norm, tokens_per_s=rate, elapsed=elapsed))
             line = (f"step {step:>6,}/{s.max_steps:,}  loss {float(loss):.3f}  {float(loss) * per_byte:.2f} bits/byte  {rate / 1e3:.1f}k tok/s  "
