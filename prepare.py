@@ -32,21 +32,22 @@ import sysconfig
 import time
 import tokenize
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 
 @dataclass
 class Settings:
     out_dir: str = "data"  # folder in which the prepared folder is made
     name: str = ""  # the prepared folder's name; empty: NAME-TOKENIZER
-    tokenizer: str = "bpe"  # bpe, hybrid (characters and frequent words), or a tokenizer.json to reuse
-    vocab_size: int = 0  # tokens in a new tokenizer's vocabulary; 0: bpe 16,384, hybrid 2,111
+    tokenizer: str = "bpe"  # bpe, hybrid (characters and frequent words), chunk (lowercase, by two or three), or a tokenizer.json to reuse
+    vocab_size: int = 0  # tokens in a new tokenizer's vocabulary; 0: bpe 16,384, hybrid 2,111, chunk 4,466
     max_tokens: int = 0  # training tokens to take from each source, such as 235M; 0: all
     val_fraction: float = 0.05  # share of the documents that become validation text
     column: str = ""  # field of .jsonl and .parquet rows that holds the text; empty: text or content
@@ -159,10 +160,17 @@ class Progress:
 # ---------------------------------------------------------------------------------------------------- tokenizers
 
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|system|>")  # the İvme card's; ids 0 to 6
-DEFAULT_VOCAB = {"bpe": 16_384, "hybrid": 2111}
+DEFAULT_VOCAB = {"bpe": 16_384, "hybrid": 2111, "chunk": 4466}
 SAMPLE_BYTES = 32 * 2 ** 20  # text a tokenizer learns from, shared equally by the sources
 # GPT-2's rule for cutting text into words, as in tokenizers' ByteLevel
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+TRIGRAMS = ("the and ing ion tio ent ati for her ter hat tha ere ate his con res ver all ons nce men ith ted ers "
+            "pro thi wit are ess not ive was ect rea com eve per int est sta cti ica ist ear ain one our iti rat").split()
+# A chunk: such a trigram, else three characters of which the first, else the last is a space, else two characters, else one.
+# Trigrams of one first letter share a branch, which is a quarter faster. [\s\S] is any character to every engine, a line end too
+CHUNKS = "|".join(f"{a}(?:{'|'.join(t[1:] for t in TRIGRAMS if t[0] == a)})" for a in dict.fromkeys(t[0] for t in TRIGRAMS))
+CHUNKS += r"| [\s\S]{2}|[\s\S]{2} |[\s\S]{2}|[\s\S]"
+COUNTED_CHUNKS = 2 ** 19  # different ones that are counted at a time; pydocs has 7,400 of them, Chinese text far more
 
 
 def load_tokenizer(source):
@@ -218,12 +226,43 @@ def train_hybrid(texts, vocab_size):
     return tokenizer
 
 
-TRAINERS = {"bpe": train_bpe, "hybrid": train_hybrid}
+def train_chunk(texts, vocab_size):
+    """i3's tokenizer: lowercase text in chunks of two or three characters. Special tokens, the most frequent characters, in at most
+    a quarter of the vocabulary, and the most frequent chunks. A chunk in the vocabulary is one token, any other is spelled by
+    characters, and a character that is not there is <|unk|>. Text with few different chunks gives a smaller vocabulary."""
+    lowercase, cut, most = normalizers.Lowercase(), re.compile(CHUNKS), max(COUNTED_CHUNKS, 4 * vocab_size)
+    characters, chunks = Counter(), Counter()
+    for text in texts:
+        for i in range(0, len(text), PIECE):  # the list of a long document's chunks would take 30 times its size
+            piece = lowercase.normalize_str(text[i:i + PIECE])
+            characters.update(piece)
+            chunks.update(cut.findall(piece))
+            if len(chunks) > most:  # the rarer half goes, of equal ones the later: the same every time
+                chunks = Counter(dict(chunks.most_common(most // 2)))
+
+    def by_rank(counts):
+        return sorted(counts, key=lambda x: (-counts[x], x))
+    vocab = [*SPECIAL_TOKENS, *by_rank(characters)[:vocab_size // 4], *(c for c in by_rank(chunks) if len(c) > 1)][:vocab_size]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, [], ignore_merges=True, unk_token="<|unk|>"))
+    tokenizer.normalizer = lowercase
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(CHUNKS), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(added_tokens())
+    return tokenizer
+
+
+TRAINERS = {"bpe": train_bpe, "hybrid": train_hybrid, "chunk": train_chunk}
 
 
 def vocabulary_size(tokenizer):
     """One more than the highest id: a tokenizer from elsewhere may leave ids unused."""
     return 1 + max(tokenizer.get_vocab().values())
+
+
+def unknown_id(tokenizer):
+    """The token id that stands for text outside the vocabulary; None if the tokenizer can spell any text."""
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["unk_id"] if "unk_id" in model else tokenizer.token_to_id(model.get("unk_token") or "")
 
 
 def byte_of_character():
@@ -234,7 +273,11 @@ def byte_of_character():
 
 
 def token_byte_counts(tokenizer):
-    """UTF-8 bytes of text behind each token id, int64 (vocabulary size,); special tokens stand for none."""
+    """UTF-8 bytes of text behind each token id, int64 (vocabulary size,); special tokens stand for none.
+
+    So does <|unk|>: text that a tokenizer cannot spell adds no bytes, which can only raise bits per byte. The text is the
+    normalized one: of İ, which has two bytes, chunk sees i̇, which has three.
+    """
     is_bytes, special = byte_of_character(), {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
     counts = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
     byte_level = '"ByteLevel"' in tokenizer.to_str()
@@ -445,7 +488,8 @@ def scan(source, threshold, sample_bytes, max_tokens):
 def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, max_tokens, total_bytes):
     """Second pass: writes train.<stem>.bin and val.<stem>.bin and returns the source's entry for meta.json."""
     bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
-    splits = {s: dict(file=f"{s}.{stem}.bin", tokens=0, documents=0, bytes=0) for s in ("train", "val")}
+    unknown, normalizer = unknown_id(tokenizer), tokenizer.normalizer
+    splits = {s: dict(file=f"{s}.{stem}.bin", tokens=0, unknown=0, documents=0, bytes=0) for s in ("train", "val")}
     digest = {s: hashlib.sha256() for s in splits}
     out = {s: open(folder / splits[s]["file"], "wb") for s in splits}
     skipped, progress, started, seen = dict.fromkeys(("empty", "not text"), 0), Progress(), time.monotonic(), 0
@@ -470,7 +514,9 @@ def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, max
             count = splits[split]
             if split == "train" and max_tokens and count["tokens"] >= max_tokens:
                 continue
-            count["tokens"], count["documents"], count["bytes"] = count["tokens"] + len(ids) + 2, count["documents"] + 1, count["bytes"] + len(d.utf8)
+            count["tokens"], count["documents"] = count["tokens"] + len(ids) + 2, count["documents"] + 1
+            count["unknown"] += 0 if unknown is None else int(np.count_nonzero(ids == unknown))
+            count["bytes"] += len(normalizer.normalize_str(d.text).encode() if normalizer else d.utf8)  # as token_byte_counts has them
             pieces[split] += [np.array([bos], dtype), ids.astype(dtype), np.array([eos], dtype)]
             seen += len(d.utf8)
             if full():
@@ -489,8 +535,9 @@ def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, max
         out[s].close()
         splits[s] |= dict(file_size=(folder / splits[s]["file"]).stat().st_size, sha256=digest[s].hexdigest())
     train, val, left_out = splits["train"], splits["val"], sum(skipped.values())
+    share = (train["unknown"] + val["unknown"]) / (train["tokens"] + val["tokens"])
     progress.done(f"{source.name:<12} {seen / 1e6:,.1f} MB, {train['documents'] + val['documents']:,} documents: {train['tokens']:,} training and "
-                  f"{val['tokens']:,} validation tokens" + f", {left_out:,} empty ones left out" * bool(left_out))
+                  f"{val['tokens']:,} validation tokens" + f", {share:.2%} unknown" * (unknown is not None) + f", {left_out:,} empty ones left out" * bool(left_out))
     return dict(name=source.name, language=source.language, kind=source.kind, origin=source.origin, budget=max_tokens, skipped=skipped, **splits)
 
 
@@ -509,9 +556,11 @@ def prepare(names, s):
     if reuse and s.vocab_size:
         raise UserError("--vocab_size belongs to a new tokenizer, and --tokenizer names an existing one")
     vocab_size = 0 if reuse else s.vocab_size or DEFAULT_VOCAB[s.tokenizer]
-    least = len(SPECIAL_TOKENS) + 256
+    least, why = len(SPECIAL_TOKENS) + 256, "the special tokens and the bytes alone are"
+    if s.tokenizer == "chunk":
+        least, why = 4 * 71, "a quarter of it is for single characters, and ASCII without capitals has 71 of them; take at least"
     if not reuse and vocab_size < least:
-        raise UserError(f"--vocab_size={vocab_size} is too small: the special tokens and the bytes alone are {least}")
+        raise UserError(f"--vocab_size={vocab_size} is too small: {why} {least}")
 
     folder = Path(s.out_dir) / (s.name or corpus_name(names, s.tokenizer, vocab_size))
     asked = dict(sources=[dict(name=x.name, language=x.language, kind=x.kind, **x.origin) for x in sources],
@@ -595,7 +644,7 @@ def main(argv):
     meta = read_meta(folder)
     files = [x[split]["file"] for x in meta["sources"] for split in ("train", "val")]
     made = meta["settings"]  # name the model that this kind of vocabulary is for, and its size where it is not the default
-    model = {"bpe": " --model=ivme", "hybrid": " --model=tinymemory"}.get(made["tokenizer"], "")
+    model = {"bpe": " --model=ivme", "hybrid": " --model=tinymemory", "chunk": " --model=i3"}.get(made["tokenizer"], "")
     size = f" --vocab_size={meta['vocab_size']}" if model and made["vocab_size"] != DEFAULT_VOCAB[made["tokenizer"]] else ""
     print(f"wrote {folder}: {' '.join([*files[:6], *['...'] * (len(files) > 6)])} tokenizer.json meta.json        "
           f"next: python train.py{model} --data={folder}{size}")

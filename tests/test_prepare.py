@@ -7,9 +7,11 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +23,11 @@ from hypothesis import example, given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import prepare
-from conftest import ROOT, command
+from conftest import ROOT, command, run_train
 from prepare import Settings, UserError
 
-KINDS = {"bpe": 1000, "hybrid": 900}  # tokenizer -> size of its vocabulary here
+KINDS = {"bpe": 1000, "hybrid": 900, "chunk": 1100}  # tokenizer -> size of its vocabulary here
+LOSSLESS = ["bpe", "hybrid"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPECIAL = list(prepare.SPECIAL_TOKENS)
 properties = settings(deadline=None, max_examples=150)
@@ -68,7 +71,8 @@ def split_ids(folder, split, source=0):
     documents = np.split(ids, starts)
     assert len(documents.pop(0)) == 0  # nothing before the first <|bos|>
     for d in documents:
-        assert d[-1] == tokenizer.token_to_id("<|eos|>") and np.count_nonzero(d < len(SPECIAL)) == 2
+        special = d[(d < len(SPECIAL)) & (d != tokenizer.token_to_id("<|unk|>"))]
+        assert d[-1] == tokenizer.token_to_id("<|eos|>") and len(special) == 2
     return tokenizer, ids, documents
 
 
@@ -100,13 +104,28 @@ def prepared(request, corpus):
 
 
 @pytest.fixture(scope="session")
-def tokenizer(prepared):
-    return prepare.load_tokenizer(str(prepared / "tokenizer.json"))
+def tokenizers(corpus):
+    """Each kind's tokenizer and its fast encoder."""
+    trained = {kind: prepare.load_tokenizer(str(corpus[0] / "data" / kind / "tokenizer.json")) for kind in KINDS}
+    return {kind: (tokenizer, prepare.fast_encoder(tokenizer)) for kind, tokenizer in trained.items()}
 
 
 @pytest.fixture(scope="session")
-def fast(tokenizer):
-    return prepare.fast_encoder(tokenizer)
+def tokenizer(prepared, tokenizers):
+    return tokenizers[prepared.name][0]
+
+
+@pytest.fixture(scope="session")
+def fast(prepared, tokenizers):
+    return tokenizers[prepared.name][1]
+
+
+def normalized(tokenizer, text):
+    return tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+
+
+def size(texts):
+    return sum(len(t.encode()) for t in texts)
 
 
 def byte_level(merges, alphabet=ALPHABET, words=(), **options):
@@ -134,7 +153,9 @@ def library_ids(tokenizer, text):
 @given(text=TEXT)
 @example(text="<|bos|>")
 @example(text="a<|eos|>b <|pad|><|user|>")
-def test_decoding_gives_back_any_text_and_no_text_makes_a_special_token(text, tokenizer, fast):
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_decoding_gives_back_any_text_and_no_text_makes_a_special_token(text, kind, tokenizers):
+    tokenizer, fast = tokenizers[kind]
     ids = fast([text])[0].tolist()
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode(library_ids(tokenizer, text)) == text
@@ -228,7 +249,8 @@ def test_truncation_and_padding_in_a_tokenizer_file_do_not_cut_or_pad_documents(
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=20, pad_token="<|pad|>")
     tokenizer, texts = loaded(tokenizer), [document(0), "a", document(1)]
-    assert [tokenizer.decode(a.tolist(), skip_special_tokens=False) for a in prepare.fast_encoder(tokenizer)(texts)] == texts
+    decoded = [tokenizer.decode(a.tolist(), skip_special_tokens=False) for a in prepare.fast_encoder(tokenizer)(texts)]
+    assert decoded == [normalized(tokenizer, t) for t in texts]
 
 
 def test_bpe_learns_from_a_document_without_spaces_in_seconds():
@@ -237,7 +259,7 @@ def test_bpe_learns_from_a_document_without_spaces_in_seconds():
     assert time.process_time() - started < 8
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSLESS)
 def test_vocabulary_has_special_tokens_then_bytes_and_the_size_asked_for(kind, corpus):
     vocab = prepare.load_tokenizer(str(corpus[0] / "data" / kind / "tokenizer.json")).get_vocab()
     tokens = sorted(vocab, key=vocab.get)
@@ -250,6 +272,144 @@ def test_hybrid_spells_every_word_that_is_not_in_its_vocabulary(corpus):
     assert tokenizer.token_to_id("Ġself") and len(library_ids(tokenizer, " self")) == 1
     assert not tokenizer.token_to_id("Ġselfesteem") and len(library_ids(tokenizer, " selfesteem")) == len(" selfesteem")
 
+
+# ---- chunk
+
+def greedy(text):
+    """The rule of the chunks as a loop."""
+    i = 0
+    while i < len(text):
+        three = text[i:i + 3]
+        whole = len(three) == 3 and (three in prepare.TRIGRAMS or three[0] == " " or three[2] == " ")
+        yield three if whole else three[:2]
+        i += 3 if whole else 2
+
+
+def spelled(text, vocab):
+    """Lowercase text in chunks, those outside the vocabulary in characters."""
+    return [t for chunk in greedy(text) for t in ([chunk] if chunk in vocab else chunk)]
+
+
+def cut(tokenizer, text):
+    return [chunk for chunk, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
+@pytest.fixture(scope="session")
+def few(corpus):
+    """A chunk tokenizer of 300 tokens: it knows 75 characters."""
+    tokenizer = loaded(prepare.train_chunk([(ROOT / "prepare.py").read_text()], 300))
+    return tokenizer, prepare.fast_encoder(tokenizer), prepare.token_byte_counts(tokenizer)
+
+
+CHUNKY = st.lists(st.sampled_from([*prepare.TRIGRAMS, *TRICKY, *"thei  \n"]), max_size=30).map("".join)
+
+
+@properties
+@given(text=st.one_of(TEXT, CHUNKY))
+@example(text="\r\n the\n  \n\n x\u2028y")
+def test_chunks_are_what_a_greedy_loop_cuts(text, few):
+    assert cut(few[0], text) == re.findall(prepare.CHUNKS, text) == list(greedy(text))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.name)
+def test_chunks_of_real_text_are_what_a_greedy_loop_cuts(path, few):
+    text = path.read_text().lower()
+    assert cut(few[0], text) == re.findall(prepare.CHUNKS, text) == list(greedy(text))
+    assert len(list(greedy(text))) < len(text) / 2.2
+
+
+@properties
+@given(text=st.one_of(TEXT, CHUNKY))
+@example(text="ab☃cd ☃☃☃☃ the☃")
+@example(text="<|EOS|> <|eos|> <|Unk|>")
+@example(text="\u0130vme \u1e9e \u03a3")
+def test_chunk_loses_a_character_that_it_does_not_know_and_nothing_else(text, few):
+    tokenizer, fast, counts = few
+    vocab, lower = tokenizer.get_vocab(), normalized(tokenizer, text)
+    tokens, ids = spelled(lower, vocab), fast([text])[0].tolist()
+    assert ids == library_ids(tokenizer, text) == [vocab.get(t, vocab["<|unk|>"]) for t in tokens]
+    assert tokenizer.decode(ids) == "".join(t for t in tokens if t in vocab)
+    assert {i for i in ids if i < len(SPECIAL)} <= {vocab["<|unk|>"]}
+    assert counts[ids].sum() + size(t for t in tokens if t not in vocab) == size([lower])
+
+
+def test_chunk_keeps_the_rest_of_a_chunk_with_an_unknown_character(few):
+    tokenizer, fast, _ = few
+    ids = fast(["ab☃cd"])[0].tolist()
+    assert ids.count(tokenizer.token_to_id("<|unk|>")) == 1 and tokenizer.decode(ids) == "abcd"
+
+
+@pytest.mark.parametrize("text", ["<|eos|>", "<|EOS|>", "a<|Bos|><|UNK|>b"])
+def test_chunk_spells_what_looks_like_a_special_token(text, tokenizers):
+    tokenizer, fast = tokenizers["chunk"]
+    ids = fast([text])[0].tolist()
+    assert min(ids) >= len(SPECIAL) and tokenizer.decode(ids) == text.lower()
+
+
+def test_chunk_counts_each_tokens_own_bytes():
+    tokenizer = loaded(prepare.train_chunk(["Ġab Ċ Ã© <0x0A> \\n ▁x ##y '' \"\" \x00\t\r\n  Łódź 中文 \U0001f600"], 300))
+    counts, vocab = prepare.token_byte_counts(tokenizer), tokenizer.get_vocab()
+    assert any(t[0] == " " for t in vocab) and any(t[-1] == " " for t in vocab) and len(counts) == len(vocab)
+    for token, i in vocab.items():
+        assert (counts[i], tokenizer.decode([i])) == ((0, "") if token in SPECIAL else (len(token.encode()), token))
+
+
+def test_chunk_vocabulary_is_special_tokens_the_commonest_characters_and_the_commonest_chunks():
+    rng = random.Random(0)
+    texts = [document(i) + "".join(chr(int(0x4e00 + rng.expovariate(0.01))) for _ in range(20)) for i in range(400)]
+    lower = [normalizers.Lowercase().normalize_str(t) for t in texts]
+    characters, chunks = collections.Counter("".join(lower)), collections.Counter(c for t in lower for c in greedy(t) if len(c) > 1)
+    assert len(characters) > 150
+
+    def rank(counts):
+        return sorted(counts, key=lambda k: (-counts[k], k))
+    for n in (400, 700):
+        tokenizer = prepare.train_chunk(texts, n)
+        vocab = tokenizer.get_vocab()
+        assert sorted(vocab, key=vocab.get) == [*SPECIAL, *rank(characters)[:n // 4], *rank(chunks)][:n]
+        assert tokenizer.to_str() == prepare.train_chunk(texts, n).to_str()
+    everything = prepare.train_chunk(texts, 35_560).get_vocab()  # more than there is
+    assert everything.keys() == {*SPECIAL, *characters, *chunks} and sorted(everything.values()) == list(range(len(everything)))
+
+
+def test_chunk_counts_in_bounded_memory_and_still_finds_what_is_frequent(monkeypatch):
+    monkeypatch.setattr(prepare, "COUNTED_CHUNKS", 2000)
+    rng = random.Random(0)
+    texts = [t for _ in range(100) for t in (" some words again", "".join(chr(rng.randrange(0x4e00, 0x9fff)) for _ in range(3000)))]
+    tracemalloc.start()
+    vocab = prepare.train_chunk(texts, 400).get_vocab()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert {*greedy(" some words again")} <= vocab.keys() and len(vocab) == 400
+    assert peak < 8e6  # counting all 150,000 different chunks would take 30 MB
+
+
+def test_unknown_characters_are_counted_and_shown(tmp_path, capsys):
+    texts = [document(i) + chr(0x4e00 + i) for i in range(200)]  # more characters than a vocabulary of 300 takes
+    folder, meta = run(write_jsonl(tmp_path / "x.jsonl", texts), tmp_path / "data", tokenizer="chunk", val_fraction=0.3)
+    source, unknown, tokens = meta["sources"][0], 0, 0
+    tokenizer = prepare.load_tokenizer(str(folder / "tokenizer.json"))
+    for split in ("train", "val"):
+        ids = np.fromfile(folder / source[split]["file"], "<u2")
+        assert source[split]["unknown"] == np.count_nonzero(ids == tokenizer.token_to_id("<|unk|>")) > 0
+        assert source[split]["bytes"] > size(texts_of(folder, split))
+        unknown, tokens = unknown + source[split]["unknown"], tokens + len(ids)
+    assert source["train"]["bytes"] + source["val"]["bytes"] == size(normalized(tokenizer, t) for t in texts)
+    assert f" validation tokens, {unknown / tokens:.2%} unknown\n" in capsys.readouterr().out
+    run(tmp_path / "x.jsonl", tmp_path / "data")
+    assert "unknown" not in capsys.readouterr().out
+
+
+def test_a_run_on_text_of_unknown_characters_alone_ends_well(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded(prepare.train_chunk(["a b c"], 300)).save("few.json")
+    run(write_jsonl(Path("x.jsonl"), [chr(0x4e00 + i) * 100 for i in range(30)]), "data", tokenizer="few.json", name="unknown")
+    assert run_train("--data=unknown", "--out=run") == 0  # no bytes: bits per byte are not a number
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert rows and all(np.isfinite(r["train_loss"]) and np.isnan(r["train_bits_per_byte"]) for r in rows if "train_loss" in r)
+
+
+# ---- the sample
 
 def test_a_tokenizer_learns_from_training_text_alone(tmp_path):
     for i in range(10):  # two documents: here the split moves up to the lower hash, and the sample must follow
@@ -304,9 +464,9 @@ def test_meta_counts_are_those_of_the_files(prepared, tokenizer):
         for split in ("train", "val"):
             raw = (prepared / s[split]["file"]).read_bytes()
             _, ids, documents = split_ids(prepared, split, i)
-            recount = dict(file=f"{split}.{i}-{s['name']}.bin", tokens=len(ids), documents=len(documents), bytes=sum(len(t.encode()) for t in texts_of(prepared, split, i)),
+            recount = dict(file=f"{split}.{i}-{s['name']}.bin", tokens=len(ids), unknown=0, documents=len(documents), bytes=size(texts_of(prepared, split, i)),
                            file_size=len(raw), sha256=hashlib.sha256(raw).hexdigest())
-            assert s[split] == recount and len(documents) > 0
+            assert s[split] == recount and len(documents) > 0 and tokenizer.token_to_id("<|unk|>") not in ids
             assert counts[ids].sum() == recount["bytes"]
 
 
@@ -321,9 +481,11 @@ def test_files_hold_what_the_library_encodes_in_the_sources_order(corpus):
             ids = [tokenizer.token_to_id("<|bos|>"), *library_ids(tokenizer, text), tokenizer.token_to_id("<|eos|>")]
             assert ids == (train if train and train[0] == ids else val).popleft()
         assert not train and not val
+        source = prepare.read_meta(root / "data" / kind)["sources"][1]
+        assert source["train"]["bytes"] + source["val"]["bytes"] == size(normalized(tokenizer, t) for t in texts)
 
 
-def test_nanogpts_loader_reads_the_files(prepared):
+def test_nanogpts_loader_reads_the_files(prepared, tokenizer):
     # nanoGPT's get_batch, in numpy
     data = np.memmap(prepared / "train.0-pydocs.bin", dtype=np.uint16, mode="r")
     ix = np.random.default_rng(0).integers(len(data) - 64, size=(12,))
@@ -331,7 +493,7 @@ def test_nanogpts_loader_reads_the_files(prepared):
     y = np.stack([data[i + 1:i + 1 + 64].astype(np.int64) for i in ix])
     ids = split_ids(prepared, "train")[1]
     assert all(np.array_equal(row, ids[i:i + 64]) for i, row in zip(ix, x)) and np.array_equal(x[:, 1:], y[:, :-1])
-    assert "".join(texts_of(prepared, "train")).startswith(next(prepare.pydocs().documents())[:1000])
+    assert "".join(texts_of(prepared, "train")).startswith(normalized(tokenizer, next(prepare.pydocs().documents())[:1000]))
 
 
 # ---------------------------------------------------------------------------------------------------- the split
@@ -384,7 +546,7 @@ def test_a_short_text_file_gives_validation_text(tmp_path):
 
 def test_val_fraction_0_gives_no_validation_text(tmp_path):
     _, meta = run(write_jsonl(tmp_path / "x.jsonl", map(document, range(50))), tmp_path, val_fraction=0.0)
-    assert meta["sources"][0]["val"] == dict(file="val.0-x.bin", tokens=0, documents=0, bytes=0, file_size=0, sha256=hashlib.sha256().hexdigest())
+    assert meta["sources"][0]["val"] == dict(file="val.0-x.bin", tokens=0, unknown=0, documents=0, bytes=0, file_size=0, sha256=hashlib.sha256().hexdigest())
     assert meta["sources"][0]["train"]["documents"] == 50
 
 
@@ -551,6 +713,7 @@ def test_every_name_is_a_source_with_language_and_kind(tmp_path):
 
 
 @pytest.mark.parametrize("given, name", [(dict(vocab_size=16_384), "x-bpe"), (dict(vocab_size=300), "x-bpe-300"), (dict(tokenizer="hybrid", vocab_size=2111), "x-hybrid"),
+                                         (dict(tokenizer="chunk", vocab_size=4466), "x-chunk"), (dict(tokenizer="chunk", vocab_size=35_560), "x-chunk-35560"),
                                          (dict(name="mine"), "mine")])
 def test_folder_is_named_after_text_and_tokenizer(given, name, tmp_path):
     folder, _ = run(write_jsonl(tmp_path / "x.jsonl", map(document, range(30))), tmp_path / "data", **given)
