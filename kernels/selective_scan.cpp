@@ -537,4 +537,75 @@ TORCH_LIBRARY(selective_scan_cpu, m) {
   m.def("exp_only(int rounds) -> int", exp_only);
 }
 
+#else  // WITH_CUDA: the kernels are in selective_scan.cu; here tensors become pointers
+
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+// The inputs as the kernels want them: contiguous, the activations of one type, states and parameters fp32
+struct Inputs {
+  Tensor u, delta, A, B, C, D, h0, reset;
+  ScanArgs args{};
+
+  Inputs(const Tensor &u_, const Tensor &delta_, const Tensor &A_, const Tensor &B_, const Tensor &C_, const optional<Tensor> &D_,
+         const optional<Tensor> &h0_, const optional<Tensor> &reset_) {
+    at::ScalarType type = u_.scalar_type();
+    for (const Tensor &x : {delta_, B_, C_}) type = at::promoteTypes(type, x.scalar_type());
+    TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "selective_scan takes float32, bfloat16 or float16, not ", type);
+    auto as = [](const Tensor &x, at::ScalarType t) { return x.to(t).contiguous(); };
+    u = as(u_, type), delta = as(delta_, type), B = as(B_, type), C = as(C_, type), A = as(A_, at::kFloat);
+    if (D_) D = as(*D_, at::kFloat);
+    if (h0_) h0 = as(*h0_, at::kFloat);
+    if (reset_) reset = reset_->contiguous();
+    args.type = type == at::kFloat ? ScanType::f32 : type == at::kBFloat16 ? ScanType::bf16 : ScanType::f16;
+    args.batch = u.size(0), args.T = u.size(1), args.channels = u.size(2), args.N = A.size(1);
+    args.u = u.const_data_ptr(), args.delta = delta.const_data_ptr(), args.B = B.const_data_ptr(), args.C = C.const_data_ptr();
+    args.A = A.const_data_ptr<float>();
+    args.D = D_ ? D.const_data_ptr<float>() : nullptr;
+    args.h0 = h0_ ? h0.const_data_ptr<float>() : nullptr;
+    args.reset = reset_ ? (const uint8_t *)reset.const_data_ptr() : nullptr;
+    args.stream = c10::cuda::getCurrentCUDAStream(u.device().index()).stream();
+  }
+  Tensor fp32(at::IntArrayRef shape) const { return at::empty(shape, A.options()); }
+};
+
+static void succeed(const char *error) { TORCH_CHECK(!error, "selective_scan: ", error); }
+
+std::tuple<Tensor, Tensor, Tensor> scan_forward(const Tensor &u, const Tensor &delta, const Tensor &A, const Tensor &B, const Tensor &C,
+                                                const optional<Tensor> &D, const optional<Tensor> &h0, const optional<Tensor> &reset, bool save) {
+  const c10::cuda::CUDAGuard guard(u.device());
+  Inputs in(u, delta, A, B, C, D, h0, reset);
+  ScanArgs &a = in.args;
+  Tensor y = at::empty_like(in.u), last = in.fp32({a.batch, a.channels, a.N});
+  Tensor checkpoints = in.fp32({a.batch, save ? (a.T + CHUNK - 1) / CHUNK : 0, a.N, a.channels});
+  a.y = y.data_ptr(), a.last = last.data_ptr<float>(), a.checkpoints = save ? checkpoints.data_ptr<float>() : nullptr;
+  succeed(scan_forward_cuda(a));
+  return {y.to(u.scalar_type()), last, checkpoints};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
+    const Tensor &dy_, const optional<Tensor> &dlast_, const Tensor &u, const Tensor &delta, const Tensor &A, const Tensor &B, const Tensor &C,
+    const optional<Tensor> &D, const optional<Tensor> &reset, const Tensor &checkpoints) {
+  const c10::cuda::CUDAGuard guard(u.device());
+  Inputs in(u, delta, A, B, C, D, std::nullopt, reset);
+  ScanArgs &a = in.args;
+  const Tensor dy = dy_.to(in.u.scalar_type()).contiguous();
+  const optional<Tensor> dlast = dlast_ ? optional<Tensor>(dlast_->to(at::kFloat).contiguous()) : std::nullopt;
+  Tensor du = at::empty_like(in.u), ddelta = at::empty_like(in.u), dA = in.fp32({a.channels, a.N}), dB = in.fp32(B.sizes()), dC = in.fp32(C.sizes());
+  Tensor dD = in.fp32({a.channels}), dh0 = in.fp32({a.batch, a.channels, a.N});
+  Tensor workspace = at::empty({scan_backward_workspace(a.batch, a.T, a.channels, a.N)}, A.options().dtype(at::kByte));
+  a.dy = dy.const_data_ptr(), a.dlast = dlast ? dlast->const_data_ptr<float>() : nullptr;
+  a.checkpoints = (float *)checkpoints.const_data_ptr<float>();
+  a.du = du.data_ptr(), a.ddelta = ddelta.data_ptr(), a.dA = dA.data_ptr<float>(), a.dB = dB.data_ptr<float>(), a.dC = dC.data_ptr<float>();
+  a.dD = dD.data_ptr<float>(), a.dh0 = dh0.data_ptr<float>(), a.workspace = workspace.data_ptr();
+  succeed(scan_backward_cuda(a));
+  return {du.to(u.scalar_type()), ddelta.to(delta.scalar_type()), dA, dB.to(B.scalar_type()), dC.to(C.scalar_type()), dD, dh0};
+}
+
+TORCH_LIBRARY(selective_scan_cuda, m) {
+  m.def("forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? h0, Tensor? reset, bool save) -> (Tensor, Tensor, Tensor)", scan_forward);
+  m.def("backward(Tensor dy, Tensor? dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? reset, Tensor checkpoints) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", scan_backward);
+}
+
 #endif

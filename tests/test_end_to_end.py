@@ -80,6 +80,30 @@ def test_a_run_killed_five_times_and_resumed_is_the_uninterrupted_run_to_the_bit
             assert same_tensors(a[key], b[key]), (name, key)
 
 
+SMALL_I3 = [*(f for f in SMALL if not f.startswith("--d_ff")), "--model=i3", "--vocab_size=600", "--data=pydocs-hybrid", "--d_state=4", "--delta_rank=4", "--ffn_rank=8",
+            "--head_rank=16"]
+
+
+def test_i3_killed_and_resumed_is_the_uninterrupted_run_to_the_bit(workdir):
+    finish(command(ROOT / "train.py", *SMALL_I3, "--out=whole"))
+    finish(command("-c", KILL_WHILE_SAVING, 2, "within", *SMALL_I3, "--out=killed"), -signal.SIGKILL)
+    finish(command(ROOT / "train.py", "--resume", "--out=killed"))
+    assert metrics(workdir / "killed") == metrics(workdir / "whole")
+    a, b = (train.read_checkpoint(workdir / run / "ckpt.pt") for run in ("killed", "whole"))
+    assert all(same_tensors(a[key], b[key]) for key in ("model", "ema", "optimizer"))
+
+
+@pytest.mark.parametrize("shape", [(), ("--n_attention=1", "--d_inner=48", "--ffn_rank=0", "--head_rank=0", "--optimizer=muon")], ids=["hybrid", "attention"])
+def test_i3_trains_and_samples_without_a_compiler(shape, workdir):
+    env = dict(PATH="", TORCH_EXTENSIONS_DIR=str(workdir / "nothing"))
+    for words in ([ROOT / "train.py", *SMALL_I3, *shape, "--out=run"], [ROOT / "sample.py", "--ckpt=run/best.pt", "--prompt=def ", "--max_new_tokens=200", "--device=cpu"]):
+        process = command(*words, **env)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-3000:]
+        assert err.splitlines() == ["kernels      there is no C++ compiler (c++), so the selective scan runs in PyTorch, several times slower"]
+    assert out.startswith("def ")
+
+
 def test_a_run_killed_before_its_first_checkpoint_resumes_from_its_recorded_settings(workdir):
     finish(command("-c", KILL_WHILE_SAVING, 1, "within", *SMALL, "--vocab_size=600", "--data=pydocs-hybrid", "--seed=7", "--out=early"), -signal.SIGKILL)
     assert not (workdir / "early/ckpt.pt").exists()

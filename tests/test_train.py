@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import i3
 import ivme
 import prepare
 import tinymemory
@@ -167,19 +168,22 @@ def test_muon_treats_the_parts_of_a_fused_matrix_as_matrices_of_their_own():
     assert torch.allclose(fused, torch.cat(parts), atol=1e-6)
 
 
-@pytest.mark.parametrize("module", [ivme, tinymemory])
+@pytest.mark.parametrize("module, shape", [(ivme, {}), (tinymemory, {}), (i3, {}), (i3, dict(n_attention=1, d_inner=528, ffn_rank=0, head_rank=0))],
+                         ids=["ivme", "tinymemory", "i3", "i3-80m"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_every_parameter_is_updated_by_exactly_one_optimizer(module, optimizer):
-    model = module.Model(replace(module.Config(), n_layer=1, vocab_size=300))
+def test_every_parameter_is_updated_by_exactly_one_optimizer(module, shape, optimizer):
+    model = module.Model(replace(module.Config(), n_layer=1, vocab_size=300, **shape))
     o = train.Optimizers(model, train.Settings(optimizer=optimizer), torch.float32)
     by_muon = {id(p) for p in o.muon.params} if o.muon else set()
     by_adamw = [id(p) for g in o.adamw.param_groups for p in g["params"]]
     assert not by_muon & set(by_adamw) and by_muon | set(by_adamw) == {id(p) for p in model.parameters()} and len(by_adamw) == len(set(by_adamw))
     assert bool(by_muon) == (optimizer == "muon")
     names = {id(p): n for n, p in model.named_parameters()}
-    assert all(".attn." in names[i] or ".ffn." in names[i] for i in by_muon)
+    tables = ("A_log", "mix")  # two dimensions, but no maps
+    assert all(any(part in names[i] for part in (".attn.", ".mixer.", ".ffn.")) and not names[i].endswith(tables) for i in by_muon)
+    assert not by_muon or all(id(p) in by_muon for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2 and not n.endswith(tables))
     for group in o.adamw.param_groups:  # vectors are not decayed
-        assert all((group["weight_decay"] == 0) == names[id(p)].endswith("norm.weight") for p in group["params"])
+        assert all((group["weight_decay"] == 0) == (p.ndim == 1 or names[id(p)].endswith(tables)) for p in group["params"])
 
 
 def test_a_parameter_no_role_names_is_an_error():
@@ -378,6 +382,14 @@ def test_the_ivme_preset_is_its_cards_recipe_to_the_number():
     assert (s.optimizer, s.muon_lr, s.lr, s.weight_decay, s.grad_clip, s.ema_beta, s.schedule, s.final_lr_fraction) == ("muon", 0.02, 3e-4, 0.1, 1.0, 0.999, "wsd", 0.0)
     assert (s.data, s.tokenizer, s.order, s.block_size) == ("ivme", "bpe", "sequential", 1024)
     assert (cfg.n_layer, cfg.d_model, cfg.d_ff, cfg.n_head, cfg.n_kv_head, cfg.context_length, cfg.vocab_size) == (10, 384, 1024, 6, 2, 1024, 16_384)
+
+
+def test_the_i3_presets_are_their_cards_recipes():
+    for preset, data, tokenizer, lr in (("i3", "tinychat", "chunk", 3e-4), ("i3-80m", "i3-80m", "chunk", 3e-4), ("i3-200m", "i3-200m", "bpe", 4e-4)):
+        _, cfg, s, *_ = train.settings_from([f"--model={preset}"])
+        assert (s.data, s.tokenizer, s.optimizer, s.lr, s.schedule, s.grad_clip, s.block_size) == (data, tokenizer, "adamw", lr, "cosine", 1.0, 256)
+        assert (s.final_lr_fraction, s.out) == (0.1, f"out/{preset}") and s.warmup_steps == (25 if preset == "i3-200m" else 100)
+        assert cfg.context_length == 256 and cfg.n_head == 16
 
 
 def test_no_flags_mean_tinymemory_on_pydocs():
