@@ -259,29 +259,29 @@ class I3(nn.Module):
         return {end: role for end, role in table.items() if any(name.endswith(end) for name, _ in self.named_parameters())}
 
     def init_weights(self):
-        """normal(0, 0.02); the projections that write into the residual stream start 1 / sqrt(2 layers) smaller. Biases 0, norms 1.
+        """normal(0, 0.02); the projections that write into the residual stream start 1 / sqrt(2 layers) smaller, and the inner half of a
+        low-rank map keeps the scale of its input, else the product of two small maps learns slowly. Biases 0, norms 1.
 
         The scan starts as Mamba's does: A_log = log(1..N), so that the states of a channel decay at N different speeds; the bias of Δ
-        such that softplus makes it a step of 0.001 to 0.1, evenly over the channels' logarithms; D = 1. The four μ are 1/2: the tokens of
-        now and before weigh the same. r = 1, r_bias = 0. A mixer without an outer map writes into the residual stream
-        through its GroupNorm, whose weight is the one that starts smaller there.
+        such that softplus makes it a step of 0.001 to 0.1, evenly over the channels' logarithms; D = 1. Each μ goes evenly from 0 (the
+        token before) to 1 (this one) over the channels. r = 1, r_bias = 0.
         """
-        c = self.cfg
-        small = 1 / math.sqrt(2 * (c.n_layer + c.n_attention))
+        small = 1 / math.sqrt(2 * len(self.blocks))
         for name, p in self.named_parameters():
-            if name.endswith(".weight") and p.ndim == 2:
+            if name.endswith((".0.weight", "head_down.weight")):
+                nn.init.normal_(p, std=p.size(1) ** -0.5)
+            elif name.endswith(".weight") and p.ndim == 2:
                 writes = name.endswith(("mixer.outer.weight", "out.weight", "ffn.down.weight", "ffn.down.1.weight"))
                 nn.init.normal_(p, std=0.02 * small if writes else 0.02)
             else:
-                ones = name.endswith(("norm.weight", "mixer.norm_weight", "mixer.r", "mixer.D"))
-                nn.init.constant_(p, 1.0 if ones else 0.5 if name.endswith("mixer.mix") else 0.0)
-        for mixer in (b.mixer for b in self.blocks if isinstance(b.mixer, Mixer)):
-            with torch.no_grad():
-                mixer.A_log.copy_(torch.arange(1, c.d_state + 1).float().log().expand_as(mixer.A_log))
-                step = torch.logspace(-3, -1, mixer.D.numel())[torch.randperm(mixer.D.numel())]
-                mixer.delta_up.bias.copy_(step.expm1().log())  # softplus^-1
-                if not c.d_inner:
-                    mixer.norm_weight.fill_(small)
+                nn.init.constant_(p, 1.0 if name.endswith(("norm.weight", "mixer.norm_weight", "mixer.r", "mixer.D")) else 0.0)
+        with torch.no_grad():
+            for mixer in (b.mixer for b in self.blocks if isinstance(b.mixer, Mixer)):
+                N, channels, d = mixer.A_log.size(1), mixer.D.numel(), mixer.mix.size(1)
+                mixer.A_log.copy_(torch.arange(1, N + 1).float().log().expand(channels, N))
+                mixer.delta_up.bias.copy_(torch.logspace(-3, -1, channels)[torch.randperm(channels)].expm1().log())  # softplus^-1
+                for mix in mixer.mix:
+                    mix.copy_(torch.linspace(0, 1, d)[torch.randperm(d)])
 
     @property
     def n_params(self):
