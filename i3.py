@@ -97,7 +97,7 @@ class Mixer(nn.Module):
         u = self.inner(u)  # (B, T, channels)
         y = self.scanned(u, δ, b, c, state) if self.scan else u
         if state is not None:
-            state.x.copy_(x[:, -1:])
+            state.x.copy_(x[:, -1:].detach())
         y = F.group_norm(y.flatten(0, 1), self.n_head, self.norm_weight, self.norm_bias, self.eps).view_as(y)
         return self.outer(y * torch.addcmul(self.r_bias, self.r, u).sigmoid())
 
@@ -110,7 +110,7 @@ class Mixer(nn.Module):
         if u.size(1) == 1:
             return selective_scan_step(state.h, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], self.D)[:, None]
         y, h = selective_scan(u, delta, A, B, C, self.D, h0=state.h, return_state=True)
-        state.h.copy_(h)
+        state.h.copy_(h.detach())
         return y
 
 

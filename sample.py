@@ -2,7 +2,8 @@
 
 One sample is shown as it is generated, several are generated together and shown when all are done. Tokens are decoded through
 the model's cache, one at a time. Beyond the model's context generation goes on: when the context is full, its second half is
-read anew and the first is forgotten, as Model.generate does. The same seed gives the same text on the same kind of device.
+read anew and the first is forgotten, as Model.generate does; a model without attention keeps its state and has no such end. The
+same seed gives the same text on the same kind of device.
 """
 import math
 import sys

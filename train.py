@@ -32,7 +32,7 @@ from prepare import UserError, nearest, parse_flags, run_tool
 
 @dataclass
 class Settings:
-    model: str = "tinymemory"  # preset of an architecture file: tinymemory, ivme, or one of your own
+    model: str = "tinymemory"  # preset of an architecture file: tinymemory, ivme, i3, i3-80m, i3-200m, or one of your own
     data: str = ""  # prepared folders, or names under data/, as NAME or NAME:WEIGHT,NAME:WEIGHT; empty: the recipe's
     tokenizer: str = "bpe"  # tokenizer that a bare name in --data means: pydocs with hybrid is data/pydocs-hybrid
     out: str = ""  # folder of the run; empty: out/MODEL

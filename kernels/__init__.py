@@ -134,5 +134,5 @@ def selective_scan_step(h, u, delta, A, B, C, D=None):
     u, delta (batch, channels), A (channels, N), B, C (batch, N), D (channels,) or None: the same arithmetic as selective_scan.
     """
     dtype, tensors = u.dtype, [x if x is None else x.detach().to(h.dtype).contiguous() for x in (u, delta, A, B, C, D)]
-    kernels = implementation(h)
-    return (kernels if hasattr(kernels, "step") else reference).step(h, *tensors).to(dtype)
+    kernels = reference if h.is_cuda else implementation(h)  # a GPU gains nothing from a kernel of its own for so little
+    return kernels.step(h, *tensors).to(dtype)

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import i3
 import ivme
 import prepare
 import sample
@@ -31,16 +32,16 @@ def test_its_two_commands_stand_there_word_for_word():
 
 
 def test_every_flag_it_names_exists():
-    known = {f for tool in (prepare, train, sample) for f in tool.Settings.__dataclass_fields__} | {f for m in (ivme, tinymemory) for f in m.Config.__dataclass_fields__}
+    known = {f for tool in (prepare, train, sample) for f in tool.Settings.__dataclass_fields__} | {f for m in (i3, ivme, tinymemory) for f in m.Config.__dataclass_fields__}
     elsewhere = {"index-url", "nproc_per_node", "help", "no-ema"}
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README))
     assert len(named) > 20 and named <= known | elsewhere, named - known - elsewhere
 
 
 def test_its_table_of_models_is_that_of_the_code():
-    for module in (ivme, tinymemory):
+    for module in (i3, ivme, tinymemory):
         for name, (cfg, _) in module.PRESETS.items():
-            row, = (line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
+            row, = (line for line in README.splitlines() if re.match(rf"\| .*`{name}`.*? \| \[", line))
             for value in (module.Model(cfg).n_params, cfg.context_length, cfg.vocab_size):
                 assert f"{value:,}" in row
 
