@@ -14,7 +14,7 @@
 // The backward pass keeps the state before each chunk, (B, ceil(T / 64), N, channels) in fp32, and goes over the chunks from the
 // last to the first. In each it computes h again, keeping h and exp(delta A) of a few states for the 64 steps, and then runs
 // against time. The gradients of B and C are sums over channels, that is over lanes, tiles and threads: lanes are added with
-// a transposing reduction, 8 states at once; tiles write into a buffer of their own (64 steps long, so it is small), and a
+// a transposing reduction, 4 states at once; tiles write into a buffer of their own (64 steps long, so it is small), and a
 // second parallel loop adds them in the order of the tiles. Which thread does what is never visible in the result.
 //
 // What was tried and did not help, and what it gains over other implementations: see kernels/bench.py and the README.
@@ -60,7 +60,8 @@ template <typename T> using Vec = typename Vector<T>::type;
 template <typename T> constexpr int LANES = VECTOR_BYTES / sizeof(T);
 
 constexpr int VECS = 2;    // vectors of channels in a tile
-constexpr int STATES = 8;  // N is padded to a multiple of it; the backward pass takes that many at a time
+constexpr int STATES = 8;  // N is padded to a multiple of it; so many states of one vector are in registers at a time going forward
+constexpr int BACK = 4;    // and so many states of all vectors of a tile going backward
 template <typename T> constexpr int TILE = VECS * LANES<T>;
 
 template <typename T> inline Vec<T> load(const T *p) {
@@ -112,33 +113,23 @@ template <bool> inline Vec<double> exp2(Vec<double> x) {  // gradient checks onl
   return x;
 }
 
-// sums[s] += the lanes of v[s] added up, for STATES vectors at once
+// sums[s] += the lanes of v[s] added up, for BACK vectors at once
 template <typename T> inline void add_lane_sums(const Vec<T> *v, T *sums) {
-  for (int s = 0; s < STATES; s++)
+  for (int s = 0; s < BACK; s++)
     for (int i = 0; i < LANES<T>; i++) sums[s] += v[s][i];
 }
 #if defined(__AVX2__)
 template <> inline void add_lane_sums<float>(const Vec<float> *v, float *sums) {
-  // 4 x 4 blocks are transposed while they are added: afterwards a 128-bit part holds partial sums of four states
-  Vec<float> four[2];
+  // 4 x 4 blocks are transposed while they are added: every 128-bit part then holds partial sums of the four
 #if defined(__AVX512F__)
-  for (int i = 0; i < 2; i++) {
-    const __m512 a = _mm512_unpacklo_ps(v[4 * i], v[4 * i + 1]) + _mm512_unpackhi_ps(v[4 * i], v[4 * i + 1]);
-    const __m512 b = _mm512_unpacklo_ps(v[4 * i + 2], v[4 * i + 3]) + _mm512_unpackhi_ps(v[4 * i + 2], v[4 * i + 3]);
-    four[i] = _mm512_shuffle_ps(a, b, 0x44) + _mm512_shuffle_ps(a, b, 0xEE);
-  }
-  const __m512 parts = _mm512_shuffle_f32x4(four[0], four[1], 0x44) + _mm512_shuffle_f32x4(four[0], four[1], 0xEE);
-  const __m256 x = _mm512_castps512_ps256(parts), y = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(parts), 1));
+  const __m512 a = _mm512_unpacklo_ps(v[0], v[1]) + _mm512_unpackhi_ps(v[0], v[1]), b = _mm512_unpacklo_ps(v[2], v[3]) + _mm512_unpackhi_ps(v[2], v[3]);
+  const __m512 parts = _mm512_shuffle_ps(a, b, 0x44) + _mm512_shuffle_ps(a, b, 0xEE);
+  const __m256 half = _mm512_castps512_ps256(parts) + _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(parts), 1));
 #else
-  for (int i = 0; i < 2; i++) {
-    const __m256 a = _mm256_unpacklo_ps(v[4 * i], v[4 * i + 1]) + _mm256_unpackhi_ps(v[4 * i], v[4 * i + 1]);
-    const __m256 b = _mm256_unpacklo_ps(v[4 * i + 2], v[4 * i + 3]) + _mm256_unpackhi_ps(v[4 * i + 2], v[4 * i + 3]);
-    four[i] = _mm256_shuffle_ps(a, b, 0x44) + _mm256_shuffle_ps(a, b, 0xEE);
-  }
-  const __m256 x = four[0], y = four[1];
+  const __m256 a = _mm256_unpacklo_ps(v[0], v[1]) + _mm256_unpackhi_ps(v[0], v[1]), b = _mm256_unpacklo_ps(v[2], v[3]) + _mm256_unpackhi_ps(v[2], v[3]);
+  const __m256 half = _mm256_shuffle_ps(a, b, 0x44) + _mm256_shuffle_ps(a, b, 0xEE);
 #endif
-  const __m256 total = _mm256_permute2f128_ps(x, y, 0x20) + _mm256_permute2f128_ps(x, y, 0x31);
-  _mm256_storeu_ps(sums, _mm256_loadu_ps(sums) + total);
+  _mm_storeu_ps(sums, _mm_loadu_ps(sums) + (_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1)));
 }
 #endif
 
@@ -311,49 +302,61 @@ void forward(const Problem<T> &p, const T *h0, const View &out, T *last, T *chec
 
 // ---------------------------------------------------------------------------------------------------- backward
 
-// One vector of channels, STATES states, `steps` steps, all pointers at their first element; rows of the tile are TILE apart.
-// Writes da += sum_n (dh_t h_{t-1} a_t) A log2(e) and dx += sum_n dh_t B, adds dA, dB, dC up, and takes dh from behind the chunk to
-// before it. `hs` and `as` are room for (CHUNK + 1) and CHUNK x STATES vectors.
+// BACK states of a tile over `steps` steps, all pointers at their first element. Writes da += sum_n (dh_t h_{t-1} a_t) A log2(e) and
+// dx += sum_n dh_t B, adds dA, dB and dC up, and takes dh from behind the chunk to before it. `hs` and `as` are room for the h and
+// exp(delta A) of all steps, one more in `hs`.
 template <typename T, Kind KIND>
 void backward_states(int steps, int64_t padded, const T *A, const T *B, const T *C, const uint8_t *reset, const T *dl, const T *x, const T *dy,
-                     const T *h0, T *da, T *dx, T *dh, T *dA, T *dB, T *dC, Vec<T> *hs, Vec<T> *as) {
-  constexpr int S = STATES, W = TILE<T>;
-  Vec<T> state[S];
-  for (int s = 0; s < S; s++) hs[s] = state[s] = load(h0 + s * W);
+                     const T *h0, T *da, T *dx, T *dh, T *dA, T *dB, T *dC, T *hs, T *as) {
+  constexpr int S = BACK, L = LANES<T>, W = TILE<T>;
+  Vec<T> state[S][VECS];
+  for (int s = 0; s < S; s++)
+    for (int v = 0; v < VECS; v++) store(hs + s * W + v * L, state[s][v] = load(h0 + s * W + v * L));
   for (int t = 0; t < steps; t++) {
     const T keep = KIND == RESETS && reset[t] ? T(0) : T(1);
-    const Vec<T> d = load(dl + t * W), in = load(x + t * W);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int s = 0; s < S; s++) {
-      Vec<T> decay = exp2<KIND == PLAIN>(d * load(A + s * W));
-      if (KIND == RESETS) decay *= keep;
-      as[t * S + s] = decay;
-      state[s] = decay * state[s] + in * B[t * padded + s];
-      hs[(t + 1) * S + s] = state[s];
+      const T b = B[t * padded + s];
+#pragma GCC unroll 2
+      for (int v = 0; v < VECS; v++) {
+        Vec<T> decay = exp2<KIND == PLAIN>(load(dl + t * W + v * L) * load(A + s * W + v * L));
+        if (KIND == RESETS) decay *= keep;
+        store(as + (t * S + s) * W + v * L, decay);
+        state[s][v] = decay * state[s][v] + load(x + t * W + v * L) * b;
+        store(hs + ((t + 1) * S + s) * W + v * L, state[s][v]);
+      }
     }
   }
-  Vec<T> grad[S];
-  for (int s = 0; s < S; s++) grad[s] = load(dh + s * W);
+  Vec<T> grad[S][VECS];
+  for (int s = 0; s < S; s++)
+    for (int v = 0; v < VECS; v++) grad[s][v] = load(dh + s * W + v * L);
   for (int t = steps - 1; t >= 0; t--) {
-    const Vec<T> d = load(dl + t * W), in = load(x + t * W), g = load(dy + t * W);
-    Vec<T> by_a = load(da + t * W), by_x = load(dx + t * W), for_B[S], for_C[S];
-#pragma GCC unroll 8
-    for (int s = 0; s < S; s++) {
-      for_C[s] = g * hs[(t + 1) * S + s];
-      grad[s] += g * C[t * padded + s];
-      for_B[s] = grad[s] * in;
-      by_x += grad[s] * B[t * padded + s];
-      grad[s] *= as[t * S + s];  // from here on it is the gradient of h_{t-1}
-      const Vec<T> q = grad[s] * hs[t * S + s];
-      by_a += q * load(A + s * W);
-      store(dA + s * W, load(dA + s * W) + q * d);
+    Vec<T> for_B[S] = {}, for_C[S] = {};
+#pragma GCC unroll 2
+    for (int v = 0; v < VECS; v++) {
+      const int i = t * W + v * L;
+      const Vec<T> d = load(dl + i), in = load(x + i), g = load(dy + i);
+      Vec<T> by_a = load(da + i), by_x = load(dx + i);
+#pragma GCC unroll 4
+      for (int s = 0; s < S; s++) {
+        const int j = (t * S + s) * W + v * L;
+        for_C[s] += g * load(hs + j + S * W);
+        grad[s][v] += g * C[t * padded + s];
+        for_B[s] += grad[s][v] * in;
+        by_x += grad[s][v] * B[t * padded + s];
+        grad[s][v] *= load(as + j);  // from here on it is the gradient of h_{t-1}
+        const Vec<T> q = grad[s][v] * load(hs + j);
+        by_a += q * load(A + s * W + v * L);
+        store(dA + s * W + v * L, load(dA + s * W + v * L) + q * d);
+      }
+      store(da + i, by_a);
+      store(dx + i, by_x);
     }
     add_lane_sums<T>(for_B, dB + t * padded);
     add_lane_sums<T>(for_C, dC + t * padded);
-    store(da + t * W, by_a);
-    store(dx + t * W, by_x);
   }
-  for (int s = 0; s < S; s++) store(dh + s * W, grad[s]);
+  for (int s = 0; s < S; s++)
+    for (int v = 0; v < VECS; v++) store(dh + s * W + v * L, grad[s][v]);
 }
 
 template <typename T> struct Gradients {
@@ -373,7 +376,7 @@ void backward(const Problem<T> &p, const T *checkpoints, const Gradients<T> &g) 
     const int steps = p.steps(k);
     at::parallel_for(0, p.batch * groups, 1, [&](int64_t begin, int64_t end) {
       alignas(64) T dl[CHUNK * TILE<T>], u[CHUNK * TILE<T>], x[CHUNK * TILE<T>], dy[CHUNK * TILE<T>], da[CHUNK * TILE<T>], dx[CHUNK * TILE<T>];
-      alignas(64) Vec<T> hs[(CHUNK + 1) * STATES], as[CHUNK * STATES];
+      alignas(64) T hs[(CHUNK + 1) * BACK * TILE<T>], as[CHUNK * BACK * TILE<T>];
       std::vector<T> h(p.padded * TILE<T>);
       for (int64_t unit = begin; unit < end; unit++) {
         const int64_t b = unit / groups, group = unit % groups;
@@ -390,12 +393,11 @@ void backward(const Problem<T> &p, const T *checkpoints, const Gradients<T> &g) 
           for (int i = 0; i < steps * TILE<T>; i++) x[i] = dl[i] * u[i], da[i] = dx[i] = 0;
           const Kind kind = p.kind(tile, dl, steps);
           auto run = kind == PLAIN ? backward_states<T, PLAIN> : kind == WIDE ? backward_states<T, WIDE> : backward_states<T, RESETS>;
-          for (int64_t n = 0; n < p.padded; n += STATES)
-            for (int v = 0; v < TILE<T>; v += LANES<T>) {
-              const int64_t i = n * TILE<T> + v;
-              run(steps, p.padded, p.A_of(tile) + i, B + n, C + n, p.reset_at(b, t0), dl + v, x + v, dy + v, h.data() + i,
-                  da + v, dx + v, g.dh + at * p.padded + i, g.dA + at * p.padded + i, dB + n, dC + n, hs, as);
-            }
+          for (int64_t n = 0; n < p.padded; n += BACK) {
+            const int64_t i = n * TILE<T>;
+            run(steps, p.padded, p.A_of(tile) + i, B + n, C + n, p.reset_at(b, t0), dl, x, dy, h.data() + i, da, dx,
+                g.dh + at * p.padded + i, g.dA + at * p.padded + i, dB + n, dC + n, hs, as);
+          }
           for (int t = 0; t < steps; t++)
             for (int c = 0; c < TILE<T>; c++) {
               const int i = t * TILE<T> + c;
