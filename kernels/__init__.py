@@ -9,7 +9,8 @@
 Three implementations stand behind the one operator torch.ops.kernels.selective_scan, which torch.compile keeps as one node of its graph:
 reference.py (PyTorch), selective_scan.cpp (C++ with SIMD and threads) and selective_scan.cu (CUDA). The compiled ones are built at
 first use. Where that cannot be done, one line says why and the reference runs. The environment variable KERNELS overrides:
-`reference`; `cpu` or `cuda`, which must build or raise; `auto`, the default.
+`reference`; `cpu` or `cuda`, whose library must build or raise (with `cpu`, tensors on a GPU go to the reference); `auto`, the default.
+fp64 on CUDA always goes to the reference.
 
 To use the folder in another project, copy it.
 """
@@ -94,6 +95,17 @@ def _backward(ctx, dy, dlast, _):
 scan.register_autograd(_backward, setup_context=_setup)
 
 
+@torch.library.custom_op("kernels::selective_scan_step", mutates_args=("h",))
+def scan_step(h: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> Tensor:
+    kernels = reference if h.is_cuda else implementation(h)  # a GPU gains nothing from a kernel of its own for so little
+    return kernels.step(h, u, delta, A, B, C, D)
+
+
+@scan_step.register_fake
+def _(h, u, delta, A, B, C, D):
+    return u.new_empty(u.shape)
+
+
 # ---------------------------------------------------------------------------------------------------- what to call
 
 def selective_scan(u, delta, A, B, C, D=None, h0=None, reset=None, return_state=False):
@@ -119,6 +131,8 @@ def selective_scan(u, delta, A, B, C, D=None, h0=None, reset=None, return_state=
     for (name, shape), x in zip(shapes.items(), (delta, A, B, C, D, h0, reset)):
         if x is not None and tuple(x.shape) != shape:
             raise ValueError(f"{name} is {tuple(x.shape)}, but {shape} goes with u {tuple(u.shape)} and A {tuple(A.shape)}")
+        if x is not None and x.device != u.device:
+            raise ValueError(f"{name} is on {x.device}, u on {u.device}")
     if reset is not None and reset.dtype != torch.bool:
         raise ValueError(f"reset must be bool, not {reset.dtype}")
     compute = torch.float64 if u.dtype == torch.float64 else torch.float32
@@ -132,7 +146,15 @@ def selective_scan_step(h, u, delta, A, B, C, D=None):
     """One time step, without gradients: changes the state h (batch, channels, N) in place and returns y (batch, channels) in u's type.
 
     u, delta (batch, channels), A (channels, N), B, C (batch, N), D (channels,) or None: the same arithmetic as selective_scan.
+    Raises ValueError for shapes that do not fit.
     """
-    dtype, tensors = u.dtype, [x if x is None else x.detach().to(h.dtype).contiguous() for x in (u, delta, A, B, C, D)]
-    kernels = reference if h.is_cuda else implementation(h)  # a GPU gains nothing from a kernel of its own for so little
-    return kernels.step(h, *tensors).to(dtype)
+    batch, channels, N = h.shape
+    shapes = dict(u=(batch, channels), delta=(batch, channels), A=(channels, N), B=(batch, N), C=(batch, N), D=(channels,))
+    for (name, shape), x in zip(shapes.items(), (u, delta, A, B, C, D)):
+        if x is not None and (tuple(x.shape) != shape or x.device != h.device):
+            raise ValueError(f"{name} is {tuple(x.shape)} on {x.device}, but {shape} on {h.device} goes with h {tuple(h.shape)}")
+    state, tensors = h.contiguous(), [x if x is None else x.detach().to(h.dtype).contiguous() for x in (u, delta, A, B, C, D)]
+    y = scan_step(state, *tensors).to(u.dtype)
+    if state is not h:  # h was not contiguous
+        h.copy_(state)
+    return y

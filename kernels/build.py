@@ -1,7 +1,7 @@
 """Builds the C++ and CUDA sources of this folder at first use and keeps the result.
 
-What is built goes to torch's own folder for such things, $TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions, under a name that holds
-the hash of the sources, the flags and torch's version: whatever changes, an old library is never loaded for it.
+What is built goes to $TORCH_EXTENSIONS_DIR, else to torch_extensions in the user's cache folder, under a name that holds the hash of the
+sources, of the flags, of torch's version and of the GPUs it is for: when one of them changes, a new library is built.
 """
 import contextlib
 import hashlib
@@ -21,6 +21,9 @@ HERE = Path(__file__).parent
 SOURCES = {"cpu": ("selective_scan.cpp",), "cuda": ("selective_scan.cpp", "selective_scan.cu")}
 # By what torch says of this CPU, and not -march=native: a home directory may be shared by machines that differ. ATEN_CPU_CAPABILITY overrides
 SIMD = {"AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"], "AVX2": ["-mavx2", "-mfma", "-mf16c"]}
+
+
+BUILDING = ".selective_scan-building-"  # folders of builds under way
 
 
 class CannotBuild(Exception):
@@ -46,32 +49,34 @@ def library(kind):
     for name in (*SOURCES[kind], "selective_scan.h"):
         digest.update((HERE / name).read_bytes())
     if kind == "cuda":
-        digest.update(repr(sorted(set(torch.cuda.get_arch_list()) | {str(torch.cuda.get_device_capability())})).encode())
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+        gpus = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+        digest.update(repr((gpus, os.environ.get("TORCH_CUDA_ARCH_LIST"))).encode())
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions"))
     path = root / f"selective_scan_{kind}-{digest.hexdigest()[:16]}.so"
     if path.exists():
         return path
+    if os.name != "posix":
+        raise CannotBuild(f"kernels are not built on {platform.system()}")
     compiler = os.environ.get("CXX") or "c++"
     if not shutil.which(compiler):
         raise CannotBuild(f"there is no C++ compiler ({compiler})")
     try:
         root.mkdir(parents=True, exist_ok=True)
         with only_one(root / ".selective_scan.lock"):
+            for left in root.glob(f"{BUILDING}*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             if not path.exists():  # else another process has built it meanwhile
                 compile_into(path, kind, cxx, nvcc)
     except OSError as e:
-        raise CannotBuild(f"{e.filename or root}: {e.strerror}") from None
+        raise CannotBuild(f"{e.filename or root}: {e.strerror or e}") from None
     return path
 
 
 @contextlib.contextmanager
 def only_one(path):
     """Lets one process in at a time. The system drops the lock when a process dies, so none can be left behind."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows: two processes both build, and either result is whole
-        yield
-        return
+    import fcntl
     with open(path, "w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
@@ -90,11 +95,11 @@ def compile_into(path, kind, cxx, nvcc):
         os.environ["PATH"] = search + os.pathsep + ninja.BIN_DIR
     try:
         from torch.utils import cpp_extension
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=BUILDING) as folder:
             cpp_extension.load(path.stem.replace("-", "_"), [str(HERE / name) for name in SOURCES[kind]], extra_cflags=cxx, extra_cuda_cflags=nvcc,
                                build_directory=folder, is_python_module=False)
             os.replace(next(Path(folder).glob("*.so")), path)
-    except (RuntimeError, ImportError, subprocess.SubprocessError) as e:
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as e:
         say(" failed", "\n")
         reason = re.search(r"^.*\berror: .*$", str(e), re.M)  # the compiler's first complaint, in the pages that ninja prints
         raise CannotBuild(f"the build failed ({reason[0] if reason else str(e).splitlines()[0]:.200})") from None

@@ -30,13 +30,13 @@ def forward(u, delta, A, B, C, D, h0, reset, save):
     """(y, last h, the states before each chunk (B, chunks, N, channels), or none of them without `save`)."""
     dtype, compute = u.dtype, A.dtype
     u, delta, B, C = (x.to(compute) for x in (u, delta, B, C))
-    h = u.new_zeros(u.size(0), *A.shape) if h0 is None else h0.clone()
+    h = u.new_zeros(u.size(0), *A.shape) if h0 is None else h0.clone(memory_format=torch.contiguous_format)
     y, kept = torch.empty_like(u, memory_format=torch.contiguous_format), []
     for t in chunks(u.size(1)):
         if save:
             kept.append(h.mT)
         _, states = scan_chunk(u[:, t], delta[:, t], A, B[:, t], h, None if reset is None else reset[:, t])
-        y[:, t], h = (states @ C[:, t, :, None]).squeeze(-1), states[:, -1]
+        y[:, t], h = (states * C[:, t, None]).sum(-1), states[:, -1].contiguous()  # a matrix product would obey autocast and TF32
     if D is not None:
         y += D * u
     return y.to(dtype), h, torch.stack(kept, 1) if kept else u.new_empty(u.size(0), 0, *A.mT.shape)
@@ -48,7 +48,7 @@ def backward(dy, dlast, u, delta, A, B, C, D, reset, checkpoints):
     dy, u, delta, B, C = (x.to(compute) for x in (dy, u, delta, B, C))
     dh = u.new_zeros(u.size(0), *A.shape) if dlast is None else dlast.clone()
     du, ddelta, dB, dC = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta, B, C))
-    dA = torch.zeros_like(A)
+    dA = A.new_zeros(A.shape)
     for k, t in reversed(list(enumerate(chunks(u.size(1))))):
         h = checkpoints[:, k].mT
         decay, states = scan_chunk(u[:, t], delta[:, t], A, B[:, t], h, None if reset is None else reset[:, t])
@@ -58,9 +58,9 @@ def backward(dy, dlast, u, delta, A, B, C, D, reset, checkpoints):
             dh = decay_t * grads[-1]
         dstates = torch.stack(grads[::-1], 1)  # (B, L, channels, N)
         dexponent = dstates * decay * torch.cat((h[:, None], states[:, :-1]), 1)  # of delta_t A
-        dx = (dstates @ B[:, t, :, None]).squeeze(-1)  # of delta_t u_t
-        dC[:, t] = (dy[:, t, None] @ states).squeeze(2)
-        dB[:, t] = ((delta * u)[:, t, None] @ dstates).squeeze(2)
+        dx = (dstates * B[:, t, None]).sum(-1)  # of delta_t u_t
+        dC[:, t] = (dy[:, t, :, None] * states).sum(2)
+        dB[:, t] = ((delta * u)[:, t, :, None] * dstates).sum(2)
         ddelta[:, t] = (dexponent * A).sum(-1) + dx * u[:, t]
         du[:, t] = dx * delta[:, t]
         dA += (dexponent * delta[:, t, :, None]).sum((0, 1))
@@ -73,5 +73,5 @@ def backward(dy, dlast, u, delta, A, B, C, D, reset, checkpoints):
 def step(h, u, delta, A, B, C, D):
     """One time step; h (B, channels, N) is changed in place. Returns y (B, channels)."""
     h.mul_(torch.exp(delta[..., None] * A)).add_((delta * u)[..., None] * B[:, None])
-    y = (h @ C[..., None]).squeeze(-1)
+    y = (h * C[:, None]).sum(-1)
     return y if D is None else y + D * u

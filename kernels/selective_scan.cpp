@@ -7,7 +7,7 @@
 //
 // How it works. SIMD lanes run over channels, for which u, delta and y are contiguous; a tile of VECS vectors of channels is the
 // unit of work, threads share out batch x tiles. Time is cut into chunks of 64 steps. For a chunk a tile's delta, delta u and
-// y are staged into local fp32 arrays (any type, any strides; 4 KB each, so they stay in the L1 cache), and then the states
+// y are staged into local fp32 arrays (any type, any strides; 4 KB each with AVX2), and then the states
 // are gone through a few at a time, time innermost, h in registers. Nearly all the time is exp(delta A): A is scaled by log2(e)
 // once, so that it is 2^x, eleven vector operations; the recurrence and y are three more.
 //
@@ -489,7 +489,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward
       Tensor wide = at::constant_pad_nd(dlast->to(type), {0, p.padded - p.N, 0, p.tiles * TILE<T> - p.channels});
       dh.copy_(wide.view({p.batch, p.tiles, TILE<T>, p.padded}).transpose(2, 3));
     }
-    backward<T>(p, checkpoints.data_ptr<T>(),
+    TORCH_CHECK(checkpoints.size(1) == p.chunks, "selective_scan: the forward pass kept no states");
+    if (p.channels == 0) dB.zero_(), dC.zero_();
+    if (p.tiles) backward<T>(p, checkpoints.data_ptr<T>(),
                 {View(dy), View(du), View(ddelta), View(dB), View(dC), dh.data_ptr<T>(), sum_A.data_ptr<T>(), sum_D.data_ptr<T>()});
     dh0 = plain(dh).contiguous();
     dA = plain(sum_A.sum(0)).to(A.scalar_type()).contiguous();
@@ -499,7 +501,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward
   return {du, ddelta, dA, dB, dC, dD, dh0};
 }
 
-// h (batch, channels, N) is changed in place; all others contiguous and of its type: u, delta (batch, channels), A (channels, N), B, C (batch, N)
+// h (batch, channels, N) is changed in place; all are contiguous and of one type: u, delta (batch, channels), A (channels, N), B, C (batch, N)
 Tensor scan_step(Tensor h, const Tensor &u, const Tensor &delta, const Tensor &A, const Tensor &B, const Tensor &C, const optional<Tensor> &D) {
   const int64_t channels = A.size(0), N = A.size(1), part = std::max<int64_t>(1, 16384 / N);
   Tensor y = at::empty_like(u);
@@ -597,6 +599,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward
   Tensor dD = in.fp32({a.channels}), dh0 = in.fp32({a.batch, a.channels, a.N});
   Tensor workspace = at::empty({scan_backward_workspace(a.batch, a.T, a.channels, a.N)}, A.options().dtype(at::kByte));
   a.dy = dy.const_data_ptr(), a.dlast = dlast ? dlast->const_data_ptr<float>() : nullptr;
+  TORCH_CHECK(checkpoints.size(1) == (a.T + CHUNK - 1) / CHUNK, "selective_scan: the forward pass kept no states");
   a.checkpoints = (float *)checkpoints.const_data_ptr<float>();
   a.du = du.data_ptr(), a.ddelta = ddelta.data_ptr(), a.dA = dA.data_ptr<float>(), a.dB = dB.data_ptr<float>(), a.dC = dC.data_ptr<float>();
   a.dD = dD.data_ptr<float>(), a.dh0 = dh0.data_ptr<float>(), a.workspace = workspace.data_ptr();

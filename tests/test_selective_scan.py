@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
+import time
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_all_implementations_equal_the_float64_loop(T, N, use):
             values = gradients(scan, convert(x, use(kind), dtype), dy, dh)
             assert values[0].dtype == dtype and values[1].dtype == torch.float32
             errors = [error(v, t) for v, t in zip(values, truth)]
-            assert max(errors) < (1e-5 if dtype == torch.float32 else 2e-2), (kind, dtype, errors)
+            assert all(e < (1e-5 if dtype == torch.float32 else 2e-2) for e in errors), (kind, dtype, errors)
 
 
 @every_implementation
@@ -190,7 +190,26 @@ def test_extreme_steps_and_decays_are_finite_and_right(kind, delta, A, use):
     truth = gradients(brute_force, x, x["u"], x["h0"])
     values = gradients(scan, convert(x, use(kind), torch.float32), x["u"], x["h0"])
     assert all(v.isfinite().all() for v in values)
-    assert max(error(v, t) for v, t in zip(values, truth)) < 1e-5
+    assert all(error(v, t) < 1e-5 for v, t in zip(values, truth))
+
+
+@every_implementation
+@pytest.mark.parametrize("batch, T, channels", ((0, 5, 4), (2, 5, 0), (0, 0, 0)))
+def test_empty_tensors_have_empty_results_and_zero_gradients(kind, batch, T, channels, use):
+    x = convert(problem(batch, T, channels, 3), use(kind), torch.float32)
+    values = gradients(scan, x, torch.ones(batch, T, channels), torch.ones(batch, channels, 3))
+    assert [v.shape for v in values[2:]] == [x[k].shape for k in NAMES]
+    assert all((v == 0).all() for v in values)
+
+
+@every_implementation
+def test_autocast_changes_nothing(kind, use):
+    device = use(kind)
+    x = convert(problem(2, 70, 10, 8), device, torch.float32)
+    dy, dh = torch.randn(2, 70, 10), torch.randn(2, 10, 8)
+    plain = gradients(scan, x, dy, dh)
+    with torch.autocast(device, torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(scan, x, dy, dh), plain))
 
 
 @every_implementation
@@ -213,6 +232,11 @@ def test_one_token_step_equals_the_scan(use):
             assert error(torch.stack(steps, 1), y) < 1e-6 and error(h, last) < 1e-6
             half = kernels.selective_scan_step(h, x["u"][:, 0].bfloat16(), x["delta"][:, 0], x["A"], x["B"][:, 0], x["C"][:, 0])
             assert half.dtype == torch.bfloat16
+            strided = last.mT.contiguous().mT
+            kernels.selective_scan_step(strided, x["u"][:, 0].bfloat16(), x["delta"][:, 0], x["A"], x["B"][:, 0], x["C"][:, 0])
+            assert error(strided, h) < 1e-6
+            with pytest.raises(ValueError):
+                kernels.selective_scan_step(h, x["u"][:1, 0], x["delta"][:, 0], x["A"], x["B"][:, 0], x["C"][:, 0])
 
 
 # ---------------------------------------------------------------------------------------------------- memory, compiling, mistakes
@@ -262,8 +286,11 @@ def test_memory_is_inputs_outputs_gradients_and_a_state_every_64_steps(N):
 def test_nothing_of_the_size_of_all_states_exists(kind, use):
     B, T, D, N = 1, 1024, 32, 16
     x = convert(problem(B, T, D, N), use(kind), torch.float32)
+    inputs = [x[k] for k in ("u", "delta", "A", "B", "C", "D")]
+    run = kernels.implementation(x["u"])  # below the operator, whose inside the mode does not see
     with Allocated() as seen:
-        gradients(scan, x, torch.ones(B, T, D), torch.ones(B, D, N))
+        y, last, kept = run.forward(*inputs, x["h0"], x["reset"], True)
+        run.backward(y, last, *inputs, x["reset"], kept)
     assert max(seen.sizes) <= 4 * B * D * max(T, kernels.CHUNK * N)
 
 
@@ -276,19 +303,30 @@ def test_compiled_function_is_one_graph_with_the_same_results(kind, use):
     assert all(torch.equal(a, b) for a, b in zip(gradients(compiled, x, dy, dh), gradients(scan, x, dy, dh)))
     with torch.no_grad():
         assert torch.equal(compiled(**x)[0], scan(**x)[0])
+    h, steps = [x["h0"].clone(), x["h0"].clone()], (kernels.selective_scan_step, torch.compile(kernels.selective_scan_step, fullgraph=True, backend="aot_eager"))
+    y = [step(h_, x["u"][:, 0], x["delta"][:, 0], x["A"], x["B"][:, 0], x["C"][:, 0], x["D"]) for step, h_ in zip(steps, h)]
+    assert torch.equal(*y) and torch.equal(*h) and not torch.equal(h[0], x["h0"])
+
+
+@every_implementation
+def test_results_have_the_strides_that_compiled_code_is_promised(kind, use):
+    x = convert(problem(2, 70, 10, 8), use(kind), torch.float32)
+    x = {k: v.mT.contiguous().mT if v.ndim > 1 else v for k, v in x.items()}
+    inputs = [x[k] for k in ("u", "delta", "A", "B", "C", "D")]
+    y, last, kept = torch.ops.kernels.selective_scan(*inputs, x["h0"], x["reset"], True)
+    grads = torch.ops.kernels.selective_scan_backward(y, last, *inputs, x["reset"], kept)
+    assert all(v.is_contiguous() for v in (y, last, kept, *grads))
 
 
 def test_operator_passes_torchs_own_checks(use):
-    use(IMPLEMENTATIONS[-1])
-    x = convert(problem(2, 70, 5, 3), "cpu", torch.float32)
+    x = convert(problem(2, 70, 5, 3), use(IMPLEMENTATIONS[-1]), torch.float32)
     inputs = [x[k].requires_grad_() for k in NAMES]
     torch.library.opcheck(torch.ops.kernels.selective_scan, (*inputs, x["reset"], True),
                           test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
 def test_shapes_that_do_not_fit_are_refused(use):
-    use(IMPLEMENTATIONS[-1])
-    x = convert(problem(2, 5, 4, 3), "cpu", torch.float32)
+    x = convert(problem(2, 5, 4, 3), use(IMPLEMENTATIONS[-1]), torch.float32)
     for name in ("delta", "A", "B", "C", "D", "h0", "reset"):
         with pytest.raises(ValueError):
             scan(**dict(x, **{name: x[name][..., :-1]}))
@@ -304,7 +342,7 @@ USE = """
 import torch, kernels
 x = torch.ones(1, 3, 2)
 y = kernels.selective_scan(x, x, -torch.ones(2, 1), x[..., :1], x[..., :1])
-print([round(v, 4) for v in y[0, :, 0].tolist()], len(kernels.compiled.__wrapped__.__doc__) > 0, kernels.implementation(x).__name__)
+print([round(v, 4) for v in y[0, :, 0].tolist()], kernels.implementation(x).__name__)
 """
 TRUE = "[1.0, 1.3679, 1.5032]"  # 1, 1 + 1/e, 1 + 1/e + 1/e^2
 
@@ -340,8 +378,10 @@ def test_without_simd_flags_it_is_right_and_two_processes_may_build_at_once(tmp_
     # ATEN_CPU_CAPABILITY=default: what a machine without AVX2 would build. Another process is killed while it builds
     env = dict(TORCH_EXTENSIONS_DIR=str(tmp_path), ATEN_CPU_CAPABILITY="default", KERNELS="cpu")
     killed = command("-c", USE, **env)
-    threading.Timer(3, killed.kill).start()
-    killed.communicate()
+    while killed.poll() is None and not list(tmp_path.glob(".*building*/*.o.d")):  # the compiler is at work
+        time.sleep(0.05)
+    killed.kill()
+    assert killed.communicate()[0] == ""
     both = [command("-c", USE, **env) for _ in range(2)]
     errors = ""
     for process in both:
@@ -350,6 +390,7 @@ def test_without_simd_flags_it_is_right_and_two_processes_may_build_at_once(tmp_
         errors += err
     assert errors.count("building") == 1  # the second one waited and took what the first had built
     library, = tmp_path.glob("*.so")
+    assert sorted(tmp_path.iterdir()) == sorted([library, tmp_path / ".selective_scan.lock"])  # nor is anything left of the killed one
     here = "tests/test_selective_scan.py::test_"
     tests = [here + "all_implementations_equal_the_float64_loop[65-7]", here + "extreme_steps_and_decays_are_finite_and_right[0.0-0.0-cpu]",
              here + "extreme_steps_and_decays_are_finite_and_right[-10000.0-10000.0-cpu]", here + "one_token_step_equals_the_scan"]
