@@ -233,6 +233,7 @@ class I3(nn.Module):
         self.norm = nn.LayerNorm(cfg.d_model, cfg.norm_eps)
         self.head_down = nn.Linear(cfg.d_model, cfg.head_rank, bias=False) if cfg.head_rank else nn.Identity()
         self.head = nn.Linear(cfg.head_rank or cfg.d_model, cfg.vocab_size)
+        self.names = [name for name, _ in self.named_parameters()]  # roles() is asked once for each, and walking the modules takes long
         self.init_weights()
 
     @property
@@ -256,7 +257,7 @@ class I3(nn.Module):
                  "qkv.weight": ("matrix", (d, d, d)), "qkv.bias": vector, "out.weight": matrix, "out.bias": vector,
                  **{f"ffn.{name}.weight": matrix for name in ("up", "up.0", "up.1", "down", "down.0", "down.1")},
                  **{f"ffn.{name}.bias": vector for name in ("up", "up.1", "down", "down.1")}}
-        return {end: role for end, role in table.items() if any(name.endswith(end) for name, _ in self.named_parameters())}
+        return {end: role for end, role in table.items() if any(name.endswith(end) for name in self.names)}
 
     def init_weights(self):
         """normal(0, 0.02); the projections that write into the residual stream start 1 / sqrt(2 layers) smaller, and the inner half of a

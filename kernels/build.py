@@ -21,8 +21,6 @@ HERE = Path(__file__).parent
 SOURCES = {"cpu": ("selective_scan.cpp",), "cuda": ("selective_scan.cpp", "selective_scan.cu")}
 # By what torch says of this CPU, and not -march=native: a home directory may be shared by machines that differ. ATEN_CPU_CAPABILITY overrides
 SIMD = {"AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"], "AVX2": ["-mavx2", "-mfma", "-mf16c"]}
-
-
 BUILDING = ".selective_scan-building-"  # folders of builds under way
 
 
@@ -102,7 +100,7 @@ def compile_into(path, kind, cxx, nvcc):
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as e:
         say(" failed", "\n")
         reason = re.search(r"^.*\berror: .*$", str(e), re.M)  # the compiler's first complaint, in the pages that ninja prints
-        raise CannotBuild(f"the build failed ({reason[0] if reason else str(e).splitlines()[0]:.200})") from None
+        raise CannotBuild(f"the build failed ({reason[0] if reason else (str(e) or type(e).__name__).splitlines()[0]:.200})") from None
     finally:
         os.environ["PATH"] = search
     say(f" {time.monotonic() - started:.0f} s", "\n")
