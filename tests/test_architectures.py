@@ -117,7 +117,7 @@ def randomised(model, seed=0):
 
 def tiny(name, **overrides):
     arch = ARCHITECTURES[name]
-    torch.manual_seed(0)  # what randomised leaves as it is
+    torch.manual_seed(6)  # for what randomised leaves as it is
     return randomised(arch.module.Model(arch.module.Config(**{**arch.tiny, **overrides})))
 
 
@@ -475,7 +475,7 @@ def test_greedy_generation_equals_argmax_without_cache(name, prompt, new):
     model = tiny(name)
     idx = tokens(model, 3, prompt)
     expected = greedy(model, idx, new)
-    assert len(expected[:, prompt:].unique()) > 4  # a text that says something
+    assert len(expected[:, prompt:].unique()) > 5  # a text that says something
     assert torch.equal(model.generate(idx, new, temperature=0), expected)
     for almost_greedy in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-4)):
         assert torch.equal(model.generate(idx, new, **almost_greedy), expected), almost_greedy
