@@ -178,7 +178,6 @@ def scan():
                 share = f"{exps * forward[n] / elements:5.2f} x the exponentials" if exps else f"{moved / forward[n] / 1e9:7.0f} GB/s"
                 print(f"  {str(dtype)[6:]:<9} {n:<18} forward {forward[n] * 1e3:9.2f} ms {elements / forward[n] / 1e9:6.2f} G elements/s, {share}"
                       f"   with backward {whole[n] * 1e3:9.2f} ms ({whole[n] / whole['ours']:5.1f} x ours)")
-        del half, half_leaves
         keep = 4 * batch * -(-T // kernels.CHUNK) * channels * N
         stated = keep + sum(4 * v.numel() for v in (leaves[0], *leaves))  # y, the gradients, the states kept; the inputs are there already
         peak = peak_memory(lambda: both(kernels.selective_scan, leaves))

@@ -71,25 +71,16 @@ template <typename T> inline Vec<T> load(const T *p) {
 }
 template <typename T> inline void store(T *p, Vec<T> v) { std::memcpy(p, &v, sizeof v); }
 
-// Nearer bound of a range for every lane. The order of the operands matters: NaN in x stays NaN, and the loss shows it
-inline Vec<float> at_least(Vec<float> x, float bound) {
-  const Vec<float> b = Vec<float>{} + bound;
+// Every lane within [low, high]. The order of the operands matters: NaN in x stays NaN, and the loss shows it
+inline Vec<float> clamp(Vec<float> x, float low_bound, float high_bound) {
+  const Vec<float> low = Vec<float>{} + low_bound, high = Vec<float>{} + high_bound;
 #if defined(__AVX512F__)
-  return _mm512_max_ps(b, x);
+  return _mm512_min_ps(high, _mm512_max_ps(low, x));
 #elif defined(__AVX2__)
-  return _mm256_max_ps(b, x);
+  return _mm256_min_ps(high, _mm256_max_ps(low, x));
 #else
-  return x < b ? b : x;
-#endif
-}
-inline Vec<float> at_most(Vec<float> x, float bound) {
-  const Vec<float> b = Vec<float>{} + bound;
-#if defined(__AVX512F__)
-  return _mm512_min_ps(b, x);
-#elif defined(__AVX2__)
-  return _mm256_min_ps(b, x);
-#else
-  return x > b ? b : x;
+  x = x < low ? low : x;
+  return x > high ? high : x;
 #endif
 }
 
@@ -98,7 +89,7 @@ inline Vec<float> at_most(Vec<float> x, float bound) {
 // close to one would drift over a long sequence. |p(f) / 2^f - 1| < 3.1e-7 |f|. With IN_RANGE the caller vouches for x in
 // [-126, 126], which saves a sixth; otherwise x may be anything, and the ends are 0 and infinity, exactly.
 template <bool IN_RANGE> inline Vec<float> exp2(Vec<float> x) {
-  if (!IN_RANGE) x = at_most(at_least(x, -127.0f), 128.0f);
+  if (!IN_RANGE) x = clamp(x, -127.0f, 128.0f);
   const float shift = 12582912.0f;
   const Vec<float> rounded = x + shift, f = x - (rounded - shift);
   Vec<float> p = f * 0.0013400436560f + 0.0096663729535f;
