@@ -89,24 +89,26 @@ class Mixer(nn.Module):
         self.r, self.r_bias = nn.Parameter(torch.empty(inner)), nn.Parameter(torch.empty(inner))
         self.norm_weight, self.norm_bias = nn.Parameter(torch.empty(inner)), nn.Parameter(torch.empty(inner))
 
-    def forward(self, x, state=None):
-        """x (B, T, d) -> (B, T, d). `state`, if given, is where x goes on from, and is moved to behind it."""
+    def forward(self, x, state=None, reset=None, mask=None):
+        """x (B, T, d) -> (B, T, d). `state`, if given, is where x goes on from, and is moved to behind it; reset: see I3.forward."""
         before = x.new_zeros(x.size(0), 1, x.size(2)) if state is None else state.x.to(x.dtype)
         xs = torch.cat((before, x[:, :-1]), dim=1)
+        if reset is not None:
+            xs = xs.masked_fill(reset[:, :, None], 0)
         u, δ, b, c = (torch.lerp(xs, x, mix) for mix in self.mix)
         u = self.inner(u)  # (B, T, channels)
-        y = self.scanned(u, δ, b, c, state) if self.scan else u
+        y = self.scanned(u, δ, b, c, state, reset) if self.scan else u
         if state is not None:
             state.x.copy_(x[:, -1:].detach())
         y = F.group_norm(y.flatten(0, 1), self.n_head, self.norm_weight, self.norm_bias, self.eps).view_as(y)
         return self.outer(y * torch.addcmul(self.r_bias, self.r, u).sigmoid())
 
-    def scanned(self, u, δ, b, c, state):
+    def scanned(self, u, δ, b, c, state, reset):
         # the bias is what sets the time scale at the start: in bf16 it would be off by percents
         delta = F.softplus(F.linear(self.delta_down(δ), self.delta_up.weight).float() + self.delta_up.bias.float())
         A, B, C = -self.A_log.float().exp(), self.B(b), self.C(c)
         if state is None:
-            return selective_scan(u, delta, A, B, C, self.D)
+            return selective_scan(u, delta, A, B, C, self.D, reset=reset)
         if u.size(1) == 1:
             return selective_scan_step(state.h, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], self.D)[:, None]
         y, h = selective_scan(u, delta, A, B, C, self.D, h0=state.h, return_state=True)
@@ -122,24 +124,34 @@ class Attention(nn.Module):
         self.n_head = cfg.n_head
         self.qkv, self.out = nn.Linear(cfg.d_model, 3 * cfg.d_model), nn.Linear(cfg.d_model, cfg.d_model)
 
-    def forward(self, x, state=None):
+    def forward(self, x, state=None, reset=None, mask=None):
         q, k, v = self.qkv(x).unflatten(-1, (3 * self.n_head, -1)).transpose(1, 2).chunk(3, dim=1)  # (B, H, T, d / H)
         if state is not None:
             k, v = state.append(k, v)  # (B, H, S, d / H)
-        return self.out(causal_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(causal_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
-def causal_attention(q, k, v):
-    """softmax(q k^T / sqrt(D)) v for the last T of S positions: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D)."""
+def causal_attention(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(D)) v for the last T of S positions: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+
+    mask, bool (B, 1, T, S), says which keys a query sees where that is not simply all up to its own position.
+    """
     if v.device.type == "cpu" and v.dtype == torch.bfloat16:  # bf16 attention on a CPU costs up to twice as much as fp32
         with torch.autocast("cpu", enabled=False):
-            return causal_attention(q.float(), k.float(), v.float()).type_as(v)
+            return causal_attention(q.float(), k.float(), v.float(), mask).type_as(v)
     T, S = q.size(2), k.size(2)
-    if T == S:
+    if T == S and mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     # is_causal would align the triangle with the first key, but these queries are the last T positions
-    mask = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if mask is None and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def within_documents(reset):
+    """reset, bool (B, T), true where a document begins -> mask bool (B, 1, T, T): a query sees its own document only, and nothing later."""
+    document = reset.cumsum(1)
+    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
 
 
 class Block(nn.Module):
@@ -150,8 +162,8 @@ class Block(nn.Module):
         self.mixer_norm, self.mixer = nn.LayerNorm(cfg.d_model, cfg.norm_eps), mixer(cfg)
         self.ffn_norm, self.ffn = nn.LayerNorm(cfg.d_model, cfg.norm_eps), FeedForward(cfg)
 
-    def forward(self, x, state=None):
-        x = x + self.mixer(self.mixer_norm(x), state)
+    def forward(self, x, state=None, reset=None, mask=None):
+        x = x + self.mixer(self.mixer_norm(x), state, reset, mask)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -297,21 +309,26 @@ class I3(nn.Module):
                        if name.endswith(end) and role in ("matrix", "head"))
         return 6 * matrices + 6 * self.cfg.n_attention * self.cfg.d_model * T
 
-    def forward(self, idx, targets=None, loss_weights=None, reduction="mean", cache=None, all_logits=False):
+    def forward(self, idx, targets=None, loss_weights=None, reduction="mean", cache=None, all_logits=False, reset=None):
         """idx int64 (B, T) -> (logits, loss).
 
         With targets (B, T; -1 ignored) and perhaps loss_weights (B, T): (None, loss), see `chunked_loss`.
         Without: (logits of the last position (B, 1, V), or of all with all_logits=True, None).
         With a cache from `init_cache`, idx continues what the cache has seen, and the cache goes on.
+        reset, bool (B, T), is true where a document begins: each one is read as if it stood alone (not together with a cache).
         """
         start, T = (0 if cache is None else cache.length), idx.size(1)
         limit = self.max_len if cache is None else cache.max_len
         if start + T > limit:
             raise ValueError(f"{start + T} tokens are more than the {'context' if cache is None else 'cache'} of {limit}")
-        position = torch.arange(start, start + T, device=idx.device).clamp(max=self.cfg.context_length - 1)
-        x = self.embed(idx) + self.position(position)  # (B, T, d)
+        mask, position = None, torch.arange(start, start + T, device=idx.device)
+        if reset is not None:
+            assert cache is None, "a cache holds one document"
+            mask = within_documents(reset) if self.cfg.n_attention else None
+            position = position - torch.where(reset, position, 0).cummax(1).values
+        x = self.embed(idx) + self.position(position.clamp(max=self.cfg.context_length - 1))  # (B, T, d)
         for layer, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache.states[layer])
+            x = block(x, None if cache is None else cache.states[layer], reset, mask)
         if cache is not None:
             cache.length += T
         x = self.head_down(self.norm(x if all_logits or targets is not None else x[:, -1:]))

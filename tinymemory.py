@@ -75,28 +75,38 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(self.head_dim, cfg.norm_eps), RMSNorm(self.head_dim, cfg.norm_eps)
         self.out = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
 
-    def forward(self, x, cos, sin, cache=None, layer=0):
+    def forward(self, x, cos, sin, mask=None, cache=None, layer=0):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, 3H, T, D)
         q, k, v = qkv.chunk(3, dim=1)
         q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, S, D)
-        y = causal_attention(q, k, v)
+        y = causal_attention(q, k, v, mask)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
-def causal_attention(q, k, v):
-    """softmax(q k^T / sqrt(D)) v for the last T of S positions: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D)."""
+def causal_attention(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(D)) v for the last T of S positions: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+
+    mask, bool (B, 1, T, S), says which keys a query sees where that is not simply all up to its own position.
+    """
     if v.device.type == "cpu" and v.dtype == torch.bfloat16:  # bf16 attention on a CPU costs up to twice as much as fp32
         with torch.autocast("cpu", enabled=False):
-            return causal_attention(q.float(), k.float(), v.float()).type_as(v)
+            return causal_attention(q.float(), k.float(), v.float(), mask).type_as(v)
     T, S, q, k = q.size(2), k.size(2), q.type_as(v), k.type_as(v)
-    if T == S:
+    if T == S and mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     # is_causal would align the triangle with the first key, but these queries are the last T positions
-    mask = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if mask is None and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def within_documents(reset):
+    """reset, bool (B, T), true where a document begins -> mask bool (B, 1, T, T): a query sees its own document only, and nothing later."""
+    document = reset.cumsum(1)
+    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
 
 
 class SwiGLU(nn.Module):
@@ -118,8 +128,8 @@ class Block(nn.Module):
         self.attn_norm, self.attn = RMSNorm(cfg.d_model, cfg.norm_eps), Attention(cfg)
         self.ffn_norm, self.ffn = RMSNorm(cfg.d_model, cfg.norm_eps), SwiGLU(cfg)
 
-    def forward(self, x, cos, sin, cache=None, layer=0):
-        x = x + self.attn(self.attn_norm(x), cos, sin, cache, layer)
+    def forward(self, x, cos, sin, mask=None, cache=None, layer=0):
+        x = x + self.attn(self.attn_norm(x), cos, sin, mask, cache, layer)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -217,21 +227,24 @@ class TinyMemoryLM(nn.Module):
         matrices = sum(p.numel() for name, p in self.named_parameters() if not name.endswith("norm.weight"))
         return 6 * matrices + 6 * self.cfg.n_layer * self.cfg.d_model * T
 
-    def forward(self, idx, targets=None, loss_weights=None, reduction="mean", cache=None, all_logits=False):
+    def forward(self, idx, targets=None, loss_weights=None, reduction="mean", cache=None, all_logits=False, reset=None):
         """idx int64 (B, T) -> (logits, loss).
 
         With targets (B, T; -1 ignored) and perhaps loss_weights (B, T): (None, loss), see `chunked_loss`.
         Without: (logits of the last position (B, 1, V), or of all with all_logits=True, None).
         With a cache from `init_cache`, idx continues what the cache has seen, and its keys and values are added.
+        reset, bool (B, T), is true where a document begins: each one is read as if it stood alone (not together with a cache).
         """
         start, T = (0 if cache is None else cache.length), idx.size(1)
         limit = self.cfg.context_length if cache is None else cache.max_len
         if start + T > limit:
             raise ValueError(f"{start + T} tokens are more than the {'context' if cache is None else 'cache'} of {limit}")
-        cos, sin = self.cos[start:start + T], self.sin[start:start + T]
+        assert reset is None or cache is None, "a cache holds one document"
+        mask = None if reset is None else within_documents(reset)
+        cos, sin = self.cos[start:start + T], self.sin[start:start + T]  # angles count only relative to each other
         x = self.embed(idx)  # (B, T, d)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache, layer)
+            x = block(x, cos, sin, mask, cache, layer)
         if cache is not None:
             cache.length += T
         if targets is not None:
