@@ -1,8 +1,9 @@
 """Text in, token files out: `python prepare.py NAME...` writes a folder that train.py, nanoGPT and `np.memmap` can read.
 
 NAME is `pydocs` (this Python's own library and help topics: nothing to download) or a file or folder of yours (.txt, .md,
-.jsonl, .jsonl.gz, .parquet), with language and kind behind an @ if you like: `novels_it@it/books`. Several names become
-several sources of one corpus. The folder data/NAME-TOKENIZER holds
+.jsonl, .jsonl.gz, .parquet), with language and kind behind an @ and a budget of training tokens behind a colon if you like:
+`novels_it@it/books:50M`. Several names become several sources of one corpus, each with files of its own, and one tokenizer that
+learns from them all. The folder data/NAME-TOKENIZER holds
 
     tokenizer.json                  a Hugging Face `tokenizers` file
     train.<i>-<source>.bin, val...  raw little-endian uint16 token ids (uint32 above 65,536), documents as <|bos|> text <|eos|>
@@ -15,6 +16,8 @@ files or on what is added later; only a source so small that no hash falls below
 The bottom of the import order: what every tool needs (flags, one-line errors, the progress line, the tokenizer rules) is here too.
 """
 import argparse
+import ast
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -48,7 +51,7 @@ class Settings:
     name: str = ""  # the prepared folder's name; empty: NAME-TOKENIZER
     tokenizer: str = "bpe"  # bpe, hybrid (characters and frequent words), chunk (lowercase, by two or three), or a tokenizer.json to reuse
     vocab_size: int = 0  # tokens in a new tokenizer's vocabulary; 0: bpe 16,384, hybrid 2,111, chunk 4,466
-    max_tokens: int = 0  # training tokens to take from each source, such as 235M; 0: all
+    max_tokens: int = 0  # training tokens to take from each source that names no budget of its own, such as 235M; 0: all
     val_fraction: float = 0.05  # share of the documents that become validation text
     column: str = ""  # field of .jsonl and .parquet rows that holds the text; empty: text or content
 
@@ -328,6 +331,7 @@ class Source:
     kind: str  # web, wiki, books, code, math, chat or text
     origin: dict  # where the text came from, as meta.json tells it
     documents: object  # () -> iterator of texts; called once for the tokenizer's sample and once to encode
+    budget: int = 0  # training tokens to take; 0: --max_tokens
 
 
 def pydocs():
@@ -409,6 +413,15 @@ def row_documents(path, column):
         raise UserError(f"{path} is not a whole gzip file: {e}") from None
 
 
+def split_budget(word):
+    """'novels@it/books:50M' -> ('novels@it/books', 50000000); 0 where there is none."""
+    m = None if os.path.exists(word) else re.fullmatch(r"(.+):(\d[\d_,.]*[KMB]?)", word, re.I)
+    try:
+        return (m[1], number(m[2])) if m else (word, 0)
+    except argparse.ArgumentTypeError as e:
+        raise UserError(f"the budget behind {m[1]}: {e}") from None
+
+
 def local_source(word, column):
     """A file or folder, with `@language/kind` behind it perhaps, as a Source. UserError if nothing readable is there."""
     path, _, label = (word, "", "") if os.path.exists(word) else word.rpartition("@")
@@ -441,9 +454,22 @@ class Document:
     hash: int  # 64 bits of the text alone: decides the split and the sample
 
 
+def wiki40b_text(text):
+    """An article of wiki40b (Guo et al. 2020) without the words that mark its structure: headings and paragraphs are set apart by empty
+    lines, and where a file holds Python's notation of the bytes, b'...', the text itself."""
+    if text.startswith("b"):
+        text = ast.literal_eval(text).decode()
+    text = re.sub(r"\s*_START_(?:ARTICLE|SECTION|PARAGRAPH)_\s*", "\n\n", text)
+    return text.replace("_NEWLINE_", "\n").strip()
+
+
 def clean(source, skipped):
-    """The source's documents with their hashes. What is no text or only white space is left out and counted in `skipped`."""
+    """The source's documents with their hashes. What is no text or only white space is left out and counted in `skipped`; articles
+    of wiki40b lose their markers."""
     for text in source.documents():
+        if isinstance(text, str) and re.match(r"""(?:b["'])?(?:\\n|\s)*_START_ARTICLE_""", text):
+            with contextlib.suppress(ValueError, SyntaxError):  # damaged: taken as it is
+                text = wiki40b_text(text)
         if not isinstance(text, str) or not text.strip():
             skipped["empty" if isinstance(text, str) or text is None else "not text"] += 1
             continue
@@ -549,7 +575,12 @@ def prepare(names, s):
         raise UserError(f"--val_fraction={s.val_fraction} is not a share from 0 up to 1")
     if s.max_tokens < 0 or s.vocab_size < 0:
         raise UserError("--max_tokens and --vocab_size cannot be negative")
-    sources = [EMBEDDED[n]() if n in EMBEDDED else local_source(n, s.column) for n in names]
+    sources = []
+    for word in names:
+        name, budget = split_budget(word)
+        source = EMBEDDED[name]() if name in EMBEDDED else local_source(name, s.column)
+        sources.append(dataclasses.replace(source, budget=budget or s.max_tokens))
+    names = [split_budget(word)[0] for word in names]
     reuse = s.tokenizer not in TRAINERS
     if reuse and not os.path.isfile(s.tokenizer):
         raise UserError(f"--tokenizer={s.tokenizer} is neither {' nor '.join(TRAINERS)} nor a file{nearest(s.tokenizer, TRAINERS)}")
@@ -563,7 +594,8 @@ def prepare(names, s):
         raise UserError(f"--vocab_size={vocab_size} is too small: {why} {least}")
 
     folder = Path(s.out_dir) / (s.name or corpus_name(names, s.tokenizer, vocab_size))
-    asked = dict(sources=[dict(name=x.name, language=x.language, kind=x.kind, **x.origin) for x in sources],
+    asked = dict(sources=[dict(name=x.name, language=x.language, kind=x.kind, **x.origin, **dict(budget=x.budget) if x.budget != s.max_tokens else {})
+                          for x in sources],
                  tokenizer=hashlib.sha256(Path(s.tokenizer).read_bytes()).hexdigest() if reuse else s.tokenizer,
                  vocab_size=vocab_size, max_tokens=s.max_tokens, val_fraction=s.val_fraction, column=s.column)
     if folder.exists():
@@ -576,7 +608,7 @@ def prepare(names, s):
 
     tokenizer = load_tokenizer(s.tokenizer) if reuse else None
     threshold = int(s.val_fraction * 2 ** 64)
-    scans = [scan(x, threshold, 0 if reuse else SAMPLE_BYTES // len(sources), s.max_tokens) for x in sources]
+    scans = [scan(x, threshold, 0 if reuse else SAMPLE_BYTES // len(sources), x.budget) for x in sources]
     if not reuse:
         started, texts = time.monotonic(), [t for texts, *_ in scans for t in texts]
         tokenizer = TRAINERS[s.tokenizer](texts, vocab_size)
@@ -594,7 +626,7 @@ def prepare(names, s):
     (part / "tokenizer.json").write_text(text, encoding="utf-8")
     dtype = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2 ** 16 else "<u4")
     encode = fast_encoder(tokenizer)
-    entries = [encode_source(x, f"{i}-{x.name}", part, tokenizer, encode, dtype, t, s.max_tokens, total)
+    entries = [encode_source(x, f"{i}-{x.name}", part, tokenizer, encode, dtype, t, x.budget, total)
                for i, (x, (t, total)) in enumerate(zip(sources, totals))]
     meta = dict(format=1, dtype=dtype.name, vocab_size=vocabulary_size(tokenizer),
                 tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(), settings=asked, sources=entries)
@@ -639,13 +671,15 @@ def read_meta(folder):
 
 def main(argv):
     given, names = parse_flags(argv, Settings(), description=__doc__.split("\n")[0],
-                               positional=("NAME", f"{', '.join(EMBEDDED)}, or a file or folder of yours, as PATH or PATH@language/kind"))
+                               positional=("NAME", f"{', '.join(EMBEDDED)}, or a file or folder of yours, as PATH or PATH@language/kind, and :TOKENS behind it for a budget"))
     folder = prepare(names, Settings(**given))
     meta = read_meta(folder)
     files = [x[split]["file"] for x in meta["sources"] for split in ("train", "val")]
     made = meta["settings"]  # name the model that this kind of vocabulary is for, and its size where it is not the default
     model = {"bpe": " --model=ivme", "hybrid": " --model=tinymemory", "chunk": " --model=i3"}.get(made["tokenizer"], "")
     size = f" --vocab_size={meta['vocab_size']}" if model and made["vocab_size"] != DEFAULT_VOCAB[made["tokenizer"]] else ""
+    if (made["tokenizer"], made["vocab_size"]) == ("bpe", 32_000):
+        model, size = " --model=gpt2preln", ""
     print(f"wrote {folder}: {' '.join([*files[:6], *['...'] * (len(files) > 6)])} tokenizer.json meta.json        "
           f"next: python train.py{model} --data={folder}{size}")
 

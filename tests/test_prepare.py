@@ -712,6 +712,65 @@ def test_every_name_is_a_source_with_language_and_kind(tmp_path):
         assert sorted(texts_of(folder, "train", i) + texts_of(folder, "val", i)) == sorted(map(document, range(30 * i, 30 * i + 30)))
 
 
+def test_every_source_may_have_a_budget_of_its_own(tmp_path):
+    names = [write_jsonl(tmp_path / f"{name}.jsonl", (document(1000 * i + j) for j in range(400))) for i, name in enumerate("abc")]
+    folder, meta = run([names[0] + "@en/web:3K", names[1] + ":1_500", names[2]], tmp_path / "data", max_tokens=5000)
+    assert folder.name == "a+b+c-bpe-300"
+    assert [(s["name"], s["language"], s["budget"]) for s in meta["sources"]] == [("a", "en", 3000), ("b", "und", 1500), ("c", "und", 5000)]
+    for s in meta["sources"]:
+        assert s["budget"] <= s["train"]["tokens"] < s["budget"] + 400  # ends with the document that reaches it
+    with pytest.raises(UserError, match="sources was"):
+        run([names[0] + "@en/web:4K", names[1] + ":1500", names[2]], tmp_path / "data", max_tokens=5000)
+    with pytest.raises(UserError, match="budget behind .*a.jsonl: '1.0001K' is not a whole number"):
+        run(names[0] + ":1.0001K", tmp_path / "data")
+
+
+def test_the_joint_tokenizer_learns_equally_much_from_every_source(tmp_path, monkeypatch):
+    """A source ten times as large as the others does not crowd them out of the vocabulary."""
+    monkeypatch.setattr(prepare, "SAMPLE_BYTES", 60_000)
+    seen, trained = [], prepare.train_bpe
+    monkeypatch.setitem(prepare.TRAINERS, "bpe", lambda texts, size: (seen.extend(texts), trained(texts, size))[1])
+    letters = {"a": 10_000, "b": 1000, "c": 1000}
+    names = [write_jsonl(tmp_path / f"{x}.jsonl", (f"{x * 5} " * 6 + str(i) for i in range(n))) for x, n in letters.items()]
+    run(names, tmp_path / "data")
+    share = collections.Counter(text[0] for text in seen for _ in range(len(text)))
+    assert all(19_000 < share[x] <= 20_000 for x in letters)
+
+WIKI40B = "\n_START_ARTICLE_\nFiume è perché\n_START_SECTION_\nStoria\n_START_PARAGRAPH_\nPrima riga._NEWLINE_Seconda riga\n_START_SECTION_\nVedi_START_PARAGRAPH_\nFine."
+
+
+@pytest.mark.parametrize("text", (WIKI40B, repr(WIKI40B.encode()), repr(WIKI40B.replace("Fiume", "L'").encode()).replace("L'", "Fiume")), ids=("text", "repr", "quotes"))
+def test_markers_of_wiki40b_become_paragraphs(text, tmp_path):
+    folder, _ = run(write_jsonl(tmp_path / "wiki.jsonl", [text, document(1), f"It says _START_ARTICLE_ here.{document(2)}"]), tmp_path, val_fraction=0.0)
+    assert sorted(texts_of(folder, "train")) == sorted(["Fiume è perché\n\nStoria\n\nPrima riga.\nSeconda riga\n\nVedi\n\nFine.", document(1),
+                                                       f"It says _START_ARTICLE_ here.{document(2)}"])
+
+
+def test_a_damaged_article_of_wiki40b_is_taken_as_it_is(tmp_path):
+    torn = repr(WIKI40B.encode())[:-1]
+    folder, _ = run(write_jsonl(tmp_path / "wiki.jsonl", [torn, document(1)]), tmp_path, val_fraction=0.0)
+    assert torn in texts_of(folder, "train")
+
+
+def test_languages_and_kinds_stay_apart_and_the_split_ignores_the_order_of_files(tmp_path):
+    """English and Italian, web and wiki, two folders per language: the same validation text whatever the files are called."""
+    folders = []
+    for turn in (1, -1):
+        names = []
+        for i, label in enumerate(("en/web", "en/wiki", "it/web", "it/wiki")):
+            folder = tmp_path / f"turn{turn}" / label.replace("/", "_")
+            for k, name in enumerate("abcd"[::turn]):
+                write_jsonl(folder / f"{name}.jsonl", (document(1000 * i + 100 * k + j) for j in range(60)))
+            names.append(f"{folder}@{label}")
+        folders.append(run(names, tmp_path / f"data{turn}", name="mix"))
+    (first, meta), (second, _) = folders
+    assert [(s["name"], s["language"], s["kind"]) for s in meta["sources"]] == [(f"{x}_{k}", x, k) for x in ("en", "it") for k in ("web", "wiki")]
+    for i in range(4):
+        for split in ("train", "val"):
+            a, b = texts_of(first, split, i), texts_of(second, split, i)
+            assert sorted(a) == sorted(b) and (split == "val" or a != b)
+
+
 @pytest.mark.parametrize("given, name", [(dict(vocab_size=16_384), "x-bpe"), (dict(vocab_size=300), "x-bpe-300"), (dict(tokenizer="hybrid", vocab_size=2111), "x-hybrid"),
                                          (dict(tokenizer="chunk", vocab_size=4466), "x-chunk"), (dict(tokenizer="chunk", vocab_size=35_560), "x-chunk-35560"),
                                          (dict(name="mine"), "mine")])
