@@ -4,11 +4,12 @@ Reads top to bottom: settings, data, Muon, schedule and EMA, checkpoints, evalua
 its model, its sizes and its recipe (PRESETS); this file brings everything that is the same for all. Each field of Settings and
 of the model's config is a flag, --name=value, and a flag overrides the recipe.
 
-What a run writes to out/RUN: ckpt.pt (latest, for --resume), best.pt (lowest validation loss), step_N.pt (--keep_every),
-metrics.jsonl, loss.png, config.json.
+What a run writes to out/RUN: ckpt.pt (latest, for --resume), best.pt (lowest validation loss) and best_validation.json (what that
+is, by source and language), step_N.pt (--keep_every), metrics.jsonl, loss.png, config.json.
 """
 import contextlib
 import errno
+import functools
 import importlib
 import json
 import lzma
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 
 import prepare
 from prepare import UserError, nearest, parse_flags, run_tool
@@ -32,7 +34,7 @@ from prepare import UserError, nearest, parse_flags, run_tool
 
 @dataclass
 class Settings:
-    model: str = "tinymemory"  # preset of an architecture file: tinymemory, ivme, i3, i3-80m, i3-200m, or one of your own
+    model: str = "tinymemory"  # preset of an architecture file: tinymemory, ivme, i3, i3-80m, gpt2preln, ..., or one of your own
     data: str = ""  # prepared folders, or names under data/, as NAME or NAME:WEIGHT,NAME:WEIGHT; empty: the recipe's
     tokenizer: str = "bpe"  # tokenizer that a bare name in --data means: pydocs with hybrid is data/pydocs-hybrid
     out: str = ""  # folder of the run; empty: out/MODEL
@@ -40,11 +42,14 @@ class Settings:
     overwrite: bool = False  # start anew in a folder that holds a run, deleting that run
     init_from: str = ""  # start from this checkpoint's weights
     decay_only: bool = False  # with --init_from: keep optimizer, EMA and data position too, and run --decay_steps of decay
+    eval_only: bool = False  # with --init_from: only measure that checkpoint's validation losses, over --final_eval_tokens
     # batches
     order: str = "random"  # random: windows of all sources; sequential: source after source; balanced: equal shares
-    block_size: int = 256  # tokens in a training window; at most the model's context
+    pack: str = "stream"  # stream: rows are windows of the token stream; document: whole documents that do not see each other
+    block_size: int = 256  # tokens in a training row; at most the model's context
     batch_tokens: int = 4096  # tokens in an optimizer step, over all processes
-    micro_batch: int = 16  # windows that a process computes at once; the rest of a step is accumulated
+    micro_batch: int = 16  # rows that a process computes at once; the rest of a step is accumulated
+    grad_checkpoint: bool = False  # keep only the blocks' inputs for the backward pass: less memory, a third more work
     max_steps: int = 600  # optimizer steps of the run
     word_boost: float = 1.0  # loss weight of target tokens of more than one character, normalised to mean 1; 1: off
     # optimizer
@@ -66,8 +71,9 @@ class Settings:
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     keep_every: int = 0  # steps between checkpoints that stay, as step_N.pt; 0: none
     log_every: int = 10  # steps between rows of metrics.jsonl and lines of the log
-    sample_prompt: str = ""  # text that the sample at the end continues; empty: a new document
-    sample_tokens: int = 200  # length of that sample; 0: none
+    sample_every: int = 0  # steps between samples; 0: only at the end
+    sample_prompt: str = ""  # text that a sample continues; empty: a new document
+    sample_tokens: int = 200  # length of a sample; 0: none
     # machine
     seed: int = 1337  # of initial weights and batch order
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
@@ -76,7 +82,7 @@ class Settings:
     deterministic: bool = False  # repeatable to the bit on CUDA as well; a CPU always is
 
 
-CHOICES = dict(order=("random", "sequential", "balanced"), optimizer=("muon", "adamw"), schedule=("wsd", "cosine", "constant"),
+CHOICES = dict(order=("random", "sequential", "balanced"), pack=("stream", "document"), optimizer=("muon", "adamw"), schedule=("wsd", "cosine", "constant"),
                dtype=("auto", "bfloat16", "float32"), compile=("auto", "on", "off"))
 
 
@@ -86,10 +92,22 @@ class Source:
     """One source of a prepared folder: its token files as memory maps, and where it comes from."""
 
     def __init__(self, folder, entry, dtype, weight):
-        self.name, self.language, self.weight = entry["name"], entry["language"], weight
+        self.name, self.language, self.kind, self.weight = entry["name"], entry["language"], entry["kind"], weight
         self.budget = entry["budget"] or entry["train"]["tokens"]
         self.fingerprint = [entry["name"], entry["train"]["sha256"]]
         self.train, self.val = (self.tokens(folder / entry[split]["file"], dtype) for split in ("train", "val"))
+        self.cut = {}
+
+    def validation_rows(self, T, bos=None):
+        """The validation text in rows of T positions, always the same: (how many, number of a row -> its pieces), see `Loader`."""
+        if (T, bos) not in self.cut:
+            if bos is None:
+                last = max(len(self.val) - 1, 0)
+                self.cut[T, bos] = -(-last // T), lambda k: [(T * k, min(T, last - T * k))]
+            else:
+                first, pieces = document_rows(document_edges(self.val, bos), T)
+                self.cut[T, bos] = len(first) - 1, lambda k: pieces[first[k]:first[k + 1]].tolist()
+        return self.cut[T, bos]
 
     @staticmethod
     def tokens(path, dtype):  # an empty file cannot be mapped
@@ -134,53 +152,137 @@ def find_data(spec, tokenizer, vocab_size, is_main, barrier):
     return sources, (first[0] / "tokenizer.json").read_text(encoding="utf-8")
 
 
-class Loader:
-    """Deals out training windows, the same ones for the same seed; its whole state is how many each source has given.
+def document_edges(tokens, bos):
+    """Where the documents of a token file begin, and where the last one ends: int64 (documents + 1,)."""
+    step = 2 ** 24  # a comparison of the whole file would need a byte per token
+    begins = [i + np.flatnonzero(tokens[i:i + step] == bos) for i in range(0, len(tokens), step)]
+    return np.unique(np.concatenate([[0], *begins, [len(tokens)]]))
 
-    A source's tokens are cut into windows of T + 1 that overlap by one token, so that each token is a target once an epoch.
-    Every epoch deals them in a new order without replacement; from the second on the cuts are shifted, so that a token is
-    not always seen behind the same context. Which source gives the next row: `sequential` goes through them in turn, once in the
-    run and in proportion to their budgets; `random` and `balanced` take the one furthest behind its share, which is its size
-    (times its weight in --data) or the same for all.
+
+def document_rows(edges, T, rng=None):
+    """Packs the documents between `edges` into rows of T positions. Returns (first (rows + 1,), pieces (n, 2)), both int64: row k consists
+    of pieces[first[k]:first[k + 1]], each the number of its first token and of its positions.
+
+    A document of n tokens has n - 1 positions: an input and the token behind it. One with more than T is cut into pieces of T and a
+    shorter one, the last or, with rng, any of them, so that the cuts differ between epochs. Pieces go, the longest first, to the fullest
+    row with room for them (best-fit packing, arXiv 2404.10830). The number of rows does not depend on rng.
+    """
+    positions = np.diff(edges) - 1
+    cuts = -(-positions // T)  # pieces of each document
+    document = np.repeat(np.arange(len(cuts)), cuts)
+    i = np.arange(len(document)) - np.repeat(np.cumsum(cuts) - cuts, cuts)  # number of a piece within its document
+    rest = (positions - T * (cuts - 1))[document]
+    short = (cuts - 1 if rng is None else rng.integers(np.maximum(cuts, 1)))[document]
+    start, length = edges[document] + T * i - (T - rest) * (i > short), np.where(i == short, rest, T)
+    order = np.arange(len(length)) if rng is None else rng.permutation(len(length))
+    order = order[np.argsort(-length[order], kind="stable")]
+
+    row, rows = [], 0
+    room, filled = [[] for _ in range(T + 1)], 0  # room[r]: the rows with r positions left; bit r of `filled`: there are any
+    for n in length[order].tolist():
+        fitting = filled >> n
+        if fitting:
+            r = n + (fitting & -fitting).bit_length() - 1  # the least room that is enough
+            k = room[r].pop()
+            if not room[r]:
+                filled ^= 1 << r
+        else:
+            k, r, rows = rows, T, rows + 1
+        row.append(k)
+        if r > n:
+            room[r - n].append(k)
+            filled |= 1 << r - n
+    row = np.array(row, dtype=np.int64)
+    by_row = order[np.argsort(row, kind="stable")]
+    return np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))]), np.stack([start[by_row], length[by_row]], axis=1)
+
+
+def fill_rows(tokens, rows, T):
+    """Rows as lists of pieces, (first token, positions), of `tokens` -> inputs and targets, int64 (rows, T), -1 where a target does not
+    count, and bool (rows, T), true where a piece begins or the padding does."""
+    x, y, reset = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), -1, np.int64), np.zeros((len(rows), T), bool)
+    for r, pieces in enumerate(rows):
+        at = 0
+        for start, n in pieces:
+            piece = tokens[start:start + n + 1]
+            if len(piece) <= n:  # a window of a later epoch may wrap around
+                piece = np.concatenate((piece, tokens[:n + 1 - len(piece)]))
+            x[r, at:at + n], y[r, at:at + n], reset[r, at] = piece[:-1], piece[1:], True
+            at += n
+        reset[r, at:at + 1] = True
+    return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(reset)
+
+
+class Loader:
+    """Deals out training rows of T positions, the same ones for the same seed; its whole state is how many each source has given.
+
+    Without `bos` (--pack=stream) a row is a window of T + 1 tokens of a source's stream; windows overlap by one token, so that each
+    token is a target once an epoch. With it (--pack=document) a row holds whole documents, which begin where that token stands, see
+    `document_rows`; again each token is a target once, but for the first of a document. Every epoch deals the rows in a new order
+    without replacement; from the second on the cuts are elsewhere, so that a token is not always seen behind the same context.
+
+    Which source gives the next row: `sequential` goes through them in turn, once in the run and in proportion to their budgets;
+    `random` and `balanced` take the one furthest behind its share of the tokens, which is its size (times its weight in --data) or
+    the same for all.
     """
 
-    def __init__(self, sources, order, T, total_rows, seed):
-        self.sources, self.T, self.order, self.seed = sources, T, order, seed
+    def __init__(self, sources, order, T, total_rows, seed, bos=None):
+        self.sources, self.T, self.order, self.seed, self.bos = sources, T, order, seed, bos
         self.taken, self.dealt = [0] * len(sources), {}
         for s in sources:
             if len(s.train) < T + 1:
                 raise UserError(f"the source {s.name} has {len(s.train):,} training tokens, fewer than one window of {T + 1}: prepare more, or lower --block_size")
+        if bos is None:
+            self.per_epoch, self.fill = [(len(s.train) - 1) // T for s in sources], np.ones(len(sources))
+        else:
+            self.edges = [document_edges(s.train, bos) for s in sources]
+            self.per_epoch = [len(document_rows(e, T)[0]) - 1 for e in self.edges]
+            self.fill = np.array([(len(s.train) - (len(e) - 1)) / (n * T) for s, e, n in zip(sources, self.edges, self.per_epoch)])  # the rest is padding
         size = dict(random=lambda s: len(s.train) * s.weight, balanced=lambda s: s.weight, sequential=lambda s: s.budget * s.weight)[order]
         self.share = np.array([size(s) for s in sources], dtype=np.float64)
         if not (self.share > 0).all():
             raise UserError("weights in --data must be above 0")
         self.share /= self.share.sum()
-        self.turn_ends = np.round(np.cumsum(self.share) * total_rows)  # sequential: rows dealt when each source's turn is over
+        rows = self.share / self.fill
+        self.row_share = rows / rows.sum()
+        self.turn_ends = np.round(np.cumsum(self.row_share) * total_rows)  # sequential: rows dealt when each source's turn is over
 
-    def next_window(self):
-        """(source, start) of the next row."""
+    def deal(self, source, epoch):
+        """Number of a row in this epoch -> the pieces it consists of, [(first token, positions), ...]."""
+        rng, n = np.random.default_rng([self.seed, source, epoch]), self.per_epoch[source]
+        if self.bos is None:
+            size = len(self.sources[source].train)
+            shift = int(rng.integers(size)) if epoch else 0
+            starts = (shift + self.T * rng.permutation(n)) % size
+            return lambda k: [(int(starts[k]), self.T)]
+        first, pieces = document_rows(self.edges[source], self.T, rng if epoch else None)
+        order = rng.permutation(n)
+        return lambda k: pieces[first[order[k]]:first[order[k] + 1]].tolist()
+
+    def next_row(self):
+        """(source, pieces) of the next row."""
         if self.order == "sequential":
             source = min(int(np.searchsorted(self.turn_ends, sum(self.taken), side="right")), len(self.sources) - 1)
         else:
-            source = int(np.argmin((np.array(self.taken) + 0.5) / self.share))
-        size = len(self.sources[source].train)
-        epoch, k = divmod(self.taken[source], (size - 1) // self.T)
+            source = int(np.argmin((np.array(self.taken) + 0.5) / self.row_share))
+        epoch, k = divmod(self.taken[source], self.per_epoch[source])
         if self.dealt.get(source, (None,))[0] != epoch:
-            rng = np.random.default_rng([self.seed, source, epoch])
-            shift = int(rng.integers(size)) if epoch else 0
-            self.dealt[source] = epoch, shift + self.T * rng.permutation((size - 1) // self.T)
+            self.dealt[source] = epoch, self.deal(source, epoch)
         self.taken[source] += 1
-        return source, int(self.dealt[source][1][k]) % size
+        return source, self.dealt[source][1](k)
 
     def batch(self, rows):
-        """The next `rows` windows, int64 (rows, T + 1)."""
-        out = np.empty((rows, self.T + 1), dtype=np.int64)
-        for row in out:
-            source, start = self.next_window()
-            tokens = self.sources[source].train
-            piece = tokens[start:start + self.T + 1]
-            row[:len(piece)], row[len(piece):] = piece, tokens[:self.T + 1 - len(piece)]  # a shifted window may wrap around
-        return out
+        """The next rows: inputs, targets and, if documents are packed, where they begin (else None), as `fill_rows` has them."""
+        dealt = [self.next_row() for _ in range(rows)]
+        x, y, reset = map(torch.cat, zip(*(fill_rows(self.sources[source].train, [pieces], self.T) for source, pieces in dealt)))
+        return x, y, reset if self.bos is not None else None
+
+    def state_dict(self):
+        return dict(taken=list(self.taken), per_epoch=list(self.per_epoch), fingerprint=[s.fingerprint for s in self.sources])
+
+    def load_state_dict(self, state):
+        """Goes on where the loader of `state` was; with other rows (--block_size, --pack), at the same share of each epoch."""
+        self.taken = [taken if n == before else round(taken * n / before) for taken, n, before in zip(state["taken"], self.per_epoch, state["per_epoch"])]
 
 
 # ---------------------------------------------------------------------------------------------------- optimizers
@@ -288,6 +390,14 @@ class Optimizers:
         self.adamw.load_state_dict(state["adamw"])
         if self.muon:
             self.muon.load_state_dict(state["muon"])
+
+
+def checkpoint_blocks(model):
+    """From now on the model's blocks keep only their inputs for the backward pass and compute the rest again (arXiv 1604.06174)."""
+    def recomputed(forward, *args):
+        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
+    for block in model.blocks:
+        block.forward = functools.partial(recomputed, block.forward)
 
 
 # ---------------------------------------------------------------------------------------------------- schedule, EMA
@@ -410,27 +520,23 @@ def load_checkpoint(path, device="cpu", ema=None):
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def evaluate(run, sources, tokens, T, rows, autocast, bytes_per_token, device, world=1, rank=0):
+def evaluate(run, sources, tokens, T, rows, autocast, bytes_per_token, device, world=1, rank=0, bos=None):
     """Validation loss of the present weights: {"source": {name: (loss, bits per byte)}, "language": {...}, "mixed": (loss, bits per byte)}.
 
-    A source is cut into windows of T targets, the last one shorter; `tokens` of them, spread evenly, count (0: all). Losses are means
-    in nats per token over a group's windows, bits per byte are its nats / ln 2 / UTF-8 bytes. Draws no random numbers.
+    A source is cut into rows of T targets as in training, the same every time; `tokens` of them, spread evenly, count (0: all). Losses
+    are means in nats per token over a group's rows, bits per byte are its nats / ln 2 / UTF-8 bytes. Draws no random numbers.
     """
     sums = torch.zeros(len(sources), 3, dtype=torch.float64)  # nats, tokens, bytes
     for total, source in zip(sums, sources):
-        windows = -(-(len(source.val) - 1) // T) if len(source.val) > 1 else 0
-        take = min(windows, -(-tokens // T)) if tokens else windows
-        starts = [T * (i * windows // take) for i in range(take)][rank::world]
-        for first in range(0, len(starts), rows):
-            batch = torch.full((len(starts[first:first + rows]), T + 1), -1, dtype=torch.int64)
-            for row, start in zip(batch, starts[first:first + rows]):
-                piece = torch.from_numpy(source.val[start:start + T + 1].astype(np.int64))
-                row[:len(piece)] = piece
-            x, y = batch[:, :-1].clamp(min=0).to(device), batch[:, 1:].to(device)
+        n, row = source.validation_rows(T, bos)
+        take = min(n, -(-tokens // T)) if tokens else n
+        chosen = [row(i * n // take) for i in range(take)][rank::world]
+        for first in range(0, len(chosen), rows):
+            x, y, reset = fill_rows(source.val, chosen[first:first + rows], T)
             with autocast():
-                losses = run(x, y, reduction="none")[1]
+                losses = run(x.to(device), y.to(device), reduction="none", reset=reset.to(device) if bos is not None else None)[1]
             total[0] += losses.double().sum().cpu() if device.type != "mps" else losses.cpu().double().sum()  # no doubles on MPS
-            kept = batch[:, 1:][batch[:, 1:] >= 0]
+            kept = y[y >= 0]
             total[1] += len(kept)
             total[2] += float(bytes_per_token[kept].sum())
     if world > 1:
@@ -450,6 +556,30 @@ def evaluate(run, sources, tokens, T, rows, autocast, bytes_per_token, device, w
 def split_result(result, i):
     """Of evaluate's (loss, bits per byte) pairs the losses (i = 0) or the bits (i = 1), for metrics.jsonl."""
     return {k: v[i] if isinstance(v, tuple) else {n: pair[i] for n, pair in v.items()} for k, v in result.items()}
+
+
+def best_validation(result, sources, **about):
+    """What best_validation.json says: the losses in nats per token by which the best step was chosen, under the names that the 1gpu-llm
+    card gives them, their perplexities, and bits per byte."""
+    def finite(x):  # JSON knows no NaN
+        return x if math.isfinite(x) else None
+
+    def perplexity(loss):
+        return finite(math.exp(min(loss, 700)))
+    groups = dict(mixed=result["mixed"], **result["language"])
+    return dict(about, **{f"val_loss_{k}": finite(loss) for k, (loss, _) in groups.items()}, **{f"ppl_{k}": perplexity(loss) for k, (loss, _) in groups.items()},
+                **{f"bits_per_byte_{k}": finite(bits) for k, (_, bits) in groups.items()},
+                sources={s.name: dict(language=s.language, kind=s.kind, val_loss=finite(loss), ppl=perplexity(loss), bits_per_byte=finite(bits))
+                         for s, (loss, bits) in zip(sources, result["source"].values())})
+
+
+def table(result, sources):
+    """Lines of the terminal: loss, perplexity and bits per byte of each source, of each language, of all."""
+    rows = [(s.name, f"{s.language}/{s.kind}", *result["source"][s.name]) for s in sources]
+    rows += [(language, "language", *pair) for language, pair in result["language"].items() if len(result["language"]) > 1]
+    rows += [("mixed", "all sources", *result["mixed"])] * (len(sources) > 1)
+    wide = max(len(r[1]) for r in rows)
+    return [f"{name:<12} {what:<{wide}}  loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):,.1f}  {bits:.3f} bits/byte" for name, what, loss, bits in rows]
 
 
 def xz_bits_per_byte(sources, tokenizer, limit=8_000_000):
@@ -539,7 +669,7 @@ def settings_from(argv):
             if parent["model_name"].split("-")[0] != name.split("-")[0]:
                 raise UserError(f"--init_from={init_from} holds a {parent['model_name']}, not a {name}")
             cfg = module.Config(**parent["cfg"])
-            if prepare.yes_or_no(flag_value(argv, "decay_only") or "false"):
+            if any(prepare.yes_or_no(flag_value(argv, flag) or "false") for flag in ("decay_only", "eval_only")):
                 base = replace(Settings(**parent["train"]), out="", overwrite=False, resume=False)
     given, _ = parse_flags(argv, base, cfg, description=f"{__doc__.split(chr(10))[0]} Defaults in brackets are those of --model={name}.")
     given.pop("resume", None)
@@ -572,8 +702,11 @@ def settings_from(argv):
                         f"--context_length={s.block_size} makes a model that fits")
     if s.batch_tokens % s.block_size:
         raise UserError(f"--batch_tokens={s.batch_tokens} is not a multiple of --block_size={s.block_size}")
-    if s.decay_only and not s.init_from:
-        raise UserError("--decay_only needs --init_from=CHECKPOINT")
+    for flag in ("decay_only", "eval_only"):
+        if getattr(s, flag) and not s.init_from:
+            raise UserError(f"--{flag} needs --init_from=CHECKPOINT")
+    if s.eval_only and (resume or s.decay_only):
+        raise UserError("--eval_only measures one checkpoint and trains nothing: leave --resume and --decay_only away")
     if s.decay_only and not resume:
         if not s.decay_steps:
             raise UserError("--decay_only needs --decay_steps")
@@ -656,7 +789,7 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
     barrier = dist.barrier if world > 1 else lambda: None
     resumed = checkpoint is not None
     start = checkpoint if resumed else parent  # where weights come from, if from anywhere
-    if not s.resume and (out / "ckpt.pt").exists() and not s.overwrite:
+    if not (s.resume or s.eval_only) and (out / "ckpt.pt").exists() and not s.overwrite:
         raise UserError(f"{out} holds a run: --resume goes on with it, --out names another folder, --overwrite deletes it")
 
     # data: rows of T + 1 tokens, the same global batch for any number of processes
@@ -671,7 +804,8 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
                         "prepare it with --tokenizer=PATH of the one it was trained with")
     if not any(len(x.val) > 1 for x in sources):
         raise UserError(f"{s.data} has no validation text; prepare it with --val_fraction above 0")
-    loader = Loader(sources, s.order, T, s.max_steps * rows, s.seed)
+    bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
+    loader = None if s.eval_only else Loader(sources, s.order, T, s.max_steps * rows, s.seed, bos if s.pack == "document" else None)
     bytes_per_token = torch.from_numpy(prepare.token_byte_counts(tokenizer)).float()
     boost = None
     if s.word_boost != 1:
@@ -684,8 +818,10 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
     except ValueError as e:
         raise UserError(f"--model={s.model}: {e}") from None
     if start:
-        use = start["model"] | (start["ema"] if start["use_ema"] and not (resumed or s.decay_only) else {})
+        use = start["model"] | (start["ema"] if start["use_ema"] and not (resumed or s.decay_only or s.eval_only) else {})
         model.load_state_dict(use)
+    if s.grad_checkpoint:
+        checkpoint_blocks(model)
     params, names = list(model.parameters()), [n for n, _ in model.named_parameters()]
     # Newton-Schulz needs few digits; bf16 there is faster wherever bf16 is
     optimizers = Optimizers(model, s, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
@@ -695,7 +831,8 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
     if start and (resumed or s.decay_only):
         if [list(f) for f in start["loader"]["fingerprint"]] != [x.fingerprint for x in sources]:
             raise UserError(f"the data of {s.data} has changed since the checkpoint, so its place in it is lost; use the data it was trained on")
-        step, tokens, use_ema, loader.taken = start["step"], start["tokens"], start["use_ema"], list(start["loader"]["taken"])
+        step, tokens, use_ema = start["step"], start["tokens"], start["use_ema"]
+        loader.load_state_dict(start["loader"])
         optimizers.load_state_dict(start["optimizer"])
         if ema is not None and start["ema"]:
             ema = [start["ema"][n].to(device) for n in names]
@@ -715,10 +852,30 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
     def autocast():
         return torch.autocast(device.type, torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext()
 
+    def measure(n_tokens):
+        return evaluate(model, sources, n_tokens, T, micro, autocast, bytes_per_token, device, world, rank,
+                        bos if s.pack == "document" else None)  # not compiled: its shapes vary
+
+    def sample():
+        prompt = torch.tensor([[bos, *tokenizer.encode(s.sample_prompt, add_special_tokens=False).ids]], device=device)
+        ids = model.generate(prompt, s.sample_tokens, temperature=0.8, top_p=0.95, stop_token=eos, generator=torch.Generator(device).manual_seed(s.seed))
+        progress.done("sample       " + tokenizer.decode(ids[0].tolist()).replace("\n", "\n             "))
+
+    progress = prepare.Progress()
+    if s.eval_only:
+        model.eval()
+        for kind, values in (("raw", None), *([("EMA", [parent["ema"][n].to(device) for n in names])] if parent["ema"] else ())):
+            with weights(params, values):
+                result = measure(s.final_eval_tokens)
+            progress.done(f"{s.init_from}, step {parent['step']:,}, {kind} weights{' (the chosen ones)' * ((kind == 'EMA') == parent['use_ema'])}")
+            for line in table(result, sources):
+                progress.done("  " + line)
+        return 0
+
     # the run's folder
     if is_main:
         out.mkdir(parents=True, exist_ok=True)
-        for pattern in ("*.part", *(() if resumed else ("ckpt.pt", "best.pt", "step_*.pt", "loss.png"))):
+        for pattern in ("*.part", *(() if resumed else ("ckpt.pt", "best.pt", "best_validation.json", "step_*.pt", "loss.png"))):
             for old in out.glob(pattern):
                 old.unlink()
         kept = [r for r in read_rows(out / "metrics.jsonl") if r["step"] <= step and not r.get("final")] if resumed else []
@@ -743,19 +900,17 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
         if is_main:
             state = dict(format=FORMAT, step=step, tokens=tokens, model_name=s.model, cfg=asdict(cfg), train=asdict(s), model=model.state_dict(),
                          ema=dict(zip(names, ema)) if ema is not None else {}, use_ema=use_ema, optimizer=optimizers.state_dict(), rng=every_rng,
-                         loader=dict(taken=loader.taken, fingerprint=[x.fingerprint for x in sources]), tokenizer=tokenizer_text,
+                         loader=loader.state_dict(), tokenizer=tokenizer_text,
                          metrics=dict(best=best, elapsed=elapsed))
             for path in paths:
                 save_checkpoint(path, state)
 
-    def measure(n_tokens):
-        return evaluate(model, sources, n_tokens, T, micro, autocast, bytes_per_token, device, world, rank)  # not compiled: its shapes vary
-
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{s.model:<12} {model.n_params / 1e6:,.2f}M parameters ({Path(module.__file__).name}), "
-          f"context {cfg.context_length:,}, training on windows of {T:,}")
-    for x, share in zip(sources, loader.share):
-        print(f"{x.name:<12} {x.language}, {len(x.train):,} training and {len(x.val):,} validation tokens, {share:.0%} of the run")
+          f"context {cfg.context_length:,}, training on {'windows' if s.pack == 'stream' else 'rows'} of {T:,}")
+    for x, share, n, fill in zip(sources, loader.share, loader.per_epoch, loader.fill):
+        print(f"{x.name:<12} {x.language}/{x.kind}, {len(x.train):,} training and {len(x.val):,} validation tokens, {share:.0%} of the run"
+              + f", whole documents in {n:,} rows, {1 - fill:.2%} of them padding" * (s.pack == "document"))
     print(f"{device.type:<12} {str(dtype)[6:]}{', compiled' * compiled}, {f'{world} x ' * (world > 1)}{chip}; "
           f"Muon {optimizers.n_matrices} matrices, AdamW {optimizers.n_other} tensors; "
           f"{s.max_steps:,} steps of {s.batch_tokens:,} tokens, {rows // world // micro} x {micro} windows each")
@@ -770,26 +925,28 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
         stop.append(number)
     previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
 
-    progress, peak = prepare.Progress(), next((flops for name, flops in PEAK_FLOPS.items() if name in chip), None)
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in chip), None)
     model.train()
-    mark, mark_step, saved_step = time.monotonic(), step, step if resumed else -1
+    mark, mark_tokens, saved_step = time.monotonic(), tokens, step if resumed else -1
     while step < s.max_steps:
         # one optimizer step
-        batch = torch.from_numpy(loader.batch(rows))
-        if batch.max() >= cfg.vocab_size:
-            raise UserError(f"the data holds token id {int(batch.max())}, the model's vocabulary ends at {cfg.vocab_size - 1}; "
+        x, y, reset = loader.batch(rows)
+        if max(x.max(), y.max()) >= cfg.vocab_size:
+            raise UserError(f"the data holds token id {int(max(x.max(), y.max()))}, the model's vocabulary ends at {cfg.vocab_size - 1}; "
                             "prepare the data again")
-        loss_weights = boost[batch[:, 1:]] if boost is not None else torch.ones(rows, T)
+        targets = y[y >= 0]
+        loss_weights = (y >= 0).float() if boost is None else boost[y] * (y >= 0)
         whole = float(loss_weights.sum())  # over all processes, so that the mean is the same for any number of them
-        mine, my_weights = batch[rank::world].to(device), loss_weights[rank::world]
+        shares = [float(w.sum()) / whole for w in loss_weights[rank::world].split(micro)]
+        x, y, reset, loss_weights = (None if t is None else t[rank::world].to(device) for t in (x, y, reset, loss_weights))
         loss = torch.zeros((), device=device)
-        for i in range(0, len(mine), micro):
-            part, w = mine[i:i + micro], my_weights[i:i + micro]
-            last = i + micro >= len(mine)
-            with contextlib.nullcontext() if last or world == 1 else run.no_sync():  # gradients travel once a step
+        for i, share in enumerate(shares):
+            part = slice(i * micro, (i + 1) * micro)
+            with contextlib.nullcontext() if i + 1 == len(shares) or world == 1 else run.no_sync():  # gradients travel once a step
                 with autocast():
-                    part_loss = run(part[:, :-1], part[:, 1:], loss_weights=w.to(device) if boost is not None else None)[1]
-                part_loss = part_loss * (float(w.sum()) / whole)
+                    part_loss = run(x[part], y[part], loss_weights=loss_weights[part] if boost is not None else None,
+                                    reset=None if reset is None else reset[part])[1]
+                part_loss = part_loss * share
                 (part_loss * world).backward()  # DDP averages over the processes; the loss is a sum of shares
             loss += part_loss.detach()
         for p in params:
@@ -805,7 +962,7 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
             p.grad = None
         if ema is not None:
             ema_update(ema, params, step, s.ema_beta)
-        step, tokens = step + 1, tokens + s.batch_tokens
+        step, tokens = step + 1, tokens + len(targets)
 
         stopping = bool(stop)
         if world > 1:  # a signal may reach the processes in different steps
@@ -817,16 +974,16 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
             if world > 1:
                 dist.all_reduce(loss)
             seconds = time.monotonic() - mark
-            rate = (step - mark_step) * s.batch_tokens / seconds
+            rate = (tokens - mark_tokens) / seconds
             elapsed += seconds
-            per_byte = s.batch_tokens / math.log(2) / (float(bytes_per_token[batch[:, 1:]].sum()) or math.nan)  # 0: all are unknown
+            per_byte = len(targets) / math.log(2) / (float(bytes_per_token[targets].sum()) or math.nan)  # 0: all are unknown
             record(dict(step=step, tokens=tokens, train_loss=float(loss), train_bits_per_byte=float(loss) * per_byte, lr=lr,
                         grad_norm=grad_norm, tokens_per_s=rate, elapsed=elapsed))
             line = (f"step {step:>6,}/{s.max_steps:,}  loss {float(loss):.3f}  {float(loss) * per_byte:.2f} bits/byte  {rate / 1e3:.1f}k tok/s  "
                     f"{clock((s.max_steps - step) * s.batch_tokens / rate)} left  lr {lr:.4f}  |g| {grad_norm:.2f}"  # the end is cut off in a narrow terminal
                     + (f"  MFU {rate * flops / peak / world:.0%}" if peak and dtype == torch.bfloat16 else ""))
             (progress.show if progress.live else progress.done)(line)
-            mark, mark_step = time.monotonic(), step
+            mark, mark_tokens = time.monotonic(), tokens
 
         if step == s.max_steps or s.eval_every and step % s.eval_every == 0:
             begun = time.monotonic()
@@ -849,6 +1006,11 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
                           + "".join(f"  {name} {bits:.3f}" for name, (_, bits) in by_language.items() if len(by_language) > 1) + "  best" * better)
             if better:
                 save(out / "best.pt")
+                kept = s.keep_every and step % s.keep_every == 0
+                if is_main:
+                    with replacing(out / "best_validation.json") as f:
+                        f.write(json.dumps(best_validation(results[winner], sources, step=step, tokens=tokens, weights=winner, checkpoint=f"step_{step}.pt"
+                                                           if kept else "best.pt", tokens_per_source=s.eval_tokens), indent=1).encode())
             mark += time.monotonic() - begun  # speed is that of training alone
 
         begun = time.monotonic()
@@ -857,6 +1019,8 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
             saved_step = step
         if s.keep_every and step % s.keep_every == 0:
             save(out / f"step_{step}.pt")
+        if s.sample_every and step % s.sample_every == 0 and step < s.max_steps and is_main:
+            sample()
         mark += time.monotonic() - begun
         if stopping:
             progress.done(f"stopped at step {step:,} of {s.max_steps:,}, saved {out / 'ckpt.pt'}        "
@@ -877,14 +1041,12 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
         draw_loss(read_rows(out / "metrics.jsonl"), out / "loss.png", f"{s.model} on {', '.join(x.name for x in sources)}", xz)
         print(f"best         step {final['step']:,}{' (EMA)' * final['use_ema']}: {result['mixed'][1]:.3f} bits/byte over the validation text"
               + (f"; xz -9 needs {xz:.3f}" if xz else ""))
+        if len(sources) > 1:
+            print("\n".join(table(result, sources)))
         if s.sample_tokens:
-            bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
-            prompt = torch.tensor([[bos, *tokenizer.encode(s.sample_prompt, add_special_tokens=False).ids]], device=device)
-            ids = model.generate(prompt, s.sample_tokens, temperature=0.8, top_p=0.95, stop_token=eos,
-                                 generator=torch.Generator(device).manual_seed(s.seed))
-            print("sample       " + tokenizer.decode(ids[0].tolist()).replace("\n", "\n             "))
+            sample()
         shown = f' --prompt="{s.sample_prompt}"' if s.sample_prompt else ""
-        print(f"wrote {out}: best.pt ckpt.pt metrics.jsonl loss.png config.json        next: python sample.py --ckpt={out / 'best.pt'}{shown}")
+        print(f"wrote {out}: best.pt best_validation.json ckpt.pt metrics.jsonl loss.png config.json        next: python sample.py --ckpt={out / 'best.pt'}{shown}")
     barrier()
     return 0
 

@@ -1,4 +1,5 @@
-"""Whole programs: killed and resumed, over two processes, interrupted, out of disk, and sampled from."""
+"""Whole programs: killed and resumed, over two processes, interrupted, out of disk, and sampled from; a recipe from beginning to end."""
+import contextlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import prepare
 import train
 from conftest import ROOT, SMALL, command, same_tensors
 
@@ -129,8 +131,9 @@ def torchrun(n, *flags):
 
 
 def test_two_processes_give_the_losses_of_one_and_share_muons_work(workdir):
-    """Global batch of 8 windows, weighted losses normalised over all of it, gradients accumulated on both sides."""
-    flags = [*SMALL, "--n_layer=3", "--vocab_size=600", "--data=two-hybrid", "--max_steps=20", "--eval_every=10", "--word_boost=1.7", "--micro_batch=2", "--order=balanced"]
+    """Global batch of 8 rows of packed documents, weighted losses normalised over all of it, gradients accumulated on both sides."""
+    flags = [*SMALL, "--n_layer=3", "--vocab_size=600", "--data=two-hybrid", "--max_steps=20", "--eval_every=10", "--word_boost=1.7", "--micro_batch=2", "--order=balanced",
+             "--pack=document"]
     finish(command(ROOT / "train.py", *flags, "--out=one"))
     finish(torchrun(2, *flags, "--out=two"))
     one, two = metrics(workdir / "one"), metrics(workdir / "two")
@@ -230,3 +233,74 @@ def test_training_ivme_on_8192_tokens_at_once_fits_in_memory(dtype, limit, workd
                          "--eval_tokens=64", "--final_eval_tokens=64", "--sample_tokens=0", "--compile=off", "--device=cpu", f"--dtype={dtype}"))
     peak = int(out.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
     assert peak < limit, f"{peak / 1e9:.2f} GB"
+
+
+# ---------------------------------------------------------------------------------------------------- a recipe from beginning to end
+
+WORDS = dict(
+    en=dict(the=["the", "a", "this", "every"], noun=["house", "river", "old man", "letter", "city", "child", "war", "garden", "king", "song", "road", "machine"],
+            verb=["sees", "takes", "forgets", "follows", "builds", "loses", "remembers", "sells"], how=["slowly", "at night", "without a word", "in the end", "again"],
+            also="and", wiki="{0} is {1} of {2}, known since {3}. It {4} {5} in {6}.", web="{0} {4} {1} {7}, {8} {2} {9} {5}!"),
+    it=dict(the=["il", "un", "questo", "ogni"], noun=["palazzo", "fiume", "vecchio", "libro", "paese", "bambino", "giardino", "re", "canto", "treno", "mare", "lume"],
+            verb=["vede", "prende", "dimentica", "segue", "costruisce", "perde", "ricorda", "vende"], how=["piano", "di notte", "senza parlare", "alla fine", "ancora"],
+            also="e", wiki="{0} è {1} di {2}, noto dal {3}. {4} {5} nel {6}.", web="{0} {4} {1} {7}, {8} {2} {9} {5}!"))
+
+
+def made_up_text(language, kind, rng):
+    """A few sentences of a little grammar: enough for a model to learn for minutes, and never the same."""
+    w = WORDS[language]
+    thing = lambda: f"{rng.choice(w['the'])} {rng.choice(w['noun'])}"
+    return " ".join(w[kind].format(thing(), thing(), thing(), rng.randrange(1200, 1990), rng.choice(w["verb"]), thing(), rng.randrange(1200, 1990),
+                                   rng.choice(w["how"]), w["also"], rng.choice(w["verb"])).capitalize() for _ in range(rng.randint(1, 12)))
+
+
+@pytest.fixture(scope="module")
+def bilingual(tmp_path_factory):
+    """data/mix-bpe-500: English and Italian, web and wiki, a folder each, of different sizes; one tokenizer of 500."""
+    root, names = tmp_path_factory.mktemp("bilingual"), []
+    for i, (language, kind) in enumerate((x, y) for x in ("en", "it") for y in ("web", "wiki")):
+        rng = random.Random(i)
+        (root / f"{kind}_{language}").mkdir()
+        for part in range(2):
+            texts = [made_up_text(language, kind, rng) for _ in range(200 * (i + 1))]
+            (root / f"{kind}_{language}/{part}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+        names.append(f"{root}/{kind}_{language}@{language}/{kind}")
+    prepare.prepare(names, prepare.Settings(out_dir=str(root / "data"), vocab_size=500, name="mix-bpe-500"))
+    return root
+
+
+def test_the_gpt2preln_recipe_in_small(bilingual, monkeypatch):
+    """A run at a constant rate keeps checkpoints; the second-last one is continued by its decay alone; the tail's best, which
+    best_validation.json names, beats every checkpoint of the parent, and the learning rate is the closed form at every step."""
+    monkeypatch.chdir(bilingual)
+    shape = ["--model=gpt2preln", "--n_layer=2", "--d_model=64", "--n_head=4", "--context_length=128", "--vocab_size=500", "--data=mix-bpe-500"]
+    run = ["--batch_tokens=1024", "--micro_batch=8", "--lr=8e-3", "--warmup_steps=10", "--ema_beta=0.5", "--eval_tokens=8192", "--final_eval_tokens=8192", "--sample_tokens=0", "--device=cpu",
+           "--dtype=float32", "--log_every=1"]
+    train.main([*shape, *run, "--max_steps=160", "--keep_every=40", "--eval_every=40", "--out=parent"])
+    parent = [r for r in metrics(bilingual / "parent") if "val_loss" in r and not r.get("final")]
+    kept = sorted(int(p.stem[5:]) for p in (bilingual / "parent").glob("step_*.pt"))
+    assert kept == [r["step"] for r in parent] == [40, 80, 120, 160]
+
+    train.main(["--init_from=parent/step_120.pt", "--decay_only", "--decay_steps=40", "--keep_every=8", "--eval_every=8", "--out=tail"])
+    best = json.loads((bilingual / "tail/best_validation.json").read_text())
+    tail = [r for r in metrics(bilingual / "tail") if "val_loss" in r and not r.get("final")]
+    lowest = min((r["val_loss"][kind]["mixed"], r["step"]) for r in tail for kind in r["val_loss"])
+    assert (best["val_loss_mixed"], best["step"]) == lowest and best["checkpoint"] == f"step_{best['step']}.pt"
+    for r in parent:  # its last one too, which has seen as many tokens as the end of the tail
+        assert best["val_loss_mixed"] < min(r["val_loss"][kind]["mixed"] for kind in r["val_loss"])
+
+    # the checkpoint that it names is the one, measured again from the file, for every source, language and all
+    model, tokenizer, checkpoint = train.load_checkpoint(bilingual / "tail" / best["checkpoint"], ema=best["weights"] == "ema")
+    sources, _ = train.find_data("mix-bpe-500", "bpe", 500, True, None)
+    again = train.evaluate(model, sources, 8192, 128, 16, contextlib.nullcontext, torch.ones(500), torch.device("cpu"), bos=tokenizer.token_to_id("<|bos|>"))
+    assert abs(again["mixed"][0] - best["val_loss_mixed"]) < 1e-5
+    assert all(abs(again["language"][x][0] - best[f"val_loss_{x}"]) < 1e-5 for x in ("en", "it"))
+    assert set(best["sources"]) == {"web_en", "wiki_en", "web_it", "wiki_it"}
+    assert all(abs(again["source"][x][0] - v["val_loss"]) < 1e-5 and x == f"{v['kind']}_{v['language']}" for x, v in best["sources"].items())
+
+    lrs = {r["step"]: r["lr"] for run in ("parent", "tail") for r in metrics(bilingual / run) if "train_loss" in r and (run == "tail" or r["step"] <= 120)}
+    closed = [8e-3 * (min(1, (t + 1) / 10) if t < 120 else 0.1 + 0.9 * (160 - t) / 40) for t in range(160)]
+    assert np.allclose([lrs[t + 1] for t in range(160)], closed, rtol=1e-12)
+    # the tail went on where the parent was, and every source has given about as many rows (as many tokens: test_train.py)
+    taken = [train.read_checkpoint(bilingual / p)["loader"]["taken"] for p in ("parent/step_120.pt", "tail/ckpt.pt")]
+    assert sum(taken[0]) == 120 * 8 and sum(taken[1]) == 160 * 8 and max(taken[1]) - min(taken[1]) <= 0.04 * max(taken[1])

@@ -2,7 +2,6 @@
 import json
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gpt2preln
 import i3
 import ivme
 import prepare
@@ -25,8 +25,10 @@ def rows(out):
 
 # ---------------------------------------------------------------------------------------------------- batches
 
-def fake_source(tokens, weight=1.0, budget=None, val=()):
-    return SimpleNamespace(name="s", train=np.asarray(tokens), val=np.asarray(val), weight=weight, budget=budget or len(tokens), language="en")
+class fake_source(train.Source):
+    def __init__(self, tokens, weight=1.0, budget=None, val=()):
+        self.name, self.language, self.kind, self.fingerprint, self.cut = "s", "en", "code", ["s", ""], {}
+        self.train, self.val, self.weight, self.budget = np.asarray(tokens), np.asarray(val), weight, budget or len(tokens)
 
 
 @settings(max_examples=60, deadline=None)
@@ -37,7 +39,7 @@ def test_an_epoch_trains_on_each_token_once(size, T, seed):
     loader = train.Loader([fake_source(range(size))], "random", T, 100, seed)
     per_epoch = (size - 1) // T
     for epoch in range(3):
-        targets = loader.batch(per_epoch)[:, 1:].ravel()
+        targets = loader.batch(per_epoch)[1].flatten().tolist()
         assert len(set(targets)) == len(targets) == per_epoch * T
         if epoch == 0:
             assert sorted(targets) == list(range(1, per_epoch * T + 1))
@@ -45,23 +47,24 @@ def test_an_epoch_trains_on_each_token_once(size, T, seed):
 
 def test_windows_are_contiguous_and_shuffled_and_the_seed_decides():
     source = fake_source(range(10_000))
-    batch = train.Loader([source], "random", 16, 100, seed=1).batch(300)
+    batch = train.Loader([source], "random", 16, 100, seed=1).batch(300)[0].numpy()
     assert (np.diff(batch, axis=1) == 1).all()
     assert not (np.diff(batch[:, 0]) > 0).all()
-    assert (batch == train.Loader([source], "random", 16, 100, seed=1).batch(300)).all()
-    assert not (batch == train.Loader([source], "random", 16, 100, seed=2).batch(300)).all()
+    x, y, reset = train.Loader([source], "random", 16, 100, seed=1).batch(300)
+    assert (batch == x.numpy()).all() and torch.equal(y, x + 1) and reset is None
+    assert not (batch == train.Loader([source], "random", 16, 100, seed=2).batch(300)[0].numpy()).all()
 
 
 def test_later_epochs_cut_the_text_elsewhere():
     loader = train.Loader([fake_source(range(1000))], "random", 10, 100, seed=3)
-    first, second = (set(loader.batch(99)[:, 0]) for _ in range(2))
+    first, second = (set(loader.batch(99)[0][:, 0].tolist()) for _ in range(2))
     assert first != second
 
 
 @pytest.mark.parametrize("order,shares", [("random", (0.1, 0.6, 0.3)), ("balanced", (1 / 3, 1 / 3, 1 / 3)), ("sequential", (0.1, 0.6, 0.3))])
 def test_each_order_gives_every_source_its_share(order, shares):
     sources = [fake_source([i] * n) for i, n in enumerate((1000, 6000, 3000))]
-    drawn = train.Loader(sources, order, 10, 900, seed=0).batch(900)[:, 0]
+    drawn = train.Loader(sources, order, 10, 900, seed=0).batch(900)[0][:, 0].numpy()
     for i, share in enumerate(shares):
         assert abs((drawn == i).mean() - share) < 0.01
     if order == "sequential":
@@ -73,23 +76,102 @@ def test_each_order_gives_every_source_its_share(order, shares):
 
 def test_sequential_spends_the_whole_run_in_proportion_to_budgets_without_cutting_a_source_off():
     sources = [fake_source([i] * 5000, budget=b) for i, b in enumerate((710, 160, 235, 395, 80))]
-    drawn = train.Loader(sources, "sequential", 10, 1447, seed=0).batch(1447)[:, 0]
+    drawn = train.Loader(sources, "sequential", 10, 1447, seed=0).batch(1447)[0][:, 0]
     assert np.allclose(np.bincount(drawn) / 1447, np.array([710, 160, 235, 395, 80]) / 1580, atol=1 / 1447)
 
 
 def test_data_weights_multiply_shares():
     sources = [fake_source([0] * 1000, weight=3.0), fake_source([1] * 1000)]
-    assert train.Loader(sources, "random", 10, 0, 0).batch(400)[:, 0].mean() == 0.25
+    assert train.Loader(sources, "random", 10, 0, 0).batch(400)[0][:, 0].float().mean() == 0.25
 
 
 def test_the_loader_goes_on_from_its_counts():
     sources = [fake_source(range(500)), fake_source(range(1000, 1300))]
     whole, first = train.Loader(sources, "random", 7, 500, 5), train.Loader(sources, "random", 7, 500, 5)
-    everything = whole.batch(300)
+    everything = whole.batch(300)[0]
     first.batch(137)
     second = train.Loader(sources, "random", 7, 500, 5)
-    second.taken = list(first.taken)
-    assert (second.batch(163) == everything[137:]).all()
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.batch(163)[0], everything[137:])
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths=st.lists(st.integers(2, 70), min_size=1, max_size=40), T=st.integers(1, 30), seed=st.integers(0, 5))
+def test_packed_rows_lose_no_token_and_keep_documents_whole(lengths, T, seed):
+    """Every token has its own id, 1000 and up, but for the <|bos|> (1) that each document begins with."""
+    tokens = np.arange(1000, 1000 + sum(lengths))
+    begins = np.cumsum([0, *lengths[:-1]])
+    tokens[begins] = 1
+    if len(tokens) <= T:
+        return
+    loader = train.Loader([fake_source(tokens)], "random", T, 100, seed, bos=1)
+    n = loader.per_epoch[0]
+    assert loader.fill[0] == pytest.approx((len(tokens) - len(lengths)) / (n * T))
+    for epoch in range(3):
+        x, y, reset = loader.batch(n)
+        assert sorted([1] * len(lengths) + y[y >= 0].tolist()) == sorted(tokens.tolist())  # all that there is, each once
+        pieces = []
+        for row, targets, starts in zip(x.tolist(), y.tolist(), reset):
+            assert starts[0] and targets[0] >= 0
+            edges = [*starts.nonzero().flatten().tolist(), T]
+            for i, j in zip(edges, edges[1:]):
+                if targets[i] == -1:  # padding, at the end only
+                    assert j == T and targets[i:] == [-1] * (T - i)
+                    continue
+                first = targets[i] - 1000 - 1
+                assert targets[i:j] == [t for t in tokens[first + 1:first + 1 + j - i]] and row[i:j] == tokens[first:first + j - i].tolist()
+                pieces.append((first, j - i))
+        pieces.sort()
+        for begin, length in zip(begins, lengths):
+            own = [(first, n) for first, n in pieces if begin <= first < begin + length]
+            assert len(own) == -(-(length - 1) // T)  # a short document is one piece, a long one is cut into as few as possible
+            assert own[0][0] == begin and sum(n for _, n in own) == length - 1 and sum(n < T for _, n in own) <= 1
+        used = sorted((y >= 0).sum(1).tolist())
+        assert len(used) < 2 or used[0] + used[1] > T  # no two rows would fit into one
+
+
+def test_later_epochs_cut_long_documents_elsewhere_and_mix_the_rows_anew():
+    lengths = [25] * 40 + [7, 3, 5] * 40
+    tokens = np.arange(1000, 1000 + sum(lengths))
+    tokens[np.cumsum([0, *lengths[:-1]])] = 1
+    loader = train.Loader([fake_source(tokens)], "random", 10, 100, 0, bos=1)
+    first, second = (loader.batch(loader.per_epoch[0]) for _ in range(2))
+    cuts = [set(x[reset & (y >= 0) & (x != 1)].tolist()) for x, y, reset in (first, second)]
+    assert cuts[0] != cuts[1] and len(cuts[0]) == len(cuts[1])
+    assert {tuple(r) for r in first[1].tolist()} != {tuple(r) for r in second[1].tolist()}
+
+
+def test_packing_documents_of_real_lengths_leaves_little_padding():
+    lengths = np.random.default_rng(0).lognormal(5, 1.2, 5000).astype(int) + 2  # a median of 150 tokens, as web pages have, some of thousands
+    first, pieces = train.document_rows(np.concatenate([[0], np.cumsum(lengths)]), 1024)
+    assert 1 - pieces[:, 1].sum() / (1024 * (len(first) - 1)) < 0.002
+    assert pieces[:, 1].sum() == (lengths - 1).sum()
+
+
+@pytest.mark.parametrize("order", ["random", "balanced", "sequential"])
+def test_each_order_gives_packed_sources_their_share_of_the_tokens(order):
+    """Documents of 60 tokens leave 40 % of a row of 100 empty, those of 5 next to nothing; the shares are of tokens, not of rows."""
+    sources = []
+    for i, (length, n) in enumerate(((61, 100), (6, 3000), (250, 40), (12, 800))):
+        tokens = np.full(length * n, 10 + i)
+        tokens[::length] = 1
+        sources.append(fake_source(tokens))
+    loader = train.Loader(sources, order, 100, 3000, seed=0, bos=1)
+    _, y, _ = loader.batch(3000)
+    drawn = np.array([(y == 10 + i).sum() for i in range(4)])
+    sizes = np.array([len(s.train) for s in sources])
+    assert np.allclose(drawn / drawn.sum(), np.full(4, 0.25) if order == "balanced" else sizes / sizes.sum(), rtol=0.01)
+    if order == "sequential":
+        assert (np.diff(y[:, 0]) >= 0).all()
+
+
+def test_a_loader_with_other_rows_goes_on_at_the_same_share_of_the_epoch():
+    sources = [fake_source(range(5001)), fake_source(range(2001))]
+    before = train.Loader(sources, "random", 10, 0, 5)
+    before.batch(1050)  # one and a half epochs
+    after = train.Loader(sources, "random", 20, 0, 5)
+    after.load_state_dict(before.state_dict())
+    assert after.taken == [375, 150]
 
 
 # ---------------------------------------------------------------------------------------------------- optimizers
@@ -168,8 +250,8 @@ def test_muon_treats_the_parts_of_a_fused_matrix_as_matrices_of_their_own():
     assert torch.allclose(fused, torch.cat(parts), atol=1e-6)
 
 
-@pytest.mark.parametrize("module, shape", [(ivme, {}), (tinymemory, {}), (i3, {}), (i3, dict(n_attention=1, d_inner=528, ffn_rank=0, head_rank=0))],
-                         ids=["ivme", "tinymemory", "i3", "i3-80m"])
+@pytest.mark.parametrize("module, shape", [(ivme, {}), (tinymemory, {}), (i3, {}), (i3, dict(n_attention=1, d_inner=528, ffn_rank=0, head_rank=0)),
+                                           (gpt2preln, {}), (gpt2preln, dict(tied=True))], ids=["ivme", "tinymemory", "i3", "i3-80m", "gpt2preln", "tied"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_every_parameter_is_updated_by_exactly_one_optimizer(module, shape, optimizer):
     model = module.Model(replace(module.Config(), n_layer=1, vocab_size=300, **shape))
@@ -246,7 +328,7 @@ def test_borrowed_weights_are_given_back_to_the_bit():
 # ---------------------------------------------------------------------------------------------------- the run
 
 def test_a_run_writes_its_files_and_its_rows_have_every_field(trained):
-    assert {p.name for p in trained.iterdir()} == {"ckpt.pt", "best.pt", "metrics.jsonl", "loss.png", "config.json"}
+    assert {p.name for p in trained.iterdir()} == {"ckpt.pt", "best.pt", "best_validation.json", "metrics.jsonl", "loss.png", "config.json"}
     steps = [r for r in rows(trained) if "train_loss" in r]
     evals = [r for r in rows(trained) if "val_loss" in r and "final" not in r]
     assert [r["step"] for r in steps] == list(range(1, 13)) and [r["step"] for r in evals] == [6, 12]
@@ -289,9 +371,9 @@ def test_word_boost_weighs_tokens_of_several_characters(workdir):
     torch.manual_seed(5)
     model = tinymemory.Model(cfg)
     sources, _ = train.find_data("pydocs-hybrid", "hybrid", 600, True, None)
-    batch = torch.from_numpy(train.Loader(sources, "random", 64, 8, 5).batch(8))
-    losses = model(batch[:, :-1], batch[:, 1:], reduction="none")[1].detach().double()
-    w = torch.tensor([3.0 if len(tokenizer.decode([t])) > 1 else 1.0 for t in batch[:, 1:].flatten().tolist()]).view_as(losses)
+    x, y, _ = train.Loader(sources, "random", 64, 8, 5).batch(8)
+    losses = model(x, y, reduction="none")[1].detach().double()
+    w = torch.tensor([3.0 if len(tokenizer.decode([t])) > 1 else 1.0 for t in y.flatten().tolist()]).view_as(losses)
     assert w.min() == 1 and w.max() == 3
     assert abs(rows(workdir / "boost")[0]["train_loss"] - float((losses * w).sum() / w.sum())) < 1e-5
 
@@ -321,6 +403,56 @@ def test_validation_losses_equal_a_direct_computation_per_source_language_and_mi
     assert "en" in capsys.readouterr().out
 
 
+def test_losses_of_packed_documents_equal_a_direct_computation_document_by_document(workdir):
+    """--pack=document: every document from its beginning, in pieces of T if it is longer; its <|bos|> is no target."""
+    run_train("--data=two-hybrid", "--out=packed", "--pack=document", "--final_eval_tokens=0", "--order=balanced", "--max_steps=4", "--ema_beta=0")
+    loss = rows(workdir / "packed")[-1]["val_loss"]["raw"]
+    model, tokenizer, _ = train.load_checkpoint(workdir / "packed/best.pt")
+    nats, count = {}, {}
+    for entry in prepare.read_meta("data/two-hybrid")["sources"]:
+        val, total, n = torch.from_numpy(np.fromfile(f"data/two-hybrid/{entry['val']['file']}", dtype="<u2").astype(np.int64)), 0.0, 0
+        begins = (val == tokenizer.token_to_id("<|bos|>")).nonzero().flatten().tolist()
+        for a, b in zip(begins, [*begins[1:], len(val)]):
+            for i in range(a, b - 1, 64):
+                x = val[i:min(i + 65, b)]
+                with torch.no_grad():
+                    logits = model(x[None, :-1], all_logits=True)[0][0].double()
+                total, n = total + float(torch.nn.functional.cross_entropy(logits, x[1:], reduction="sum")), n + len(x) - 1
+        nats[entry["name"]], count[entry["name"]] = total, n
+    for name, language in (("one", "en"), ("two", "it")):
+        assert abs(loss["source"][name] - nats[name] / count[name]) < 1e-5
+        assert loss["language"][language] == loss["source"][name]
+    assert abs(loss["mixed"] - sum(nats.values()) / sum(count.values())) < 1e-5
+
+
+def test_best_validation_json_names_the_best_step_and_agrees_with_the_metrics(workdir):
+    run_train("--data=two-hybrid", "--out=best", "--eval_every=3", "--keep_every=6", "--max_steps=9")
+    best, checkpoint = json.loads((workdir / "best/best_validation.json").read_text()), train.read_checkpoint(workdir / "best/best.pt")
+    row, = (r for r in rows(workdir / "best") if "val_loss" in r and r["step"] == best["step"] and not r.get("final"))
+    assert (best["step"], best["tokens"], best["weights"]) == (checkpoint["step"], checkpoint["tokens"], "ema" if checkpoint["use_ema"] else "raw")
+    assert best["checkpoint"] == ("step_6.pt" if best["step"] == 6 else "best.pt") and best["tokens_per_source"] == 1024
+    loss, bits = row["val_loss"][best["weights"]], row["val_bits_per_byte"][best["weights"]]
+    for name in ("mixed", "en", "it"):
+        assert best[f"val_loss_{name}"] == (loss["mixed"] if name == "mixed" else loss["language"][name])
+        assert best[f"ppl_{name}"] == pytest.approx(math.exp(best[f"val_loss_{name}"]))
+        assert best[f"bits_per_byte_{name}"] == (bits["mixed"] if name == "mixed" else bits["language"][name])
+    assert {k: (v["language"], v["kind"], v["val_loss"]) for k, v in best["sources"].items()} == {
+        "one": ("en", "code", loss["source"]["one"]), "two": ("it", "books", loss["source"]["two"])}
+
+
+def test_eval_only_measures_a_checkpoint_and_writes_nothing(workdir, capsys):
+    run_train("--data=two-hybrid", "--out=measured", "--max_steps=4", "--pack=document", "--final_eval_tokens=0", "--keep_every=4")
+    final, before = rows(workdir / "measured")[-1], {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert train.main(["--init_from=measured/best.pt", "--eval_only", "--device=cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
+    (kind, loss), = final["val_loss"].items()
+    assert f"step 4, {kind.replace('ema', 'EMA')} weights (the chosen ones)" in shown
+    for name, value in (("one", loss["source"]["one"]), ("it", loss["language"]["it"]), ("mixed", loss["mixed"])):
+        assert any(line.split()[0] == name and f"loss {value:.4f}" in line for line in shown.splitlines()), (name, value, shown)
+
+
 def test_evaluation_spreads_its_windows_and_leaves_the_random_numbers_alone():
     model = tinymemory.Model(replace(tinymemory.Config(), n_layer=1, d_model=16, n_head=2, d_ff=16, vocab_size=50))
     source = fake_source([0], val=np.arange(1000) % 50)
@@ -331,6 +463,29 @@ def test_evaluation_spreads_its_windows_and_leaves_the_random_numbers_alone():
     assert whole != some and abs(whole[0] - some[0]) < 0.2
     halves = [train.evaluate(model, [source], 0, world=1, rank=0, **args)["mixed"]]
     assert halves[0] == whole
+
+
+@pytest.mark.parametrize("flags", [("--pack=document",), ("--grad_checkpoint",), ("--pack=document", "--grad_checkpoint", "--order=balanced", "--word_boost=1.5")],
+                         ids=lambda f: "+".join(x.strip("-") for x in f))
+def test_a_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(flags, workdir):
+    run_train("--data=two-hybrid", "--out=whole", "--max_steps=8", "--decay_steps=2", *flags)
+    run_train("--data=two-hybrid", "--out=parts", "--max_steps=4", "--decay_fraction=0", *flags)  # stops before the decay begins
+    run_train("--resume", "--out=parts", "--max_steps=8", "--decay_steps=2")
+    a, b = (train.read_checkpoint(workdir / p / "ckpt.pt") for p in ("whole", "parts"))
+    for key in ("model", "ema", "optimizer", "loader", "step", "tokens"):
+        assert same_tensors(a[key], b[key]), key
+
+
+def test_checkpointed_blocks_change_nothing_but_memory(workdir):
+    for flag in ("--grad_checkpoint", "--no-grad_checkpoint"):
+        run_train("--data=pydocs-hybrid", f"--out={flag.strip('-')}", flag, "--max_steps=3")
+    a, b = (train.read_checkpoint(workdir / p / "ckpt.pt") for p in ("grad_checkpoint", "no-grad_checkpoint"))
+    assert same_tensors(a["model"], b["model"]) and same_tensors(a["optimizer"], b["optimizer"])
+
+
+def test_samples_are_shown_as_often_as_asked(workdir, capsys):
+    run_train("--data=pydocs-hybrid", "--out=samples", "--max_steps=7", "--sample_every=3")
+    assert capsys.readouterr().out.count("\nsample ") == 3  # after 3, after 6, and at the end
 
 
 def test_best_is_the_lowest_of_raw_and_ema_and_the_checkpoint_says_which(trained):
@@ -390,6 +545,15 @@ def test_the_i3_presets_are_their_cards_recipes():
         assert (s.data, s.tokenizer, s.optimizer, s.lr, s.schedule, s.grad_clip, s.block_size) == (data, tokenizer, "adamw", lr, "cosine", 1.0, 256)
         assert (s.final_lr_fraction, s.out) == (0.1, f"out/{preset}") and s.warmup_steps == (25 if preset == "i3-200m" else 100)
         assert cfg.context_length == 256 and cfg.n_head == 16
+
+
+def test_the_gpt2preln_presets_are_their_cards_recipe():
+    for preset, micro, T in (("gpt2preln", 6, 2500), ("gpt2preln-medium", 1, 2500), ("gpt2preln-gpt2", 15, 1024)):
+        _, cfg, s, *_ = train.settings_from([f"--model={preset}"])
+        assert (s.optimizer, s.lr, s.lr * s.final_lr_fraction, s.schedule, train.decay_steps(s)) == ("adamw", 2e-4, pytest.approx(2e-5), "wsd", 0)
+        assert (s.order, s.pack, s.data, s.max_steps, s.block_size, s.micro_batch) == ("balanced", "document", "gpt2preln", 8000, T, micro)
+        assert s.batch_tokens == (240_000 if T == 2500 else 245_760) and s.batch_tokens % (T * micro) == 0 and cfg.context_length == T
+        assert train.lr_factor(7999, s) == 1 and train.lr_factor(0, s) < 0.01
 
 
 def test_no_flags_mean_tinymemory_on_pydocs():
