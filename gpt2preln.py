@@ -56,24 +56,32 @@ class Attention(nn.Module):
 def causal_attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(D)) v for the last T of S positions: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
 
-    mask, bool (B, 1, T, S), says which keys a query sees where that is not simply all up to its own position.
+    mask (B, 1, T, S), if given, is added to the scores in place of that triangle.
     """
     if v.device.type == "cpu" and v.dtype == torch.bfloat16:  # bf16 attention on a CPU costs up to twice as much as fp32
         with torch.autocast("cpu", enabled=False):
             return causal_attention(q.float(), k.float(), v.float(), mask).type_as(v)
     T, S = q.size(2), k.size(2)
-    if T == S and mask is None:
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.type_as(v))
+    if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     # is_causal would align the triangle with the first key, but these queries are the last T positions
-    if mask is None and T > 1:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    mask = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def within_documents(reset):
-    """reset, bool (B, T), true where a document begins -> mask bool (B, 1, T, T): a query sees its own document only, and nothing later."""
-    document = reset.cumsum(1)
-    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
+def within_documents(reset, dtype):
+    """reset, bool (B, T), true where a document begins -> mask (B, 1, T, T) for attention: 0 within a document and up to the query, else -inf.
+
+    It has the dtype that attention computes in (under autocast not the weights' `dtype`; on a CPU always fp32), so that one serves all
+    layers: of a bool mask, or one in another dtype, each layer would keep a copy for the backward pass.
+    """
+    device, document = reset.device.type, reset.cumsum(1)
+    if device != "cpu" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    seen = (document[:, :, None] == document[:, None, :]).tril()
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -math.inf)[:, None]
 
 
 class FeedForward(nn.Module):
@@ -212,7 +220,7 @@ class GPT2PreLN(nn.Module):
         mask, position = None, torch.arange(start, start + T, device=idx.device)
         if reset is not None:
             assert cache is None, "a cache holds one document"
-            mask, position = within_documents(reset), position - torch.where(reset, position, 0).cummax(1).values
+            mask, position = within_documents(reset, self.embed.weight.dtype), position - torch.where(reset, position, 0).cummax(1).values
         x = self.embed(idx) + self.position(position)  # (B, T, d)
         for layer, block in enumerate(self.blocks):
             x = block(x, mask, cache, layer)

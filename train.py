@@ -670,7 +670,7 @@ def settings_from(argv):
                 raise UserError(f"--init_from={init_from} holds a {parent['model_name']}, not a {name}")
             cfg = module.Config(**parent["cfg"])
             if any(prepare.yes_or_no(flag_value(argv, flag) or "false") for flag in ("decay_only", "eval_only")):
-                base = replace(Settings(**parent["train"]), out="", overwrite=False, resume=False)
+                base = replace(Settings(**parent["train"]), out="", init_from="", overwrite=False, resume=False, decay_only=False)
     given, _ = parse_flags(argv, base, cfg, description=f"{__doc__.split(chr(10))[0]} Defaults in brackets are those of --model={name}.")
     given.pop("resume", None)
     shape = {k: given.pop(k) for k in list(given) if k in {f.name for f in fields(cfg)}}

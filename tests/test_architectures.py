@@ -424,6 +424,7 @@ def test_compiled_model_is_one_graph_with_the_same_results(name):
         assert (value - expected).abs().max() < 1e-5
     with torch.no_grad():
         assert (compiled(idx)[0] - model(idx)[0]).abs().max() < 1e-4
+        assert abs(compiled(idx, targets, reset=documents(3, 16)[:2])[1] - model(idx, targets, reset=documents(3, 16)[:2])[1]) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------- cache

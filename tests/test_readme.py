@@ -4,6 +4,10 @@ import shutil
 import subprocess
 import sys
 
+import torch
+
+import bench
+import gpt2preln
 import i3
 import ivme
 import prepare
@@ -11,6 +15,8 @@ import sample
 import tinymemory
 import train
 from conftest import ROOT
+
+ARCHITECTURES = (gpt2preln, i3, ivme, tinymemory)
 
 README = (ROOT / "README.md").read_text()
 
@@ -32,17 +38,19 @@ def test_its_two_commands_stand_there_word_for_word():
 
 
 def test_every_flag_it_names_exists():
-    known = {f for tool in (prepare, train, sample) for f in tool.Settings.__dataclass_fields__} | {f for m in (i3, ivme, tinymemory) for f in m.Config.__dataclass_fields__}
+    known = {f for tool in (prepare, train, sample, bench) for f in tool.Settings.__dataclass_fields__} | {f for m in ARCHITECTURES for f in m.Config.__dataclass_fields__}
     elsewhere = {"index-url", "nproc_per_node", "help", "no-ema"}
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README))
     assert len(named) > 20 and named <= known | elsewhere, named - known - elsewhere
 
 
 def test_its_table_of_models_is_that_of_the_code():
-    for module in (i3, ivme, tinymemory):
+    for module in ARCHITECTURES:
         for name, (cfg, _) in module.PRESETS.items():
             row, = (line for line in README.splitlines() if re.match(rf"\| .*`{name}`.*? \| \[", line))
-            for value in (module.Model(cfg).n_params, cfg.context_length, cfg.vocab_size):
+            with torch.device("meta"):
+                n_params = module.Model(cfg).n_params
+            for value in (n_params, cfg.context_length, cfg.vocab_size):
                 assert f"{value:,}" in row
 
 

@@ -1,0 +1,186 @@
+"""What training costs: `python bench.py memory --model=gpt2preln`.
+
+memory    the peak of a training step as train.py makes it: two micro-batches are accumulated, clipped, and stepped with AdamW or Muon and
+          EMA. Each size runs in a process of its own. "tensors" is what all tensors alive at once take, counted operation by operation, or
+          on CUDA the allocator's own maximum; "process" is the largest resident size that the system saw, which on a CPU has the interpreter,
+          torch and what malloc keeps for itself on top. Sizes that were not run are extrapolated from the two largest that were.
+
+The timings of the selective scan are in kernels/bench.py.
+"""
+import contextlib
+import multiprocessing
+import resource
+import sys
+import weakref
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train
+from prepare import UserError, parse_flags, run_tool
+
+
+@dataclass
+class Settings:
+    model: str = "gpt2preln"  # preset to measure
+    micro_batch: str = "1,2"  # rows at once to run, such as 1,2
+    block_size: int = 0  # tokens in a row; 0: the recipe's
+    grad_checkpoint: bool | None = None  # unset: without and with
+    optimizer: str = ""  # muon or adamw; empty: the recipe's
+    device: str = "auto"  # cpu, cuda, cuda:1
+    dtype: str = "auto"  # bfloat16, float32
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+class AliveTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, each storage once: those given at the start and what any operation makes, in
+    the backward pass too. Not seen is what a kernel allocates and frees by itself."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+        for t in tensors:
+            self.add(t)
+
+    def add(self, t):
+        storage = t.untyped_storage()
+        if storage._cdata not in self.known and storage.nbytes():
+            self.known.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+
+    def free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.add(t)
+        return out
+
+
+def training_step(model, s, dtype, T, rows):
+    """One optimizer step of two accumulated micro-batches on random tokens, packed documents if the recipe packs them, with the parts
+    that train.py uses. Returns the most bytes of tensors alive at once."""
+    device, bf16 = next(model.parameters()).device, dtype == torch.bfloat16
+    params = list(model.parameters())
+    ema = [p.detach().clone() for p in params] if s.ema_beta else []
+    optimizers = train.Optimizers(model, s, dtype)
+    for p in params:  # what AdamW keeps from its first step on
+        p.grad = torch.zeros_like(p)
+    optimizers.step(0.0)
+    idx = torch.randint(model.cfg.vocab_size, (rows, T), device=device)
+    reset = None
+    if s.pack == "document":
+        reset = torch.zeros(rows, T, dtype=torch.bool, device=device)
+        reset[:, ::max(1, T // 4)] = True
+    kept = [*params, *ema, *tree_leaves(optimizers.state_dict()), idx]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    counter = AliveTensors(t for t in kept if isinstance(t, torch.Tensor)) if device.type != "cuda" else contextlib.nullcontext()
+    for p in params:
+        p.grad = None
+    with counter:
+        for _ in range(2):
+            with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
+                loss = model(idx, idx, reset=reset)[1]
+            loss.backward()
+            del loss
+        torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
+        optimizers.step(1.0)
+        for p in params:
+            p.grad = None
+        if ema:
+            train.ema_update(ema, params, 0, s.ema_beta)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else counter.peak
+
+
+def gpt2_memory(cfg, rows, T, grad_checkpoint=False, bf16=True, packed=True, ema=True, cpu=False):
+    """Bytes of tensors alive at the peak of gpt2preln's training step with AdamW.
+
+    P parameters, L layers of width d, V logits a token, N = rows x T tokens at once. Always there: weights, accumulated gradients, two moments, EMA, 20 P.
+    Kept of a token by a layer in bf16: the LayerNorms' inputs in fp32 (8 d) and outputs (4 d), queries, keys and values (6 d), attention's output (2 d),
+    the hidden layer before and after GELU (16 d): 36 d. On a CPU, where attention computes in fp32, 46 d; all in fp32 64 d. A checkpointed layer keeps
+    its input, 4 d. The matrices are kept as bf16 copies, 2 bytes a weight. The peak is the largest of three moments of the backward pass: at the head,
+    12 bytes for each of at most LOSS_CHUNK logits; in the last block, whose gradients take 14 d a token (20 d in fp32) and which checkpointing makes
+    again first; and at the embedding, whose gradient is dense. Packed documents add a mask of T x T numbers for each row.
+    """
+    d, L, V, N = cfg.d_model, cfg.n_layer, cfg.vocab_size, rows * T
+    block = 12 * d * d
+    P = L * (block + 13 * d) + (V * (1 if cfg.tied else 2) + cfg.context_length + 2) * d
+    layer = (46 if cpu else 36) * d if bf16 else 64 * d
+    copies = 2 * bf16 * block
+    kept = N * 4 * d * L if grad_checkpoint else N * layer * L + copies * L
+    head = 12 * min(N * V, 2 ** 24) + 10 * d * N + (6 if bf16 else 4) * V * d
+    last = (14 if bf16 else 20) * d * N + (8 if bf16 else 16) * d * d + ((N * layer + copies) if grad_checkpoint else 0)
+    mask = packed * rows * T * T * (2 if bf16 and not cpu else 4)
+    return (16 + 4 * ema) * P + max(kept + mask + max(head, last), (12 if cfg.tied else 4) * V * d)
+
+
+def measure_memory(s, rows, grad_checkpoint, results):
+    """In a process of its own: puts (bytes of tensors, largest resident size) into the queue."""
+    module, cfg, recipe, *_ = train.settings_from([f"--model={s.model}", "--data=none"])
+    device, dtype, _ = train.pick_device(train.Settings(device=s.device, dtype=s.dtype), 0)
+    recipe = replace(recipe, optimizer=s.optimizer or recipe.optimizer)
+    torch.manual_seed(0)
+    model = module.Model(cfg).to(device)
+    if grad_checkpoint:
+        train.checkpoint_blocks(model)
+    tensors = training_step(model, recipe, dtype, s.block_size or recipe.block_size, rows)
+    results.put((tensors, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)))
+
+
+def memory(s):
+    _, cfg, recipe, *_ = train.settings_from([f"--model={s.model}", "--data=none"])
+    device, dtype, _ = train.pick_device(train.Settings(device=s.device, dtype=s.dtype), 0)
+    T = s.block_size or recipe.block_size
+    try:
+        sizes = sorted({int(x) for x in s.micro_batch.split(",")})
+    except ValueError:
+        raise UserError(f"--micro_batch={s.micro_batch} is not a list of numbers such as 1,2") from None
+    adamw = (s.optimizer or recipe.optimizer) == "adamw"
+    print(f"{s.model}, rows of {T:,} tokens, {str(dtype)[6:]} on {device.type}, {'AdamW' if adamw else 'Muon'}, EMA, {recipe.pack} packing")
+    print("rows  checkpointed  tensors      process      formula" if s.model.startswith("gpt2preln") and adamw else "rows  checkpointed  tensors      process")
+    context, gb = multiprocessing.get_context("spawn"), 1e9
+    for grad_checkpoint in (False, True) if s.grad_checkpoint is None else (s.grad_checkpoint,):
+        measured = {}
+        for rows in sizes + [recipe.micro_batch] * (recipe.micro_batch not in sizes):
+            formula = ""
+            if s.model.startswith("gpt2preln") and adamw:
+                arguments = dict(bf16=dtype == torch.bfloat16, packed=recipe.pack == "document", ema=recipe.ema_beta > 0)
+                formula = f"  {gpt2_memory(cfg, rows, T, grad_checkpoint, cpu=device.type == 'cpu', **arguments) / gb:8.3f} GB"
+                if device.type == "cpu":
+                    formula += f", {gpt2_memory(cfg, rows, T, grad_checkpoint, **arguments) / gb:.3f} GB on a GPU"
+            if rows in sizes:
+                results = context.Queue()
+                child = context.Process(target=measure_memory, args=(s, rows, grad_checkpoint, results))
+                child.start()
+                child.join()
+                if child.exitcode:
+                    raise UserError(f"measuring {rows} rows ended with status {child.exitcode} (too little memory?)")
+                measured[rows] = results.get()
+            elif len(measured) > 1:
+                (a, low), (b, high) = list(measured.items())[-2:]
+                measured[rows] = [y + (y - x) / (b - a) * (rows - b) for x, y in zip(low, high)]
+            else:
+                continue
+            print(f"{rows:4}  {'yes' if grad_checkpoint else 'no':<12}  " + "  ".join(f"{x / gb:8.3f} GB" for x in measured[rows]) + formula
+                  + "  (tensors and process extrapolated)" * (rows not in sizes), flush=True)
+    return 0
+
+
+def main(argv):
+    given, words = parse_flags(argv, Settings(), description=__doc__.split("\n")[0], positional=("WHAT", "memory"))
+    if words != ["memory"]:
+        raise UserError(f"what is to be measured? memory is all there is{', not ' + ' '.join(words) if words else ''}")
+    return memory(Settings(**given))
+
+
+if __name__ == "__main__":
+    run_tool(main)

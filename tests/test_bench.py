@@ -1,0 +1,73 @@
+"""bench.py: the formula for memory agrees with what is counted, and the counting with what is there."""
+import multiprocessing
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+import bench
+import gpt2preln
+import train
+
+
+def test_alive_tensors_are_counted_once_each_and_no_longer_than_they_live():
+    given = torch.zeros(100)
+    with bench.AliveTensors([given, given[:50]]) as alive:
+        assert alive.now == 400
+        a = torch.ones(1000)
+        b = a.view(10, 100)[3:5]  # the same memory
+        assert alive.now == 4400
+        del a
+        assert alive.now == 4400
+        del b
+        assert alive.now == 400
+        x = torch.ones(50, requires_grad=True)
+        y = (x.exp() * 2).sum()  # keeps exp(x) and its double's factor for the backward pass
+        before = alive.now
+        y.backward()
+        assert alive.now < before + 400 and x.grad is not None
+    assert alive.peak >= 4400
+
+
+@pytest.mark.parametrize("shape", (dict(n_layer=3, d_model=192, vocab_size=1000, context_length=300), dict(n_layer=2, d_model=128, vocab_size=5000, context_length=500, tied=True)),
+                         ids=("untied", "tied"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=("bf16", "fp32"))
+@pytest.mark.parametrize("grad_checkpoint", (False, True), ids=("kept", "checkpointed"))
+@pytest.mark.parametrize("rows", (1, 3))
+def test_the_formula_for_memory_is_what_a_step_takes(shape, dtype, grad_checkpoint, rows):
+    cfg = replace(gpt2preln.Config(), n_head=4, **shape)
+    model = gpt2preln.Model(cfg)
+    if grad_checkpoint:
+        train.checkpoint_blocks(model)
+    s = train.Settings(optimizer="adamw", pack="document")
+    counted = bench.training_step(model, s, dtype, cfg.context_length, rows)
+    formula = bench.gpt2_memory(cfg, rows, cfg.context_length, grad_checkpoint, bf16=dtype == torch.bfloat16, cpu=True)
+    assert counted == pytest.approx(formula, rel=0.05)
+
+
+def test_the_cards_batches_fit_16_gb_by_the_formula():
+    for preset, rows in (("gpt2preln", 6), ("gpt2preln-medium", 1)):
+        cfg, recipe = gpt2preln.PRESETS[preset]
+        assert recipe["micro_batch"] == rows
+        for grad_checkpoint in (False, True):
+            assert bench.gpt2_memory(cfg, rows, 2500, grad_checkpoint) < 12e9
+
+
+def test_memory_is_measured_in_processes_of_their_own_and_extrapolated(capsys, monkeypatch):
+    monkeypatch.setitem(gpt2preln.PRESETS, "gpt2preln", (replace(gpt2preln.Config(), n_layer=1, d_model=64, n_head=2, vocab_size=500), gpt2preln.PRESETS["gpt2preln"][1]))
+    context = multiprocessing.get_context("fork")  # so that the children have this small preset too
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda kind: context)
+    assert bench.main(["memory", "--block_size=2000", "--device=cpu", "--dtype=float32"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[:2] for line in lines] == [[rows, kept] for kept in ("no", "yes") for rows in ("1", "2", "6")]
+    for part in (lines[:3], lines[3:]):
+        one, two, six = (float(line[2]) for line in part)
+        assert six == pytest.approx(one + 5 * (two - one), abs=0.004) and "extrapolated)" in part[2] and "extrapolated)" not in part[1]
+        assert all(float(line[4]) > float(line[2]) for line in part)  # a process is more than its tensors
+
+
+def test_what_is_not_to_be_measured_is_one_line():
+    for argv in ([], ["speed"], ["memory", "--micro_batch=one"]):
+        with pytest.raises(bench.UserError, match=re.escape("memory is all there is") if argv[1:] == [] else "not a list of numbers"):
+            bench.main(argv)
