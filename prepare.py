@@ -25,6 +25,7 @@ import gzip
 import hashlib
 import heapq
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -332,6 +333,10 @@ class Source:
     origin: dict  # where the text came from, as meta.json tells it
     documents: object  # () -> iterator of texts; called once for the tokenizer's sample and once to encode
     budget: int = 0  # training tokens to take; 0: --max_tokens
+    stamp: int = 0  # changes when a local file is written to, so that a half-made folder is not continued with other text
+
+    def reader(self, state=None):
+        return Reader(self.documents, state)
 
 
 def pydocs():
@@ -442,7 +447,7 @@ def local_source(word, column):
     language, _, kind = label.partition("/")
     name = path.name[:-len(next(s for s in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(s)))] if path.is_file() else path.resolve().name
     return Source(re.sub(r"[^\w-]+", "_", name), language or "und", kind or "text",
-                  {"path": str(path), "files": len(files), "file_bytes": size}, documents)
+                  {"path": str(path), "files": len(files), "file_bytes": size}, documents, stamp=max(p.stat().st_mtime_ns for p in files))
 
 
 # ---------------------------------------------------------------------------------------------------- the two passes
@@ -451,7 +456,40 @@ def local_source(word, column):
 class Document:
     text: str
     utf8: bytes
-    hash: int  # 64 bits of the text alone: decides the split and the sample
+    hash: int  # 64 bits of the text alone: decides the split and the sample, and finds duplicates
+
+
+class Reader:
+    """Goes over the texts of a source. `state` is where it is, as JSON can keep it; another Reader goes on from there, here by
+    counting: to read local text again costs little beside encoding it."""
+
+    def __init__(self, documents, state=None):
+        self.state = state or 0
+        self.texts = itertools.islice(documents(), self.state, None)
+
+    def __iter__(self):
+        for text in self.texts:
+            self.state += 1
+            yield text
+
+
+class Seen:
+    """The hashes of the documents that went by, of the last 4 to 8 million of them: memory is bounded, half a gigabyte at most."""
+    LIMIT = 2 ** 22
+
+    def __init__(self, hashes=()):
+        self.new, self.old = set(), set()
+        for h in hashes:
+            self.add(h)
+
+    def add(self, h):
+        """Whether h is new; it is remembered."""
+        if h in self.new or h in self.old:
+            return False
+        if len(self.new) >= self.LIMIT:
+            self.old, self.new = self.new, set()
+        self.new.add(h)
+        return True
 
 
 def wiki40b_text(text):
@@ -463,25 +501,29 @@ def wiki40b_text(text):
     return text.replace("_NEWLINE_", "\n").strip()
 
 
-def clean(source, skipped):
-    """The source's documents with their hashes. What is no text or only white space is left out and counted in `skipped`; articles
-    of wiki40b lose their markers."""
-    for text in source.documents():
-        if isinstance(text, str) and re.match(r"""(?:b["'])?(?:\\n|\s)*_START_ARTICLE_""", text):
+SKIPPED = ("empty", "not text", "duplicate")  # why a text is left out
+
+
+def clean(texts, seen=None):
+    """Texts as Documents, or, in place of one that is left out, the reason: no text, only white space or, given `seen`, that it
+    occurred before. Articles of wiki40b lose their markers."""
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            yield "empty" if isinstance(text, str) or text is None else "not text"
+            continue
+        if re.match(r"""(?:b["'])?(?:\\n|\s)*_START_ARTICLE_""", text):
             with contextlib.suppress(ValueError, SyntaxError):  # damaged: taken as it is
                 text = wiki40b_text(text)
-        if not isinstance(text, str) or not text.strip():
-            skipped["empty" if isinstance(text, str) or text is None else "not text"] += 1
-            continue
         try:
             utf8 = text.encode()
         except UnicodeEncodeError:  # half a surrogate pair out of a JSON escape: pairs are joined, the rest becomes U+FFFD
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             utf8 = text.encode()
-        yield Document(text, utf8, int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little"))
+        d = Document(text, utf8, int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little"))
+        yield d if seen is None or seen.add(d.hash) else "duplicate"
 
 
-def scan(source, threshold, sample_bytes, max_tokens):
+def scan(source, threshold, sample_bytes):
     """First pass: how much there is, a sample of the training text, and where the validation split lies.
 
     The sample is the documents of lowest rehashed hash that fit sample_bytes: even over the whole source, the same whatever its
@@ -490,7 +532,7 @@ def scan(source, threshold, sample_bytes, max_tokens):
     """
     sample, sampled, bar, total, lowest, highest, n = [], 0, 2 ** 64, 0, 2 ** 64, -1, 0
     progress = Progress()
-    for d in clean(source, dict.fromkeys(("empty", "not text"), 0)):
+    for d in (x for x in clean(source.reader()) if isinstance(x, Document)):
         progress.show(f"{source.name:<12} reading, {total / 1e6:,.1f} MB")
         total, n, lowest, highest = total + len(d.utf8), n + 1, min(lowest, d.hash), max(highest, d.hash)
         key = d.hash * 0x9E3779B97F4A7C15 % 2 ** 64  # independent of the split's order
@@ -500,7 +542,7 @@ def scan(source, threshold, sample_bytes, max_tokens):
             while sampled > sample_bytes and len(sample) > 1:
                 bar = -sample[0][0]  # what ranks behind a document that did not fit stays out, even if it is short
                 sampled -= heapq.heappop(sample)[2]
-        if max_tokens and total > 8 * max_tokens and lowest < highest:  # no tokenizer here makes tokens that long: the budget ends before this
+        if source.budget and total > 8 * source.budget and lowest < highest:  # no tokenizer here makes tokens that long: the budget ends before this
             break
     if not n or threshold and lowest == highest:
         raise UserError(f"{source.name} holds {'only one document' if n else 'no document'} of text; "
@@ -511,59 +553,118 @@ def scan(source, threshold, sample_bytes, max_tokens):
     return texts, threshold, total, n
 
 
-def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, max_tokens, total_bytes):
-    """Second pass: writes train.<stem>.bin and val.<stem>.bin and returns the source's entry for meta.json."""
-    bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
-    unknown, normalizer = unknown_id(tokenizer), tokenizer.normalizer
-    splits = {s: dict(file=f"{s}.{stem}.bin", tokens=0, unknown=0, documents=0, bytes=0) for s in ("train", "val")}
-    digest = {s: hashlib.sha256() for s in splits}
-    out = {s: open(folder / splits[s]["file"], "wb") for s in splits}
-    skipped, progress, started, seen = dict.fromkeys(("empty", "not text"), 0), Progress(), time.monotonic(), 0
+BATCH_BYTES = 4 * 2 ** 20  # text that is encoded at once: enough to keep every core busy, little to hold
+SAVE_SECONDS = 10  # between two records of how far the work is
 
-    def batches():  # about 4 MB of text at a time: enough to keep every core busy, little to hold
+
+class Record:
+    """progress.json in a folder that is being made: the settings asked for, the sources that are done, and where the present one is.
+    It is replaced as a whole, after the token files that it speaks of have reached the disk."""
+
+    def __init__(self, folder, asked):
+        self.path = folder / "progress.json"
+        try:
+            self.data = json.loads(self.path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            self.data = {}
+        self.resumed = self.data.get("asked") == asked
+        if not self.resumed:
+            self.data = dict(asked=asked, scans=None, done=[], source=None)
+
+    def save(self, **changes):
+        self.data |= changes
+        part = self.path.with_suffix(".part")
+        with open(part, "w", encoding="utf-8") as f:
+            json.dump(self.data, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, self.path)
+
+
+def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, total_bytes, record):
+    """Second pass: writes train.<stem>.bin and val.<stem>.bin and returns the source's entry for meta.json.
+
+    Goes on where `record` says; it is brought up to date every few seconds. The next batch is read while one is encoded.
+    """
+    bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
+    unknown, normalizer, max_tokens = unknown_id(tokenizer), tokenizer.normalizer, source.budget
+    where = record.data["source"] or dict(splits={s: dict(file=f"{s}.{stem}.bin", tokens=0, unknown=0, documents=0, bytes=0) for s in ("train", "val")},
+                                          skipped=dict.fromkeys(SKIPPED, 0), state=None, hashes=0, seen_bytes=0)
+    splits, files = where["splits"], {s: folder / where["splits"][s]["file"] for s in ("train", "val")}
+    out = {name: open(path, "ab") for name, path in (*files.items(), ("hashes", folder / "hashes.bin"))}
+    sizes = {s: splits[s]["tokens"] * dtype.itemsize for s in splits} | dict(hashes=8 * where["hashes"])
+    for name, f in out.items():
+        if os.path.getsize(f.name) < sizes[name]:
+            raise UserError(f"{f.name} is shorter than progress.json beside it says; delete {folder} to start anew")
+        f.truncate(sizes[name])  # what was written behind the record is written again
+    seen = Seen(np.fromfile(folder / "hashes.bin", dtype="<u8").tolist())
+    reader = source.reader(where["state"])
+    progress, started, at_start = Progress(), time.monotonic(), where["seen_bytes"]
+
+    def batches():
+        """(what `clean` gives, the reader's state behind it), and None at the end"""
         batch, size = [], 0
-        for d in clean(source, skipped):
-            batch.append(d)
-            size += len(d.utf8)
-            if size > 4 * 2 ** 20:
-                yield batch
+        for x in clean(reader, seen):
+            batch.append(x)
+            size += len(x.utf8) if isinstance(x, Document) else 0
+            if size > BATCH_BYTES:
+                yield batch, reader.state
                 batch, size = [], 0
-        yield batch
+        yield batch, reader.state
+        yield None
 
     def full():  # the training budget is spent, and there is something to validate on
         return max_tokens and splits["train"]["tokens"] >= max_tokens and (splits["val"]["tokens"] or not threshold)
 
-    for batch in batches():
-        pieces = {s: [] for s in splits}
-        for d, ids in zip(batch, encode([d.text for d in batch])):
-            split = "val" if d.hash < threshold else "train"
-            count = splits[split]
-            if split == "train" and max_tokens and count["tokens"] >= max_tokens:
-                continue
-            count["tokens"], count["documents"] = count["tokens"] + len(ids) + 2, count["documents"] + 1
-            count["unknown"] += 0 if unknown is None else int(np.count_nonzero(ids == unknown))
-            count["bytes"] += len(normalizer.normalize_str(d.text).encode() if normalizer else d.utf8)  # as token_byte_counts has them
-            pieces[split] += [np.array([bos], dtype), ids.astype(dtype), np.array([eos], dtype)]
-            seen += len(d.utf8)
-            if full():
-                break
-        for s in splits:
-            if pieces[s]:
-                data = np.concatenate(pieces[s]).tobytes()
-                digest[s].update(data)
-                out[s].write(data)
-        rate = seen / max(time.monotonic() - started, 1e-9)
-        progress.show(f"{source.name:<12} {seen / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, "
-                      f"{max(0, total_bytes - seen) / rate:,.0f} s left")
-        if full():
-            break
+    pending, saved = batches(), time.monotonic()
+    with ThreadPoolExecutor(1) as ahead:
+        future = ahead.submit(next, pending)
+        while not full() and (item := future.result()):
+            batch, where["state"] = item
+            future = ahead.submit(next, pending)
+            pieces, documents = {s: [] for s in splits}, [x for x in batch if isinstance(x, Document)]
+            encoded = iter(encode([d.text for d in documents]))
+            for d in batch:
+                if not isinstance(d, Document):
+                    where["skipped"][d] += 1
+                    continue
+                ids = next(encoded)
+                split = "val" if d.hash < threshold else "train"
+                count = splits[split]
+                if split == "train" and max_tokens and count["tokens"] >= max_tokens:
+                    continue
+                count["tokens"], count["documents"] = count["tokens"] + len(ids) + 2, count["documents"] + 1
+                count["unknown"] += 0 if unknown is None else int(np.count_nonzero(ids == unknown))
+                count["bytes"] += len(normalizer.normalize_str(d.text).encode() if normalizer else d.utf8)  # as token_byte_counts has them
+                pieces[split] += [np.array([bos], dtype), ids.astype(dtype), np.array([eos], dtype)]
+                where["seen_bytes"] += len(d.utf8)
+                if full():
+                    break
+            for s in splits:
+                if pieces[s]:
+                    out[s].write(np.concatenate(pieces[s]).tobytes())
+            out["hashes"].write(np.array([d.hash for d in documents], dtype="<u8").tobytes())
+            where["hashes"] += len(documents)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                for f in out.values():
+                    f.flush()
+                    os.fsync(f.fileno())
+                record.save(source=where)
+                saved = time.monotonic()
+            rate = (where["seen_bytes"] - at_start) / max(time.monotonic() - started, 1e-9)
+            done = f"of {total_bytes / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, {max(0, total_bytes - where['seen_bytes']) / max(rate, 1):,.0f} s left"
+            progress.show(f"{source.name:<12} {where['seen_bytes'] / 1e6:,.1f} {done}")
+    for f in out.values():
+        f.close()
+    (folder / "hashes.bin").unlink()
     for s in splits:
-        out[s].close()
-        splits[s] |= dict(file_size=(folder / splits[s]["file"]).stat().st_size, sha256=digest[s].hexdigest())
-    train, val, left_out = splits["train"], splits["val"], sum(skipped.values())
-    share = (train["unknown"] + val["unknown"]) / (train["tokens"] + val["tokens"])
-    progress.done(f"{source.name:<12} {seen / 1e6:,.1f} MB, {train['documents'] + val['documents']:,} documents: {train['tokens']:,} training and "
-                  f"{val['tokens']:,} validation tokens" + f", {share:.2%} unknown" * (unknown is not None) + f", {left_out:,} empty ones left out" * bool(left_out))
+        with open(files[s], "rb") as f:
+            splits[s] |= dict(file_size=files[s].stat().st_size, sha256=hashlib.file_digest(f, "sha256").hexdigest())
+    train, val, skipped = splits["train"], splits["val"], where["skipped"]
+    share = (train["unknown"] + val["unknown"]) / max(1, train["tokens"] + val["tokens"])
+    left_out = ", ".join(f"{n:,} {what}" for what, n in skipped.items() if n)
+    progress.done(f"{source.name:<12} {where['seen_bytes'] / 1e6:,.1f} MB, {train['documents'] + val['documents']:,} documents: {train['tokens']:,} training and "
+                  f"{val['tokens']:,} validation tokens" + f", {share:.2%} unknown" * (unknown is not None) + f"; left out: {left_out}" * bool(left_out))
     return dict(name=source.name, language=source.language, kind=source.kind, origin=source.origin, budget=max_tokens, skipped=skipped, **splits)
 
 
@@ -606,31 +707,39 @@ def prepare(names, s):
         differs = ", ".join(f"{k} was {made.get(k)!r} and is now {asked[k]!r}" for k in asked if made.get(k) != asked[k])
         raise UserError(f"{folder} was made with other settings ({differs}); give --name for a second one, or delete it")
 
-    tokenizer = load_tokenizer(s.tokenizer) if reuse else None
-    threshold = int(s.val_fraction * 2 ** 64)
-    scans = [scan(x, threshold, 0 if reuse else SAMPLE_BYTES // len(sources), x.budget) for x in sources]
-    if not reuse:
-        started, texts = time.monotonic(), [t for texts, *_ in scans for t in texts]
-        tokenizer = TRAINERS[s.tokenizer](texts, vocab_size)
-        tokenizer = load_tokenizer(tokenizer.to_str())
-        Progress().done(f"tokenizer    {s.tokenizer}, {tokenizer.get_vocab_size():,} tokens, from {sum(map(len, texts)) / 1e6:,.1f} M characters "
-                        f"in {time.monotonic() - started:.1f} s")
-        del texts
-    totals = [(t, total) for _, t, total, _ in scans]
-    del scans  # the sample is no longer needed
-
     part = folder.with_name(f".{folder.name}.part")  # renamed at the end: a folder that exists is whole
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    text = tokenizer.to_str(pretty=True)
-    (part / "tokenizer.json").write_text(text, encoding="utf-8")
-    dtype = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2 ** 16 else "<u4")
-    encode = fast_encoder(tokenizer)
-    entries = [encode_source(x, f"{i}-{x.name}", part, tokenizer, encode, dtype, t, x.budget, total)
-               for i, (x, (t, total)) in enumerate(zip(sources, totals))]
+    record = Record(part, asked | dict(stamps=[x.stamp for x in sources]))
+    if record.resumed:
+        Progress().done(f"going on       {part} holds {len(record.data['done'])} of {len(sources)} sources and perhaps a part of the next")
+    else:
+        threshold = int(s.val_fraction * 2 ** 64)
+        scans = [scan(x, threshold, 0 if reuse else SAMPLE_BYTES // len(sources)) for x in sources]
+        tokenizer = load_tokenizer(s.tokenizer) if reuse else None
+        if not reuse:
+            started, texts = time.monotonic(), [t for texts, *_ in scans for t in texts]
+            tokenizer = TRAINERS[s.tokenizer](texts, vocab_size)
+            Progress().done(f"tokenizer    {s.tokenizer}, {tokenizer.get_vocab_size():,} tokens, from {sum(map(len, texts)) / 1e6:,.1f} M characters "
+                            f"in {time.monotonic() - started:.1f} s")
+            del texts
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        (part / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        record.save(scans=[(t, total) for _, t, total, _ in scans])
+        del scans  # the sample is no longer needed
+
+    text = (part / "tokenizer.json").read_text(encoding="utf-8")
+    tokenizer = load_tokenizer(text)
+    dtype, encode = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2 ** 16 else "<u4"), fast_encoder(tokenizer)
+    for i, (source, (threshold, total)) in enumerate(zip(sources, record.data["scans"])):
+        if i == len(record.data["done"]):
+            entry = encode_source(source, f"{i}-{source.name}", part, tokenizer, encode, dtype, threshold, total, record)
+            record.save(done=[*record.data["done"], entry], source=None)
     meta = dict(format=1, dtype=dtype.name, vocab_size=vocabulary_size(tokenizer),
-                tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(), settings=asked, sources=entries)
+                tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(), settings=asked, sources=record.data["done"])
     (part / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+    whole = {"tokenizer.json", "meta.json"} | {x[split]["file"] for x in meta["sources"] for split in ("train", "val")}
+    for other in (p for p in part.iterdir() if p.name not in whole):  # progress.json, and what an end half-way left behind
+        other.unlink()
     part.rename(folder)
     return folder
 

@@ -415,8 +415,8 @@ def test_a_tokenizer_learns_from_training_text_alone(tmp_path):
     for i in range(10):  # two documents: here the split moves up to the lower hash, and the sample must follow
         texts = [f"{w}{i} " * 50 for w in ("left", "right")]
         source = prepare.local_source(write_jsonl(tmp_path / f"{i}.jsonl", texts), "")
-        sample, threshold, *_ = prepare.scan(source, int(0.05 * 2 ** 64), 10 ** 6, 0)
-        assert sample == [d.text for d in prepare.clean(source, collections.Counter()) if d.hash >= threshold]
+        sample, threshold, *_ = prepare.scan(source, int(0.05 * 2 ** 64), 10 ** 6)
+        assert sample == [d.text for d in prepare.clean(source.reader()) if d.hash >= threshold]
 
 
 @properties
@@ -424,7 +424,7 @@ def test_a_tokenizer_learns_from_training_text_alone(tmp_path):
 def test_sample_fits_its_budget_and_does_not_depend_on_the_order_of_documents(sizes, seed, budget):
     texts = [f"{i} " * n for i, n in enumerate(sizes)]
     shuffled = random.Random(seed).sample(texts, len(texts))
-    one, other = (prepare.scan(prepare.Source("s", "en", "text", {}, lambda: iter(t)), 2 ** 62, budget, 0)[0] for t in (texts, shuffled))
+    one, other = (prepare.scan(prepare.Source("s", "en", "text", {}, lambda: iter(t)), 2 ** 62, budget)[0] for t in (texts, shuffled))
     assert one == other
     assert sum(map(len, one)) <= budget or len(one) == 1
 
@@ -525,10 +525,32 @@ def test_validation_share_is_val_fraction(tmp_path):
         assert abs(n - expected) < 4 * (expected * (1 - fraction)) ** 0.5  # four standard deviations
 
 
-def test_a_text_that_occurs_often_is_on_one_side(tmp_path):
+def test_a_text_that_occurs_often_is_taken_once(tmp_path):
     texts = [f"text {i % 50}" for i in range(1000)]
-    train, val = split_of(run(write_jsonl(tmp_path / "twice.jsonl", texts), tmp_path, val_fraction=0.3)[0])
-    assert {*train.values(), *val.values()} == {20} and len(train) + len(val) == 50
+    folder, meta = run([write_jsonl(tmp_path / f"{name}.jsonl", texts) for name in "ab"], tmp_path, val_fraction=0.3)
+    for i in range(2):  # within a source: the other one has them too
+        assert texts_of(folder, "train", i) == [t for t in texts[:50] if t in texts_of(folder, "train", i)]  # the first time it occurs
+        assert sorted(texts_of(folder, "train", i) + texts_of(folder, "val", i)) == sorted(set(texts))
+        assert meta["sources"][i]["skipped"] == {"empty": 0, "not text": 0, "duplicate": 950}
+
+
+@properties
+@given(hashes=st.lists(st.integers(0, 60), max_size=300), limit=st.integers(1, 20), cut=st.integers(0, 300))
+def test_hashes_are_remembered_for_a_while_in_bounded_memory(hashes, limit, cut):
+    seen = prepare.Seen()
+    seen.LIMIT = limit
+    new = []
+    for i, h in enumerate(hashes):
+        if seen.add(h):
+            new.append(h)
+        else:
+            assert h in hashes[:i]  # nothing is called a duplicate that is none
+        assert len(seen.new) + len(seen.old) <= 2 * limit and set(new[-limit:]) <= seen.new | seen.old
+    again = prepare.Seen()
+    again.LIMIT = limit
+    for h in new:  # what resuming does: the hashes of what was kept are enough to go on
+        again.add(h)
+    assert (again.new, again.old) == (seen.new, seen.old)
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.5, 0.95])
@@ -574,7 +596,7 @@ def test_every_format_is_read_in_the_order_of_paths(tmp_path):
     assert texts_of(folder, "train") == ["one\ntwo\nthree \xe8", "caf\ufffd \ufffd ok", "r1", "\U0001f600 \ufffdx\ufffd", "line\r\nends \x00 stay", "zipped \xe8", "p1", "p3", "deep"]
     source = meta["sources"][0]
     assert (source["name"], source["language"], source["kind"], source["origin"]["files"]) == ("mixed", "it", "web", 6)
-    assert source["skipped"] == {"empty": 1, "not text": 0}  # the null in the parquet file
+    assert source["skipped"] == {"empty": 1, "not text": 0, "duplicate": 0}  # the null in the parquet file
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
@@ -597,7 +619,7 @@ def test_rows_without_text_are_counted_and_left_out(tmp_path):
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("a", "", " \n\u3000", None, 5, ["b"], {"c": 1}, False, "d")))
     folder, meta = run(path, tmp_path, val_fraction=0.0)
     assert texts_of(folder, "train") == ["a", "d"]
-    assert meta["sources"][0]["skipped"] == {"empty": 3, "not text": 4}
+    assert meta["sources"][0]["skipped"] == {"empty": 3, "not text": 4, "duplicate": 0}
 
 
 def not_utf8_parquet(path):
@@ -838,6 +860,58 @@ def test_what_did_not_finish_leaves_no_folder_and_the_next_run_is_whole(end, tmp
     folder, _ = run(names, "data")
     assert snapshot(folder) == snapshot(run(names, "undisturbed")[0])
     assert [p.name for p in Path("data").iterdir()] == [folder.name]  # and the remains are gone
+
+
+# Ends the process as a power cut would, before a random one of the things that leave a trace on the disk
+KILL = """
+import os, random, signal, sys, prepare
+prepare.BATCH_BYTES, prepare.SAVE_SECONDS = 2000, -1
+left = random.Random(int(sys.argv[1])).randrange(1, 25)
+def countdown(name, module):
+    f = getattr(module, name)
+    def counted(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return f(*args, **kwargs)
+    setattr(module, name, counted)
+for name in ("replace", "fsync", "rename", "unlink"):
+    countdown(name, os)
+countdown("fast_encoder", prepare)
+prepare.main(sys.argv[2:])
+"""
+
+
+def test_killed_at_ten_random_moments_and_run_again_it_writes_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = [document(i % 250) for i in range(300)]  # with duplicates on both sides of every cut
+    words = [write_jsonl(Path(f"{n}.jsonl"), [t + n for t in texts]) + budget for n, budget in (("a", ""), ("b", ":4000"))]
+    words += ["--vocab_size=300", "--name=made"]
+    prepare.main([*words, "--out_dir=whole"])
+    kills, resumed = 0, 0
+    for seed in itertools.count():
+        process = command("-c", KILL, seed, *words, "--out_dir=killed")
+        out, err = process.communicate(timeout=600)
+        resumed += "going on" in out
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, err
+        kills += 1
+    assert process.returncode == 0 and kills >= 10 and resumed >= 8
+    assert snapshot(Path("killed/made")) == snapshot(Path("whole/made"))
+
+
+def test_what_was_half_made_of_other_text_is_not_continued(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path(write_jsonl(Path("a.jsonl"), (document(i) for i in range(300))))
+    process = command("-c", KILL, 3, path, "--vocab_size=300")
+    process.communicate(timeout=600)
+    assert process.returncode == -signal.SIGKILL and Path("data/.a-bpe-300.part/progress.json").exists()
+    write_jsonl(path, (document(i) for i in range(300, 600)))
+    os.truncate(path, path.stat().st_size)
+    folder, _ = run(path, "data")
+    assert sorted(texts_of(folder, "train") + texts_of(folder, "val")) == sorted(map(document, range(300, 600)))
 
 
 # Prepares a file of argv[1] megabytes and prints by how many megabytes the process grew
