@@ -7,15 +7,16 @@
 //
 // How it works. SIMD lanes run over channels, for which u, delta and y are contiguous; a tile of VECS vectors of channels is the
 // unit of work, threads share out batch x tiles. Time is cut into chunks of 64 steps. For a chunk a tile's delta, delta u and
-// y are staged into local fp32 arrays (any type, any strides; 4 KB each with AVX2), and then the states
-// are gone through a few at a time, time innermost, h in registers. Nearly all the time is exp(delta A): A is scaled by log2(e)
-// once, so that it is 2^x, eleven vector operations; the recurrence and y are three more.
+// y are staged into local fp32 arrays (any type, any strides; 4 KB each with AVX2 and AVX-512), and then the states are
+// gone through a few at a time, time innermost, h in registers. Nearly all the time is exp(delta A): A is scaled by log2(e)
+// once, so that it is 2^x, eleven vector operations, nine with AVX-512; the recurrence and y are three more.
 //
 // The backward pass keeps the state before each chunk, (B, ceil(T / 64), N, channels) in fp32, and goes over the chunks from the
-// last to the first. In each it computes h again, keeping h and exp(delta A) of a few states for the 64 steps, and then runs
-// against time. The gradients of B and C are sums over channels, that is over lanes, tiles and threads: lanes are added with
-// a transposing reduction, 4 states at once; tiles write into a buffer of their own (64 steps long, so it is small), and a
-// second parallel loop adds them in the order of the tiles. Which thread does what is never visible in the result.
+// last to the first. In each it computes h again, keeping h and exp(delta A) of a few states for the 64 steps and adding up C's
+// gradient, and then runs against time, A's gradient in registers. The gradients of B and C are sums over channels, that is over
+// lanes, tiles and threads: lanes are added with a transposing reduction, 4 states at once; tiles write into a buffer of their own
+// (64 steps long, so it is small), and a second parallel loop adds them in the order of the tiles. Which thread does what is never
+// visible in the result.
 //
 // What was tried and did not help, and what it gains over other implementations: see kernels/bench.py and the README.
 
@@ -59,9 +60,9 @@ typedef int32_t IntVector __attribute__((vector_size(VECTOR_BYTES)));
 template <typename T> using Vec = typename Vector<T>::type;
 template <typename T> constexpr int LANES = VECTOR_BYTES / sizeof(T);
 
-constexpr int VECS = 2;    // vectors of channels in a tile
-constexpr int STATES = 8;  // N is padded to a multiple of it; so many states of one vector are in registers at a time going forward
-constexpr int BACK = 4;    // and so many states of all vectors of a tile going backward
+constexpr int VECS = VECTOR_BYTES == 64 ? 1 : 2;  // vectors of channels in a tile; with AVX2 and AVX-512 that is one line of the cache
+constexpr int STATES = 8;       // N is padded to a multiple of it; so many states of one vector are in registers at a time going forward
+constexpr int BACK = 8 / VECS;  // and so many states of all vectors of a tile going backward
 template <typename T> constexpr int TILE = VECS * LANES<T>;
 
 template <typename T> inline Vec<T> load(const T *p) {
@@ -71,42 +72,55 @@ template <typename T> inline Vec<T> load(const T *p) {
 }
 template <typename T> inline void store(T *p, Vec<T> v) { std::memcpy(p, &v, sizeof v); }
 
+#if !defined(__AVX512F__)
 // Every lane within [low, high]. The order of the operands matters: NaN in x stays NaN, and the loss shows it
 inline Vec<float> clamp(Vec<float> x, float low_bound, float high_bound) {
   const Vec<float> low = Vec<float>{} + low_bound, high = Vec<float>{} + high_bound;
-#if defined(__AVX512F__)
-  return _mm512_min_ps(high, _mm512_max_ps(low, x));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   return _mm256_min_ps(high, _mm256_max_ps(low, x));
 #else
   x = x < low ? low : x;
   return x > high ? high : x;
 #endif
 }
+#endif
 
-// 2^x = 2^round(x) p(x - round(x)). Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, from where a shift
-// takes it into the exponent. p is the minimax polynomial under the condition p(0) = 1: with any other constant a decay
-// close to one would drift over a long sequence. |p(f) / 2^f - 1| < 3.1e-7 |f|. With IN_RANGE the caller vouches for x in
-// [-126, 126], which saves a sixth; otherwise x may be anything, and the ends are 0 and infinity, exactly.
+// 2^x = 2^round(x) p(x - round(x)). p is the minimax polynomial under the condition p(0) = 1: with any other constant a decay
+// close to one would drift over a long sequence. |p(f) / 2^f - 1| < 3.1e-7 |f|. x may be anything, and the ends are 0 and infinity,
+// exactly; with IN_RANGE the caller vouches for x in [-126, 126].
+// AVX-512 rounds and scales in one operation each, and vreduceps is the remainder that is 0 for infinities; in range a subtraction
+// does, in half the time. Elsewhere adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, from where a shift takes it
+// into the exponent; in range this needs no clamp, which saves a sixth.
 template <bool IN_RANGE> inline Vec<float> exp2(Vec<float> x) {
+#if defined(__AVX512F__)
+  // Hides that x is a product: contracted into a fused operation, the subtraction would move to the units that are busiest
+  __asm__("" : "+v"(x));
+  constexpr int NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  const Vec<float> rounded = _mm512_roundscale_ps(x, NEAREST), f = IN_RANGE ? x - rounded : (Vec<float>)_mm512_reduce_ps(x, NEAREST);
+#else
   if (!IN_RANGE) x = clamp(x, -127.0f, 128.0f);
   const float shift = 12582912.0f;
   const Vec<float> rounded = x + shift, f = x - (rounded - shift);
+#endif
   Vec<float> p = f * 0.0013400436560f + 0.0096663729535f;
   p = p * f + 0.0555033318098f;
   p = p * f + 0.2402234895482f;
   p = p * f + 0.6931471955056f;
   p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, rounded);
+#else
   return (Vec<float>)((IntVector)p + ((IntVector)rounded << 23));
+#endif
 }
 template <bool> inline Vec<double> exp2(Vec<double> x) {  // gradient checks only
   for (int i = 0; i < LANES<double>; i++) x[i] = std::exp2(x[i]);
   return x;
 }
 
-// sums[s] += the lanes of v[s] added up, for BACK vectors at once
+// sums[s] += the lanes of v[s] added up, for four vectors at once
 template <typename T> inline void add_lane_sums(const Vec<T> *v, T *sums) {
-  for (int s = 0; s < BACK; s++)
+  for (int s = 0; s < 4; s++)
     for (int i = 0; i < LANES<T>; i++) sums[s] += v[s][i];
 }
 #if defined(__AVX2__)
@@ -169,7 +183,12 @@ template <typename From, typename To> void copy_rows(const From *from, int64_t r
 // `steps` rows of a tile of `width` channels into (CHUNK, TILE); channels that are not there count as zero
 template <typename T> void read_tile(const View &v, int64_t b, int64_t t0, int64_t c0, int steps, int width, T *to) {
   if (width < TILE<T>) std::fill(to, to + steps * TILE<T>, T(0));
-  WITH_TYPE(v.type, S, copy_rows((const S *)v.data + b * v.batch + t0 * v.time + c0 * v.channel, v.time, v.channel, to, TILE<T>, 1, steps, width))
+  WITH_TYPE(v.type, S, {
+    const S *from = (const S *)v.data + b * v.batch + t0 * v.time + c0 * v.channel;
+    copy_rows(from, v.time, v.channel, to, TILE<T>, 1, steps, width);
+    for (int t = 0; t < steps; t++)  // the next tile's rows, which lie too far apart for the hardware to foresee them
+      for (int c = 0; c < TILE<T>; c += 64 / sizeof(S)) __builtin_prefetch(from + t * v.time + TILE<T> + c);
+  })
 }
 template <typename T> void write_tile(const View &v, int64_t b, int64_t t0, int64_t c0, int steps, int width, const T *from) {
   WITH_TYPE(v.type, S, copy_rows(from, TILE<T>, 1, (S *)v.data + b * v.batch + t0 * v.time + c0 * v.channel, v.time, v.channel, steps, width))
@@ -294,60 +313,68 @@ void forward(const Problem<T> &p, const T *h0, const View &out, T *last, T *chec
 // ---------------------------------------------------------------------------------------------------- backward
 
 // BACK states of a tile over `steps` steps, all pointers at their first element. Writes da += sum_n (dh_t h_{t-1} a_t) A log2(e) and
-// dx += sum_n dh_t B, adds dA, dB and dC up, and takes dh from behind the chunk to before it. `hs` and `as` are room for the h and
-// exp(delta A) of all steps, one more in `hs`.
+// dx += sum_n dh_t B, adds dA, dB and dC up, and takes dh from behind the chunk to before it. `hs` and `as` are room for the h
+// before and the exp(delta A) of all steps.
 template <typename T, Kind KIND>
 void backward_states(int steps, int64_t padded, const T *A, const T *B, const T *C, const uint8_t *reset, const T *dl, const T *x, const T *dy,
                      const T *h0, T *da, T *dx, T *dh, T *dA, T *dB, T *dC, T *hs, T *as) {
   constexpr int S = BACK, L = LANES<T>, W = TILE<T>;
   Vec<T> state[S][VECS];
+#pragma GCC unroll 8
   for (int s = 0; s < S; s++)
-    for (int v = 0; v < VECS; v++) store(hs + s * W + v * L, state[s][v] = load(h0 + s * W + v * L));
+#pragma GCC unroll 2
+    for (int v = 0; v < VECS; v++) state[s][v] = load(h0 + s * W + v * L);
   for (int t = 0; t < steps; t++) {
     const T keep = KIND == RESETS && reset[t] ? T(0) : T(1);
-#pragma GCC unroll 4
-    for (int s = 0; s < S; s++) {
-      const T b = B[t * padded + s];
+    Vec<T> for_C[S] = {};
 #pragma GCC unroll 2
-      for (int v = 0; v < VECS; v++) {
-        Vec<T> decay = exp2<KIND == PLAIN>(load(dl + t * W + v * L) * load(A + s * W + v * L));
+    for (int v = 0; v < VECS; v++) {
+      const Vec<T> d = load(dl + t * W + v * L), in = load(x + t * W + v * L), g = load(dy + t * W + v * L);
+#pragma GCC unroll 8
+      for (int s = 0; s < S; s++) {
+        Vec<T> decay = exp2<KIND == PLAIN>(d * load(A + s * W + v * L));
         if (KIND == RESETS) decay *= keep;
-        store(as + (t * S + s) * W + v * L, decay);
-        state[s][v] = decay * state[s][v] + load(x + t * W + v * L) * b;
-        store(hs + ((t + 1) * S + s) * W + v * L, state[s][v]);
+        const int j = (t * S + s) * W + v * L;
+        store(as + j, decay);
+        store(hs + j, state[s][v]);
+        state[s][v] = decay * state[s][v] + in * B[t * padded + s];
+        for_C[s] += g * state[s][v];
       }
     }
+    for (int s = 0; s < S; s += 4) add_lane_sums<T>(for_C + s, dC + t * padded + s);
   }
-  Vec<T> grad[S][VECS];
+  Vec<T> grad[S][VECS], sum_A[S][VECS];
+#pragma GCC unroll 8
   for (int s = 0; s < S; s++)
-    for (int v = 0; v < VECS; v++) grad[s][v] = load(dh + s * W + v * L);
+#pragma GCC unroll 2
+    for (int v = 0; v < VECS; v++) grad[s][v] = load(dh + s * W + v * L), sum_A[s][v] = load(dA + s * W + v * L);
   for (int t = steps - 1; t >= 0; t--) {
-    Vec<T> for_B[S] = {}, for_C[S] = {};
+    Vec<T> for_B[S] = {};
 #pragma GCC unroll 2
     for (int v = 0; v < VECS; v++) {
       const int i = t * W + v * L;
       const Vec<T> d = load(dl + i), in = load(x + i), g = load(dy + i);
       Vec<T> by_a = load(da + i), by_x = load(dx + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int s = 0; s < S; s++) {
         const int j = (t * S + s) * W + v * L;
-        for_C[s] += g * load(hs + j + S * W);
         grad[s][v] += g * C[t * padded + s];
         for_B[s] += grad[s][v] * in;
         by_x += grad[s][v] * B[t * padded + s];
         grad[s][v] *= load(as + j);  // from here on it is the gradient of h_{t-1}
         const Vec<T> q = grad[s][v] * load(hs + j);
         by_a += q * load(A + s * W + v * L);
-        store(dA + s * W + v * L, load(dA + s * W + v * L) + q * d);
+        sum_A[s][v] += q * d;
       }
       store(da + i, by_a);
       store(dx + i, by_x);
     }
-    add_lane_sums<T>(for_B, dB + t * padded);
-    add_lane_sums<T>(for_C, dC + t * padded);
+    for (int s = 0; s < S; s += 4) add_lane_sums<T>(for_B + s, dB + t * padded + s);
   }
+#pragma GCC unroll 8
   for (int s = 0; s < S; s++)
-    for (int v = 0; v < VECS; v++) store(dh + s * W + v * L, grad[s][v]);
+#pragma GCC unroll 2
+    for (int v = 0; v < VECS; v++) store(dh + s * W + v * L, grad[s][v]), store(dA + s * W + v * L, sum_A[s][v]);
 }
 
 template <typename T> struct Gradients {
@@ -367,7 +394,7 @@ void backward(const Problem<T> &p, const T *checkpoints, const Gradients<T> &g) 
     const int steps = p.steps(k);
     at::parallel_for(0, p.batch * groups, 1, [&](int64_t begin, int64_t end) {
       alignas(64) T dl[CHUNK * TILE<T>], u[CHUNK * TILE<T>], x[CHUNK * TILE<T>], dy[CHUNK * TILE<T>], da[CHUNK * TILE<T>], dx[CHUNK * TILE<T>];
-      alignas(64) T hs[(CHUNK + 1) * BACK * TILE<T>], as[CHUNK * BACK * TILE<T>];
+      alignas(64) T hs[CHUNK * BACK * TILE<T>], as[CHUNK * BACK * TILE<T>];
       std::vector<T> h(p.padded * TILE<T>);
       for (int64_t unit = begin; unit < end; unit++) {
         const int64_t b = unit / groups, group = unit % groups;
