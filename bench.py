@@ -1,6 +1,6 @@
 """What training costs: `python bench.py memory --model=gpt2preln`.
 
-memory    the peak of a training step as train.py makes it: two micro-batches are accumulated, clipped, and stepped with AdamW or Muon and
+memory    the peak of a training step as train.py makes it, without torch.compile: two micro-batches are accumulated, clipped, and stepped with AdamW or Muon and
           EMA. Each size runs in a process of its own. "tensors" is what all tensors alive at once take, counted operation by operation, or
           on CUDA the allocator's own maximum; "process" is the largest resident size that the system saw, which on a CPU has the interpreter,
           torch and what malloc keeps for itself on top. Sizes that were not run are extrapolated from the two largest that were.
@@ -9,10 +9,11 @@ The timings of the selective scan are in kernels/bench.py.
 """
 import contextlib
 import multiprocessing
+import re
 import resource
 import sys
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -107,9 +108,10 @@ def gpt2_memory(cfg, rows, T, grad_checkpoint=False, bf16=True, packed=True, ema
     P parameters, L layers of width d, V logits a token, N = rows x T tokens at once. Always there: weights, accumulated gradients, two moments, EMA, 20 P.
     Kept of a token by a layer in bf16: the LayerNorms' inputs in fp32 (8 d) and outputs (4 d), queries, keys and values (6 d), attention's output (2 d),
     the hidden layer before and after GELU (16 d): 36 d. On a CPU, where attention computes in fp32, 46 d; all in fp32 64 d. A checkpointed layer keeps
-    its input, 4 d. The matrices are kept as bf16 copies, 2 bytes a weight. The peak is the largest of three moments of the backward pass: at the head,
-    12 bytes for each of at most LOSS_CHUNK logits; in the last block, whose gradients take 14 d a token (20 d in fp32) and which checkpointing makes
-    again first; and at the embedding, whose gradient is dense. Packed documents add a mask of T x T numbers for each row.
+    its input, 4 d. The matrices are kept as bf16 copies, 2 bytes a weight, until the forward pass ends or, without checkpointing, until they are
+    used again. The peak is the largest of four moments: at the head, backward and forward, 12 and 10 bytes for each of at most LOSS_CHUNK logits; in the
+    last block, whose gradients take 14 d a token (20 d in fp32) and which checkpointing makes again first; and at the embedding, whose gradient
+    is dense. Packed documents add a mask of T x T numbers for each row.
     """
     d, L, V, N = cfg.d_model, cfg.n_layer, cfg.vocab_size, rows * T
     block = 12 * d * d
@@ -117,34 +119,37 @@ def gpt2_memory(cfg, rows, T, grad_checkpoint=False, bf16=True, packed=True, ema
     layer = (46 if cpu else 36) * d if bf16 else 64 * d
     copies = 2 * bf16 * block
     kept = N * 4 * d * L if grad_checkpoint else N * layer * L + copies * L
-    head = 12 * min(N * V, 2 ** 24) + 10 * d * N + (6 if bf16 else 4) * V * d
+    logits = min(N * V, 2 ** 24)
+    head = max(12 * logits + 10 * d * N + (6 if bf16 else 4) * V * d, 10 * logits + 6 * d * N + 2 * bf16 * V * d + copies * L * grad_checkpoint)
     last = (14 if bf16 else 20) * d * N + (8 if bf16 else 16) * d * d + ((N * layer + copies) if grad_checkpoint else 0)
     mask = packed * rows * T * T * (2 if bf16 and not cpu else 4)
     return (16 + 4 * ema) * P + max(kept + mask + max(head, last), (12 if cfg.tied else 4) * V * d)
 
 
+def recipe_of(s):
+    """(module, config, train.py's settings, device, dtype) of the preset to measure; what cannot be is train.py's UserError."""
+    shape = [f"--block_size={s.block_size}", f"--batch_tokens={s.block_size}"] if s.block_size else []
+    flags = [f"--model={s.model}", "--data=none", f"--dtype={s.dtype}", f"--device={s.device}", *([f"--optimizer={s.optimizer}"] if s.optimizer else []), *shape]
+    module, cfg, recipe, *_ = train.settings_from(flags)
+    return module, cfg, recipe, *train.pick_device(recipe, 0)[:2]
+
+
 def measure_memory(s, rows, grad_checkpoint, results):
     """In a process of its own: puts (bytes of tensors, largest resident size) into the queue."""
-    module, cfg, recipe, *_ = train.settings_from([f"--model={s.model}", "--data=none"])
-    device, dtype, _ = train.pick_device(train.Settings(device=s.device, dtype=s.dtype), 0)
-    recipe = replace(recipe, optimizer=s.optimizer or recipe.optimizer)
+    module, cfg, recipe, device, dtype = recipe_of(s)
     torch.manual_seed(0)
     model = module.Model(cfg).to(device)
     if grad_checkpoint:
         train.checkpoint_blocks(model)
-    tensors = training_step(model, recipe, dtype, s.block_size or recipe.block_size, rows)
+    tensors = training_step(model, recipe, dtype, recipe.block_size, rows)
     results.put((tensors, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)))
 
 
 def memory(s):
-    _, cfg, recipe, *_ = train.settings_from([f"--model={s.model}", "--data=none"])
-    device, dtype, _ = train.pick_device(train.Settings(device=s.device, dtype=s.dtype), 0)
-    T = s.block_size or recipe.block_size
-    try:
-        sizes = sorted({int(x) for x in s.micro_batch.split(",")})
-    except ValueError:
-        raise UserError(f"--micro_batch={s.micro_batch} is not a list of numbers such as 1,2") from None
-    adamw = (s.optimizer or recipe.optimizer) == "adamw"
+    _, cfg, recipe, device, dtype = recipe_of(s)
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", s.micro_batch):
+        raise UserError(f"--micro_batch={s.micro_batch} is not a list of numbers such as 1,2")
+    T, sizes, adamw = recipe.block_size, sorted({int(x) for x in s.micro_batch.split(",")}), recipe.optimizer == "adamw"
     print(f"{s.model}, rows of {T:,} tokens, {str(dtype)[6:]} on {device.type}, {'AdamW' if adamw else 'Muon'}, EMA, {recipe.pack} packing")
     print("rows  checkpointed  tensors      process      formula" if s.model.startswith("gpt2preln") and adamw else "rows  checkpointed  tensors      process")
     context, gb = multiprocessing.get_context("spawn"), 1e9

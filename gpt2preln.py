@@ -80,8 +80,11 @@ def within_documents(reset, dtype):
     device, document = reset.device.type, reset.cumsum(1)
     if device != "cpu" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    seen = (document[:, :, None] == document[:, None, :]).tril()
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -math.inf)[:, None]
+    B, T = reset.shape
+    # in rows of a multiple of 8 numbers: CUDA's memory-efficient attention would copy others, again for every layer
+    mask = torch.zeros(B, 1, T, -(-T // 8) * 8, dtype=dtype, device=reset.device)[..., :T]
+    unseen = (document[:, :, None] != document[:, None, :]) | torch.ones(T, T, dtype=torch.bool, device=reset.device).triu(1)
+    return mask.masked_fill_(unseen[:, None], -math.inf)
 
 
 class FeedForward(nn.Module):
@@ -301,7 +304,7 @@ Config, Model = GPT2PreLNConfig, GPT2PreLN
 _RECIPE = dict(data="gpt2preln", tokenizer="bpe", order="balanced", pack="document", block_size=2500, batch_tokens=240_000, micro_batch=6,
                max_steps=8000, optimizer="adamw", lr=2e-4, weight_decay=0.1, grad_clip=1.0, schedule="wsd", warmup_steps=200, decay_fraction=0.0,
                final_lr_fraction=0.1, ema_beta=0.999, eval_every=200, eval_tokens=250_000, save_every=200, keep_every=1000)
-_GPT2 = dict(_RECIPE, tokenizer="gpt2", block_size=1024, batch_tokens=245_760, micro_batch=15)
+_GPT2 = dict(_RECIPE, block_size=1024, batch_tokens=245_760, micro_batch=15)
 PRESETS = {
     "gpt2preln": (GPT2PreLNConfig(), _RECIPE),
     "gpt2preln-medium": (GPT2PreLNConfig(n_layer=24, d_model=1024, n_head=16, tied=True), dict(_RECIPE, micro_batch=1)),

@@ -104,8 +104,9 @@ def causal_attention(q, k, v, mask=None):
         with torch.autocast("cpu", enabled=False):
             return causal_attention(q.float(), k.float(), v.float(), mask).type_as(v)
     T, S, q, k = q.size(2), k.size(2), q.type_as(v), k.type_as(v)
-    if mask is not None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.type_as(v), enable_gqa=True)
+    if mask is not None:  # CUDA's attention with a mask knows no shared heads
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.type_as(v))
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     # is_causal would align the triangle with the first key, but these queries are the last T positions
@@ -122,8 +123,11 @@ def within_documents(reset, dtype):
     device, document = reset.device.type, reset.cumsum(1)
     if device != "cpu" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    seen = (document[:, :, None] == document[:, None, :]).tril()
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -math.inf)[:, None]
+    B, T = reset.shape
+    # in rows of a multiple of 8 numbers: CUDA's memory-efficient attention would copy others, again for every layer
+    mask = torch.zeros(B, 1, T, -(-T // 8) * 8, dtype=dtype, device=reset.device)[..., :T]
+    unseen = (document[:, :, None] != document[:, None, :]) | torch.ones(T, T, dtype=torch.bool, device=reset.device).triu(1)
+    return mask.masked_fill_(unseen[:, None], -math.inf)
 
 
 class SwiGLU(nn.Module):

@@ -96,18 +96,18 @@ class Source:
         self.budget = entry["budget"] or entry["train"]["tokens"]
         self.fingerprint = [entry["name"], entry["train"]["sha256"]]
         self.train, self.val = (self.tokens(folder / entry[split]["file"], dtype) for split in ("train", "val"))
-        self.cut = {}
+        self.packed = {}  # (T, bos) -> what validation_rows found
 
     def validation_rows(self, T, bos=None):
-        """The validation text in rows of T positions, always the same: (how many, number of a row -> its pieces), see `Loader`."""
-        if (T, bos) not in self.cut:
+        """The validation text in rows of T positions, always the same: (how many, their targets, number of a row -> its pieces), see `Loader`."""
+        if (T, bos) not in self.packed:
             if bos is None:
                 last = max(len(self.val) - 1, 0)
-                self.cut[T, bos] = -(-last // T), lambda k: [(T * k, min(T, last - T * k))]
+                self.packed[T, bos] = -(-last // T), last, lambda k: [(T * k, min(T, last - T * k))]
             else:
                 first, pieces = document_rows(document_edges(self.val, bos), T)
-                self.cut[T, bos] = len(first) - 1, lambda k: pieces[first[k]:first[k + 1]].tolist()
-        return self.cut[T, bos]
+                self.packed[T, bos] = len(first) - 1, int(pieces[:, 1].sum()), lambda k: pieces[first[k]:first[k + 1]].tolist()
+        return self.packed[T, bos]
 
     @staticmethod
     def tokens(path, dtype):  # an empty file cannot be mapped
@@ -173,7 +173,8 @@ def document_rows(edges, T, rng=None):
     i = np.arange(len(document)) - np.repeat(np.cumsum(cuts) - cuts, cuts)  # number of a piece within its document
     rest = (positions - T * (cuts - 1))[document]
     short = (cuts - 1 if rng is None else rng.integers(np.maximum(cuts, 1)))[document]
-    start, length = edges[document] + T * i - (T - rest) * (i > short), np.where(i == short, rest, T)
+    length = np.where(i == short, rest, T)
+    start = edges[document] + T * i - (T - rest) * (i > short)  # pieces behind the short one begin earlier by what it lacks
     order = np.arange(len(length)) if rng is None else rng.permutation(len(length))
     order = order[np.argsort(-length[order], kind="stable")]
 
@@ -229,22 +230,22 @@ class Loader:
     def __init__(self, sources, order, T, total_rows, seed, bos=None):
         self.sources, self.T, self.order, self.seed, self.bos = sources, T, order, seed, bos
         self.taken, self.dealt = [0] * len(sources), {}
-        for s in sources:
-            if len(s.train) < T + 1:
-                raise UserError(f"the source {s.name} has {len(s.train):,} training tokens, fewer than one window of {T + 1}: prepare more, or lower --block_size")
         if bos is None:
             self.per_epoch, self.fill = [(len(s.train) - 1) // T for s in sources], np.ones(len(sources))
         else:
             self.edges = [document_edges(s.train, bos) for s in sources]
             self.per_epoch = [len(document_rows(e, T)[0]) - 1 for e in self.edges]
+        for s, n in zip(sources, self.per_epoch):
+            if n < 1:
+                raise UserError(f"the source {s.name} has {len(s.train):,} training tokens, fewer than one window of {T + 1}: prepare more, or lower --block_size")
+        if bos is not None:
             self.fill = np.array([(len(s.train) - (len(e) - 1)) / (n * T) for s, e, n in zip(sources, self.edges, self.per_epoch)])  # the rest is padding
         size = dict(random=lambda s: len(s.train) * s.weight, balanced=lambda s: s.weight, sequential=lambda s: s.budget * s.weight)[order]
         self.share = np.array([size(s) for s in sources], dtype=np.float64)
         if not (self.share > 0).all():
             raise UserError("weights in --data must be above 0")
         self.share /= self.share.sum()
-        rows = self.share / self.fill
-        self.row_share = rows / rows.sum()
+        self.row_share = self.share / self.fill / (self.share / self.fill).sum()
         self.turn_ends = np.round(np.cumsum(self.row_share) * total_rows)  # sequential: rows dealt when each source's turn is over
 
     def deal(self, source, epoch):
@@ -282,7 +283,8 @@ class Loader:
 
     def load_state_dict(self, state):
         """Goes on where the loader of `state` was; with other rows (--block_size, --pack), at the same share of each epoch."""
-        self.taken = [taken if n == before else round(taken * n / before) for taken, n, before in zip(state["taken"], self.per_epoch, state["per_epoch"])]
+        before = state.get("per_epoch", self.per_epoch)  # the first checkpoints of this format lack it
+        self.taken = [taken if n == m else round(taken * n / m) for taken, n, m in zip(state["taken"], self.per_epoch, before)]
 
 
 # ---------------------------------------------------------------------------------------------------- optimizers
@@ -528,8 +530,8 @@ def evaluate(run, sources, tokens, T, rows, autocast, bytes_per_token, device, w
     """
     sums = torch.zeros(len(sources), 3, dtype=torch.float64)  # nats, tokens, bytes
     for total, source in zip(sums, sources):
-        n, row = source.validation_rows(T, bos)
-        take = min(n, -(-tokens // T)) if tokens else n
+        n, targets, row = source.validation_rows(T, bos)
+        take = min(n, -(-tokens * n // targets)) if tokens and n else n  # so many rows hold `tokens` targets, padding or not
         chosen = [row(i * n // take) for i in range(take)][rank::world]
         for first in range(0, len(chosen), rows):
             x, y, reset = fill_rows(source.val, chosen[first:first + rows], T)
@@ -700,7 +702,7 @@ def settings_from(argv):
     if s.block_size > cfg.context_length:
         raise UserError(f"--block_size={s.block_size} is longer than the model's context of {cfg.context_length}; "
                         f"--context_length={s.block_size} makes a model that fits")
-    if s.batch_tokens % s.block_size:
+    if s.batch_tokens % s.block_size and not s.eval_only:
         raise UserError(f"--batch_tokens={s.batch_tokens} is not a multiple of --block_size={s.block_size}")
     for flag in ("decay_only", "eval_only"):
         if getattr(s, flag) and not s.init_from:
@@ -792,11 +794,11 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
     if not (s.resume or s.eval_only) and (out / "ckpt.pt").exists() and not s.overwrite:
         raise UserError(f"{out} holds a run: --resume goes on with it, --out names another folder, --overwrite deletes it")
 
-    # data: rows of T + 1 tokens, the same global batch for any number of processes
+    # data: rows of T positions, the same global batch for any number of processes
     T, rows = s.block_size, s.batch_tokens // s.block_size
-    if rows % world:
+    if rows % world and not s.eval_only:
         raise UserError(f"the {rows} windows of a step cannot be shared out evenly to {world} processes; change --batch_tokens")
-    micro = next(m for m in range(min(s.micro_batch, rows // world), 0, -1) if rows // world % m == 0)
+    micro = s.micro_batch if s.eval_only else next(m for m in range(min(s.micro_batch, rows // world), 0, -1) if rows // world % m == 0)
     sources, tokenizer_text = find_data(s.data, s.tokenizer, cfg.vocab_size, is_main, barrier)
     tokenizer = prepare.load_tokenizer(tokenizer_text)
     if start and start["tokenizer"] != tokenizer_text:
@@ -824,7 +826,7 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
         checkpoint_blocks(model)
     params, names = list(model.parameters()), [n for n, _ in model.named_parameters()]
     # Newton-Schulz needs few digits; bf16 there is faster wherever bf16 is
-    optimizers = Optimizers(model, s, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    optimizers = None if s.eval_only else Optimizers(model, s, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     ema = [p.detach().clone() for p in params] if s.ema_beta else None
     step, tokens, elapsed, use_ema, best = 0, 0, 0.0, False, dict(loss=math.inf, step=0)
     torch.manual_seed(s.seed + rank)  # dropout, if a fork has any, differs between processes
@@ -913,7 +915,7 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
               + f", whole documents in {n:,} rows, {1 - fill:.2%} of them padding" * (s.pack == "document"))
     print(f"{device.type:<12} {str(dtype)[6:]}{', compiled' * compiled}, {f'{world} x ' * (world > 1)}{chip}; "
           f"Muon {optimizers.n_matrices} matrices, AdamW {optimizers.n_other} tensors; "
-          f"{s.max_steps:,} steps of {s.batch_tokens:,} tokens, {rows // world // micro} x {micro} windows each")
+          f"{s.max_steps:,} steps of {s.batch_tokens:,} tokens, {rows // world // micro} x {micro} rows each")
     if resumed:
         print(f"resumed      {out / 'ckpt.pt'} at step {step:,}")
 
@@ -927,7 +929,7 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
 
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in chip), None)
     model.train()
-    mark, mark_tokens, saved_step = time.monotonic(), tokens, step if resumed else -1
+    mark, mark_step, mark_tokens, saved_step = time.monotonic(), step, tokens, step if resumed else -1
     while step < s.max_steps:
         # one optimizer step
         x, y, reset = loader.batch(rows)
@@ -980,10 +982,10 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
             record(dict(step=step, tokens=tokens, train_loss=float(loss), train_bits_per_byte=float(loss) * per_byte, lr=lr,
                         grad_norm=grad_norm, tokens_per_s=rate, elapsed=elapsed))
             line = (f"step {step:>6,}/{s.max_steps:,}  loss {float(loss):.3f}  {float(loss) * per_byte:.2f} bits/byte  {rate / 1e3:.1f}k tok/s  "
-                    f"{clock((s.max_steps - step) * s.batch_tokens / rate)} left  lr {lr:.4f}  |g| {grad_norm:.2f}"  # the end is cut off in a narrow terminal
+                    f"{clock((s.max_steps - step) * seconds / (step - mark_step))} left  lr {lr:.2g}  |g| {grad_norm:.2f}"  # the end is cut off in a narrow terminal
                     + (f"  MFU {rate * flops / peak / world:.0%}" if peak and dtype == torch.bfloat16 else ""))
             (progress.show if progress.live else progress.done)(line)
-            mark, mark_tokens = time.monotonic(), tokens
+            mark, mark_step, mark_tokens = time.monotonic(), step, tokens
 
         if step == s.max_steps or s.eval_every and step % s.eval_every == 0:
             begun = time.monotonic()
@@ -1010,7 +1012,7 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
                 if is_main:
                     with replacing(out / "best_validation.json") as f:
                         f.write(json.dumps(best_validation(results[winner], sources, step=step, tokens=tokens, weights=winner, checkpoint=f"step_{step}.pt"
-                                                           if kept else "best.pt", tokens_per_source=s.eval_tokens), indent=1).encode())
+                                                           if kept else "best.pt", eval_tokens=s.eval_tokens), indent=1).encode())
             mark += time.monotonic() - begun  # speed is that of training alone
 
         begun = time.monotonic()
@@ -1019,7 +1021,7 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
             saved_step = step
         if s.keep_every and step % s.keep_every == 0:
             save(out / f"step_{step}.pt")
-        if s.sample_every and step % s.sample_every == 0 and step < s.max_steps and is_main:
+        if s.sample_tokens and s.sample_every and step % s.sample_every == 0 and step < s.max_steps and is_main:
             sample()
         mark += time.monotonic() - begun
         if stopping:

@@ -30,8 +30,8 @@ def test_alive_tensors_are_counted_once_each_and_no_longer_than_they_live():
     assert alive.peak >= 4400
 
 
-@pytest.mark.parametrize("shape", (dict(n_layer=3, d_model=192, vocab_size=1000, context_length=300), dict(n_layer=2, d_model=128, vocab_size=5000, context_length=500, tied=True)),
-                         ids=("untied", "tied"))
+@pytest.mark.parametrize("shape", (dict(n_layer=3, d_model=192, vocab_size=1000, context_length=300), dict(n_layer=2, d_model=128, vocab_size=5000, context_length=500, tied=True),
+                                    dict(n_layer=16, d_model=128, vocab_size=1000, context_length=300, tied=True)), ids=("untied", "tied", "deep"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=("bf16", "fp32"))
 @pytest.mark.parametrize("grad_checkpoint", (False, True), ids=("kept", "checkpointed"))
 @pytest.mark.parametrize("rows", (1, 3))
@@ -68,6 +68,8 @@ def test_memory_is_measured_in_processes_of_their_own_and_extrapolated(capsys, m
 
 
 def test_what_is_not_to_be_measured_is_one_line():
-    for argv in ([], ["speed"], ["memory", "--micro_batch=one"]):
-        with pytest.raises(bench.UserError, match=re.escape("memory is all there is") if argv[1:] == [] else "not a list of numbers"):
+    for argv, line in (([], "memory is all there is"), (["speed"], "memory is all there is, not speed"), (["memory", "--micro_batch=one"], "not a list of numbers"),
+                       (["memory", "--micro_batch=0"], "not a list of numbers"), (["memory", "--dtype=half"], "half is not one of"),
+                       (["memory", "--optimizer=sgd"], "sgd is not one of"), (["memory", "--block_size=5000"], "longer than the model's context of 2500")):
+        with pytest.raises(bench.UserError, match=re.escape(line)):
             bench.main(argv)

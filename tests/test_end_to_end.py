@@ -269,6 +269,24 @@ def bilingual(tmp_path_factory):
     return root
 
 
+@pytest.mark.parametrize("pack", ("document", "stream"))
+@pytest.mark.parametrize("order", ("balanced", "random", "sequential"))
+def test_prepared_languages_and_kinds_are_drawn_as_the_order_says(order, pack, bilingual, monkeypatch):
+    monkeypatch.chdir(bilingual)
+    sources, _ = train.find_data("mix-bpe-500", "bpe", 500, True, None)
+    drawn, turns = np.zeros(4), []
+    loader = train.Loader(sources, order, 128, 2000, seed=0, bos=1 if pack == "document" else None)
+    for _ in range(2000):
+        before = list(loader.taken)
+        y = loader.batch(1)[1]
+        source = next(i for i in range(4) if loader.taken[i] != before[i])
+        drawn[source] += int((y >= 0).sum())
+        turns.append(source)
+    share = np.full(4, 0.25) if order == "balanced" else np.array([len(s.train) for s in sources]) / sum(len(s.train) for s in sources)
+    assert np.allclose(drawn / drawn.sum(), share, rtol=0.01)
+    assert (turns == sorted(turns)) == (order == "sequential")
+
+
 def test_the_gpt2preln_recipe_in_small(bilingual, monkeypatch):
     """A run at a constant rate keeps checkpoints; the second-last one is continued by its decay alone; the tail's best, which
     best_validation.json names, beats every checkpoint of the parent, and the learning rate is the closed form at every step."""

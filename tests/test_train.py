@@ -27,7 +27,7 @@ def rows(out):
 
 class fake_source(train.Source):
     def __init__(self, tokens, weight=1.0, budget=None, val=()):
-        self.name, self.language, self.kind, self.fingerprint, self.cut = "s", "en", "code", ["s", ""], {}
+        self.name, self.language, self.kind, self.fingerprint, self.packed = "s", "en", "code", ["s", ""], {}
         self.train, self.val, self.weight, self.budget = np.asarray(tokens), np.asarray(val), weight, budget or len(tokens)
 
 
@@ -378,6 +378,30 @@ def test_word_boost_weighs_tokens_of_several_characters(workdir):
     assert abs(rows(workdir / "boost")[0]["train_loss"] - float((losses * w).sum() / w.sum())) < 1e-5
 
 
+def test_packed_documents_do_not_see_each_other_in_training(workdir):
+    """The logged loss of the first step, weighted, is the one of each document of the batch read alone by the untrained model."""
+    words = (workdir / "data/pydocs-hybrid/tokenizer.json").read_text().split()
+    (workdir / "short.jsonl").write_text("".join(json.dumps({"text": " ".join(words[i:i + 1 + i % 7])}) + "\n" for i in range(0, 2000, 5)))
+    prepare.prepare(["short.jsonl"], prepare.Settings(tokenizer="data/pydocs-hybrid/tokenizer.json", out_dir=".", name="short"))
+    run_train("--data=./short", "--out=packed", "--pack=document", "--word_boost=3", "--max_steps=1", "--seed=5", "--micro_batch=2", "--block_size=128", "--batch_tokens=1024")
+    tokenizer = prepare.load_tokenizer("short/tokenizer.json")
+    torch.manual_seed(5)
+    model = tinymemory.Model(tinymemory.Config(**train.read_checkpoint(workdir / "packed/ckpt.pt")["cfg"]))
+    sources, _ = train.find_data("./short", "hybrid", 600, True, None)
+    x, y, reset = train.Loader(sources, "random", 128, 8, 5, bos=tokenizer.token_to_id("<|bos|>")).batch(8)
+    total, weight, pieces = 0.0, 0.0, 0
+    for row, targets, begins in zip(x, y, reset):
+        edges = [*begins.nonzero().flatten().tolist(), 128]
+        for i, j in zip(edges, edges[1:]):
+            if targets[i] >= 0:
+                losses = model(row[None, i:j], targets[None, i:j], reduction="none")[1][0].detach().double()
+                w = torch.tensor([3.0 if len(tokenizer.decode([t])) > 1 else 1.0 for t in targets[i:j].tolist()]).double()
+                total, weight, pieces = total + float((losses * w).sum()), weight + float(w.sum()), pieces + 1
+    first = rows(workdir / "packed")[0]
+    assert pieces > 30 and first["tokens"] == int((y >= 0).sum())
+    assert abs(first["train_loss"] - total / weight) < 1e-5
+
+
 def test_validation_losses_equal_a_direct_computation_per_source_language_and_mixed(workdir, capsys):
     run_train("--data=two-hybrid", "--out=two", "--final_eval_tokens=0", "--order=balanced", "--max_steps=6")
     final = rows(workdir / "two")[-1]
@@ -430,7 +454,7 @@ def test_best_validation_json_names_the_best_step_and_agrees_with_the_metrics(wo
     best, checkpoint = json.loads((workdir / "best/best_validation.json").read_text()), train.read_checkpoint(workdir / "best/best.pt")
     row, = (r for r in rows(workdir / "best") if "val_loss" in r and r["step"] == best["step"] and not r.get("final"))
     assert (best["step"], best["tokens"], best["weights"]) == (checkpoint["step"], checkpoint["tokens"], "ema" if checkpoint["use_ema"] else "raw")
-    assert best["checkpoint"] == ("step_6.pt" if best["step"] == 6 else "best.pt") and best["tokens_per_source"] == 1024
+    assert best["checkpoint"] == ("step_6.pt" if best["step"] == 6 else "best.pt") and best["eval_tokens"] == 1024
     loss, bits = row["val_loss"][best["weights"]], row["val_bits_per_byte"][best["weights"]]
     for name in ("mixed", "en", "it"):
         assert best[f"val_loss_{name}"] == (loss["mixed"] if name == "mixed" else loss["language"][name])
@@ -440,11 +464,26 @@ def test_best_validation_json_names_the_best_step_and_agrees_with_the_metrics(wo
         "one": ("en", "code", loss["source"]["one"]), "two": ("it", "books", loss["source"]["two"])}
 
 
+def test_the_mixed_loss_is_over_equally_much_text_of_each_source_also_where_rows_hold_padding():
+    """Documents of 61 tokens fill 60 of 100 positions, those of 101 all; the model gives the first a loss of 1, the second of 3."""
+    class Model:
+        def __call__(self, x, y, reduction, reset):
+            return None, torch.where(y == 2, 1.0, torch.where(y == 3, 3.0, 0.0))
+    sources = []
+    for token, length in ((2, 61), (3, 101)):
+        val = np.full(length * 500, token)
+        val[::length] = 1
+        sources.append(fake_source([0], val=val))
+    sources[1].name = "t"
+    result = train.evaluate(Model(), sources, 6000, 100, 4, lambda: torch.autocast("cpu", enabled=False), torch.ones(5), torch.device("cpu"), bos=1)
+    assert result["source"]["s"][0] == 1 and result["source"]["t"][0] == 3 and result["mixed"][0] == 2
+
+
 def test_eval_only_measures_a_checkpoint_and_writes_nothing(workdir, capsys):
     run_train("--data=two-hybrid", "--out=measured", "--max_steps=4", "--pack=document", "--final_eval_tokens=0", "--keep_every=4")
     final, before = rows(workdir / "measured")[-1], {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
     capsys.readouterr()
-    assert train.main(["--init_from=measured/best.pt", "--eval_only", "--device=cpu"]) == 0
+    assert train.main(["--init_from=measured/best.pt", "--eval_only", "--device=cpu", "--micro_batch=3"]) == 0
     shown = capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
     (kind, loss), = final["val_loss"].items()
@@ -476,16 +515,20 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(flags, wo
         assert same_tensors(a[key], b[key]), key
 
 
-def test_checkpointed_blocks_change_nothing_but_memory(workdir):
+def test_checkpointed_blocks_change_nothing_but_memory(workdir, monkeypatch):
+    calls, checkpoint_blocks = [], train.checkpoint_blocks
+    monkeypatch.setattr(train, "checkpoint_blocks", lambda model: (calls.append(model), checkpoint_blocks(model)))
     for flag in ("--grad_checkpoint", "--no-grad_checkpoint"):
         run_train("--data=pydocs-hybrid", f"--out={flag.strip('-')}", flag, "--max_steps=3")
     a, b = (train.read_checkpoint(workdir / p / "ckpt.pt") for p in ("grad_checkpoint", "no-grad_checkpoint"))
-    assert same_tensors(a["model"], b["model"]) and same_tensors(a["optimizer"], b["optimizer"])
+    assert same_tensors(a["model"], b["model"]) and same_tensors(a["optimizer"], b["optimizer"]) and len(calls) == 1
 
 
 def test_samples_are_shown_as_often_as_asked(workdir, capsys):
     run_train("--data=pydocs-hybrid", "--out=samples", "--max_steps=7", "--sample_every=3")
     assert capsys.readouterr().out.count("\nsample ") == 3  # after 3, after 6, and at the end
+    run_train("--data=pydocs-hybrid", "--out=none", "--max_steps=7", "--sample_every=3", "--sample_tokens=0")
+    assert "sample " not in capsys.readouterr().out
 
 
 def test_best_is_the_lowest_of_raw_and_ema_and_the_checkpoint_says_which(trained):
