@@ -1,16 +1,17 @@
 """Text in, token files out: `python prepare.py NAME...` writes a folder that train.py, nanoGPT and `np.memmap` can read.
 
-NAME is `pydocs` (this Python's own library and help topics: nothing to download) or a file or folder of yours (.txt, .md,
-.jsonl, .jsonl.gz, .parquet), with language and kind behind an @ and a budget of training tokens behind a colon if you like:
-`novels_it@it/books:50M`. Several names become several sources of one corpus, each with files of its own, and one tokenizer that
-learns from them all. The folder data/NAME-TOKENIZER holds
+NAME is `pydocs` (this Python's own library and help topics: nothing to download), a data set of the Hugging Face Hub or a mix of them
+(`python prepare.py --list`), or a file or folder of yours (.txt, .md, .jsonl, .jsonl.gz, .parquet), with language and kind behind an @
+and a budget of training tokens behind a colon if you like: `novels_it@it/books:50M`. Several names become several sources of one
+corpus, each with files of its own, and one tokenizer that learns from them all. The folder data/NAME-TOKENIZER holds
 
     tokenizer.json                  a Hugging Face `tokenizers` file
     train.<i>-<source>.bin, val...  raw little-endian uint16 token ids (uint32 above 65,536), documents as <|bos|> text <|eos|>
     meta.json                       what it is made of, with counts of tokens, documents and UTF-8 bytes, sizes and checksums
 
-The input is read as a stream, twice: once to sample the text that the tokenizer learns from, once to encode. Memory does not
-grow with it. Whether a document is training or validation text depends on the hash of its text alone, not on the order of
+The input is read as a stream, twice: once to sample the text that the tokenizer learns from (of the Hub's sets their beginning), once
+to encode. Memory does not grow with it. Stopped by whatever, the same command goes on where it was, and the result is the same to
+the byte. Exact duplicates within a source are left out. Whether a document is training or validation text depends on the hash of its text alone, not on the order of
 files or on what is added later; only a source so small that no hash falls below val_fraction lends its lowest one.
 
 The bottom of the import order: what every tool needs (flags, one-line errors, the progress line, the tokenizer rules) is here too.
@@ -52,9 +53,11 @@ class Settings:
     name: str = ""  # the prepared folder's name; empty: NAME-TOKENIZER
     tokenizer: str = "bpe"  # bpe, hybrid (characters and frequent words), chunk (lowercase, by two or three), or a tokenizer.json to reuse
     vocab_size: int = 0  # tokens in a new tokenizer's vocabulary; 0: bpe 16,384, hybrid 2,111, chunk 4,466
-    max_tokens: int = 0  # training tokens to take from each source that names no budget of its own, such as 235M; 0: all
+    max_tokens: int = -1  # training tokens to take from each source that names no budget, such as 235M; 0: all; -1: all, or what --list says
     val_fraction: float = 0.05  # share of the documents that become validation text
     column: str = ""  # field of .jsonl and .parquet rows that holds the text; empty: text or content
+    source_dir: str = ""  # read the Hub's data sets from copies of their repositories in this folder: DIR/ORG/NAME, DIR/NAME, or DIR itself
+    list: bool = False  # show the data sets and mixes that can be named, and nothing else
 
 
 # ---------------------------------------------------------------------------------------------------- shared by the tools
@@ -144,6 +147,12 @@ def run_tool(main):
         message = f"{e.filename or 'the output'}: {'no space left on the disk; nothing was written over' if full else e.strerror or e}"
     print(f"{tool}: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
+
+
+def clock(seconds):
+    """125 -> '02:05', 7265 -> '2:01:05'."""
+    m, s = divmod(round(seconds), 60)
+    return f"{m:02d}:{s:02d}" if m < 60 else f"{m // 60}:{m % 60:02d}:{s:02d}"
 
 
 class Progress:
@@ -334,9 +343,17 @@ class Source:
     documents: object  # () -> iterator of texts; called once for the tokenizer's sample and once to encode
     budget: int = 0  # training tokens to take; 0: --max_tokens
     stamp: int = 0  # changes when a local file is written to, so that a half-made folder is not continued with other text
+    hub: object = None  # the HubSet that is streamed, at `revision` or from a copy in `folder`
+    revision: str = ""
+    folder: object = None
 
     def reader(self, state=None):
-        return Reader(self.documents, state)
+        if not self.hub:
+            return Reader(self.documents, state)
+        reader = HubReader(self.name, self.hub, self.revision, self.folder, None if self.hub.articles else state)
+        if self.hub.articles:  # must stay in order; the set is small enough to be read again up to the place
+            return Reader(lambda: articles(reader.rows(self.hub.configs[0][0], reader.state["parts"][0])), state)
+        return reader
 
 
 def pydocs():
@@ -431,7 +448,8 @@ def local_source(word, column):
     """A file or folder, with `@language/kind` behind it perhaps, as a Source. UserError if nothing readable is there."""
     path, _, label = (word, "", "") if os.path.exists(word) else word.rpartition("@")
     if not path or not os.path.exists(path):
-        raise UserError(f"{word!r} is neither a file or folder here nor an embedded corpus ({', '.join(EMBEDDED)}){nearest(word, EMBEDDED)}")
+        known = (*EMBEDDED, *HUB, *MIXES)
+        raise UserError(f"{word!r} is neither a file or folder here nor a corpus of --list{nearest(word, known) or ', such as pydocs, which needs no network'}")
     path = Path(path)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)
                                                   and not any(part.startswith(".") for part in p.relative_to(path).parts))
@@ -448,6 +466,198 @@ def local_source(word, column):
     name = path.name[:-len(next(s for s in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(s)))] if path.is_file() else path.resolve().name
     return Source(re.sub(r"[^\w-]+", "_", name), language or "und", kind or "text",
                   {"path": str(path), "files": len(files), "file_bytes": size}, documents, stamp=max(p.stat().st_mtime_ns for p in files))
+
+
+# ---------------------------------------------------------------------------------------------------- the Hugging Face Hub
+
+@dataclass
+class HubSet:
+    """A data set of the Hub: where its text lies, and what --list tells of it."""
+    repo: str
+    about: str
+    licence: str
+    language: str
+    kind: str
+    rows: str  # documents of the split, approximately
+    tokens: str  # tokens of a GPT-2-like vocabulary, approximately
+    disk: str  # size of the files that are read, approximately; they are streamed, never stored
+    configs: tuple = ((None, 1),)  # each with its share of the documents
+    columns: tuple = ("text",)  # those that are read; empty: the format has no choice (.txt, .jsonl)
+    filters: tuple = ()  # as pyarrow writes them: (column, operator, value)
+    budget: int = 0  # training tokens unless the user names a number; 0: all
+    articles: bool = False  # rows are lines, which belong together up to the next title
+
+
+M = 10 ** 6
+# Figures: the sets' cards on the Hub; those with a ~ are estimates from their sizes
+HUB = {
+    "fineweb-hq": HubSet("epfml/FineWeb-HQ", "English web, the best tenth, score > 0.8", "ODC-By", "en", "web", "2.4B", "~2T", "TBs",
+                         filters=(("quality_score", ">", 0.8),), budget=200 * M),
+    "fineweb2-hq-it": HubSet("epfml/FineWeb2-HQ", "Italian web, the best tenth", "ODC-By", "it", "web", "21M", "~27B", "~270 GB",
+                             configs=(("ita_Latn", 1),), budget=200 * M),
+    "fineweb-edu": HubSet("HuggingFaceFW/fineweb-edu", "educational web pages, sample-10BT", "ODC-By", "en", "web", "9.7M", "10B", "28 GB",
+                          configs=(("sample-10BT", 1),), budget=200 * M),
+    "python-stack": HubSet("bigcode/python-stack-v1-functions-filtered", "Python functions with docstrings", "permissive", "en", "code", "~0.6M", "~0.13B", "0.2 GB",
+                           columns=("content",)),
+    "finemath": HubSet("HuggingFaceTB/finemath", "mathematics from the web, finemath-4plus", "ODC-By", "en", "math", "6.7M", "9.6B", "18 GB",
+                       configs=(("finemath-4plus", 1),), budget=200 * M),
+    "cosmopedia": HubSet("HuggingFaceTB/cosmopedia", "synthetic textbooks, stanford and wikihow", "Apache-2.0", "en", "books", "1.2M", "~1.4B", "3.8 GB",
+                         configs=(("stanford", 1_020_024), ("wikihow", 179_191)), budget=200 * M),
+    "wikipedia": HubSet("wikimedia/wikipedia", "English Wikipedia of 2023-11-01", "CC BY-SA", "en", "wiki", "6.4M", "4.6B", "12 GB",
+                        configs=(("20231101.en", 1),), budget=200 * M),
+    "wiki40b-en": HubSet("google/wiki40b", "cleaned English Wikipedia", "CC BY-SA", "en", "wiki", "2.9M", "~2.2B", "6.2 GB", configs=(("en", 1),), budget=200 * M),
+    "wiki40b-it": HubSet("google/wiki40b", "cleaned Italian Wikipedia", "CC BY-SA", "it", "wiki", "0.73M", "~0.7B", "1.3 GB", configs=(("it", 1),), budget=200 * M),
+    "wikitext": HubSet("Salesforce/wikitext", "good English Wikipedia articles, wikitext-103", "CC BY-SA", "en", "wiki", "28K", "118M", "0.3 GB",
+                       configs=(("wikitext-103-raw-v1", 1),), articles=True),
+    "tinystories": HubSet("roneneldan/TinyStories", "stories in the words of small children", "CDLA-Sharing", "en", "books", "2.1M", "470M", "1 GB"),
+    "hq-sentences": HubSet("agentlans/high-quality-english-sentences", "single well-formed sentences", "ODC-By", "en", "web", "1.5M", "~48M", "0.1 GB", columns=()),
+}
+# Mix -> (what it feeds, its sources in the order of the training run with their budgets)
+MIXES = {
+    "ivme": ("ivme: its card's five sources in ascending quality",
+             (("fineweb-hq", 710 * M), ("python-stack", 160 * M), ("finemath", 235 * M), ("cosmopedia", 395 * M), ("wikipedia", 80 * M))),
+    "gpt2preln": ("gpt2preln: English and Italian as on its card, web and wiki half each (our reading; wiki40b-it may end before)",
+                  (("fineweb-hq", 1_796_855_746), ("wiki40b-en", 1_796_855_746), ("fineweb2-hq-it", 1_652_941_754), ("wiki40b-it", 1_652_941_754))),
+    "tinymemory": ("tinymemory, larger than pydocs; its card names no data, the choice is ours", (("tinystories", 40 * M), ("hq-sentences", 10 * M))),
+}
+
+
+def articles(rows):
+    """Joins wikitext's lines into articles: a title is a line ` = Title = `, a heading in one has more signs of equality."""
+    lines = []
+    for line in rows:
+        if re.fullmatch(r" = [^=].* = \n?", line) and lines:
+            yield "".join(lines)
+            lines = []
+        lines.append(line)
+    yield "".join(lines)
+
+
+class HubReader:
+    """Goes over a Hub set as a Reader does over local text, in blocks of BLOCK documents, each in a random order that depends on its
+    number alone. `state` names the present block's beginning, as the `datasets` library can find it again, and the place in it.
+
+    A dropped connection, a busy server and the like are tried again after growing pauses, TRIES times in a row. UserError says what did
+    not work in the end, and what is wrong with a file that is not as it should be.
+    """
+    BLOCK, TRIES, PAUSE = 10_000, 8, 1.0
+
+    def __init__(self, name, spec, revision, folder, state=None):
+        self.name, self.spec, self.revision, self.folder = name, spec, revision, folder
+        self.state = state or dict(block=0, taken=0, parts=[dict(rows=None, read=0, ended=False) for _ in spec.configs])
+
+    def open(self, config, state):
+        import datasets
+        where = dict(path=str(self.folder)) if self.folder else dict(path=self.spec.repo, revision=self.revision)
+        choice = dict(columns=list(self.spec.columns)) if self.spec.columns else {}
+        if self.spec.filters:
+            choice["filters"] = list(self.spec.filters)
+        data = datasets.load_dataset(**where, name=config, split="train", streaming=True, **choice)
+        if state:
+            data.load_state_dict(state)
+        return data
+
+    def rows(self, config, part):
+        """The texts of a config from where `part` says on; part is kept up to date."""
+        tries = 0
+        while True:
+            try:
+                data = self.open(config, part["rows"])
+                with contextlib.closing(iter(data)) as rows:
+                    for row in rows:
+                        tries, state = 0, data.state_dict()
+                        text = row[self.spec.columns[0] if self.spec.columns else next(iter(row))]
+                        part |= dict(rows=state, read=part["read"] + 1)
+                        yield text
+                part["ended"] = True
+                return
+            except Exception as e:  # pyarrow, fsspec, the Hub's client and its HTTP library raise many types
+                if not passing(e):
+                    raise UserError(f"{self.name}: {self.spec.repo} cannot be read as expected ({type(e).__name__}: {str(e)[:300]})") from None
+                tries += 1
+                if tries > self.TRIES:
+                    raise UserError(f"{self.name}: the connection to the Hugging Face Hub is lost ({type(e).__name__}: {str(e)[:200]}); "
+                                    "the same command goes on from here") from None
+                pause = min(60.0, self.PAUSE * 2 ** (tries - 1))
+                Progress().done(f"{self.name:<12} {type(e).__name__}: {' '.join(str(e).split())[:120]}; trying again in {pause:.0f} s ({tries} of {self.TRIES})")
+                time.sleep(pause)
+
+    def __iter__(self):
+        parts, block, taken = [dict(part) for part in self.state["parts"]], self.state["block"], self.state["taken"]
+        streams = [self.rows(config, part) for (config, _), part in zip(self.spec.configs, parts)]
+        while True:
+            begin, texts = [dict(part) for part in parts], []
+            while len(texts) < self.BLOCK and not all(part["ended"] for part in parts):
+                # of several configs the one furthest behind its share
+                i = min((i for i, part in enumerate(parts) if not part["ended"]), key=lambda i: parts[i]["read"] / self.spec.configs[i][1])
+                texts += itertools.islice(streams[i], 1)
+            if not texts:
+                return
+            order = np.random.default_rng([0, block]).permutation(len(texts)).tolist()
+            for k in range(taken, len(order)):
+                self.state = dict(block=block, taken=k + 1, parts=begin)
+                yield texts[order[k]]
+            block, taken = block + 1, 0
+
+
+def passing(error):
+    """Whether an error may be gone in a while: the network's, and a server's that is busy or broken."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status in (408, 425, 429) or status >= 500
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp")
+
+
+def hub_setup():
+    """The `datasets` library with its messages off and its own endless retries shortened; UserError if it is not installed."""
+    try:
+        import datasets
+        import huggingface_hub.hf_file_system
+    except ImportError as e:
+        raise UserError(f"the Hub's data sets need the package {e.name}: pip install -r requirements.txt") from None
+    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1  # HubReader tries again, and says so
+    huggingface_hub.hf_file_system.HfFileSystemFile.DEFAULT_BLOCK_SIZE = 2 ** 20  # with the default each read brings 5 MB of other columns along
+    for log in (datasets.logging, huggingface_hub.utils.logging):
+        log.set_verbosity(log.CRITICAL)
+    datasets.disable_progress_bars()
+
+
+def hub_revision(name, spec):
+    """The commit of a data set's repository as it is now; UserError, within half a minute, if the Hub does not answer."""
+    from huggingface_hub import HfApi
+    try:
+        return HfApi().dataset_info(spec.repo, timeout=10).sha
+    except Exception as e:
+        raise UserError(f"{name}: the Hugging Face Hub cannot be reached for {spec.repo} ({type(e).__name__}); without it there are pydocs, which needs no network, "
+                        "a text file or folder of yours, and --source_dir=DIR with a copy of the repository") from None
+
+
+def hub_source(name, source_dir, several):
+    """A Source for a name in HUB. Its revision is asked for when it is first read."""
+    spec, folder = HUB[name], None
+    if source_dir:
+        places = [Path(source_dir) / spec.repo, Path(source_dir) / spec.repo.split("/")[1], *([] if several else [Path(source_dir)])]
+        folder = next((p for p in places if p.is_dir()), None)
+        if folder is None:
+            raise UserError(f"--source_dir={source_dir} holds no copy of {spec.repo}: expected {' or '.join(map(str, places))}")
+    origin = dict(dataset=spec.repo, configs=[c for c, _ in spec.configs], columns=list(spec.columns), filter=[list(f) for f in spec.filters])
+    return Source(name, spec.language, spec.kind, origin, None, budget=spec.budget, hub=spec, folder=folder)
+
+
+def list_table():
+    """The lines of --list."""
+    rows = [("name", "what it is", "licence", "documents", "tokens", "files", "language", "default", "in the mixes")]
+    rows += [("pydocs", "this Python's library and help topics, no download", "PSF", "600", "4M", "11 MB", "en/code", "all", "")]
+    for name, x in HUB.items():
+        mixes = ", ".join(mix for mix, (_, parts) in MIXES.items() if name in dict(parts))
+        rows.append((name, x.about, x.licence, x.rows, x.tokens, x.disk, f"{x.language}/{x.kind}", f"{x.budget // M}M tokens" if x.budget else "all", mixes))
+    wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    yield from ("  ".join(cell.ljust(n) for cell, n in zip(row, wide)).rstrip() for row in rows)
+    for mix, (what, parts) in MIXES.items():
+        total = sum(n for _, n in parts)
+        yield ""
+        yield f"{mix}: {what}; {total / M:,.0f}M tokens"
+        yield from (f"  {name:<{wide[0]}}  {n / M:>8,.0f}M  {n / total:.0%}" for name, n in parts)
 
 
 # ---------------------------------------------------------------------------------------------------- the two passes
@@ -528,7 +738,8 @@ def scan(source, threshold, sample_bytes):
 
     The sample is the documents of lowest rehashed hash that fit sample_bytes: even over the whole source, the same whatever its
     order, and never more than that in memory. If no document's hash is below `threshold`, the split moves up to the lowest one,
-    so that a small source has validation text too. Returns (texts, threshold, bytes, documents).
+    so that a small source has validation text too. Of a Hub set only the beginning is read, sample_bytes or a megabyte. Returns (texts, threshold,
+    bytes, or None where there is more, documents).
     """
     sample, sampled, bar, total, lowest, highest, n = [], 0, 2 ** 64, 0, 2 ** 64, -1, 0
     progress = Progress()
@@ -542,6 +753,9 @@ def scan(source, threshold, sample_bytes):
             while sampled > sample_bytes and len(sample) > 1:
                 bar = -sample[0][0]  # what ranks behind a document that did not fit stays out, even if it is short
                 sampled -= heapq.heappop(sample)[2]
+        if source.hub and total > max(sample_bytes, 2 ** 20) and lowest < highest:
+            total = None
+            break
         if source.budget and total > 8 * source.budget and lowest < highest:  # no tokenizer here makes tokens that long: the budget ends before this
             break
     if not n or threshold and lowest == highest:
@@ -591,15 +805,15 @@ def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, tot
     where = record.data["source"] or dict(splits={s: dict(file=f"{s}.{stem}.bin", tokens=0, unknown=0, documents=0, bytes=0) for s in ("train", "val")},
                                           skipped=dict.fromkeys(SKIPPED, 0), state=None, hashes=0, seen_bytes=0)
     splits, files = where["splits"], {s: folder / where["splits"][s]["file"] for s in ("train", "val")}
-    out = {name: open(path, "ab") for name, path in (*files.items(), ("hashes", folder / "hashes.bin"))}
+    out = {name: open(path, "ab") for name, path in (*files.items(), ("hashes", folder / f"hashes.{stem}.bin"))}
     sizes = {s: splits[s]["tokens"] * dtype.itemsize for s in splits} | dict(hashes=8 * where["hashes"])
     for name, f in out.items():
         if os.path.getsize(f.name) < sizes[name]:
             raise UserError(f"{f.name} is shorter than progress.json beside it says; delete {folder} to start anew")
         f.truncate(sizes[name])  # what was written behind the record is written again
-    seen = Seen(np.fromfile(folder / "hashes.bin", dtype="<u8").tolist())
+    seen = Seen(np.fromfile(out["hashes"].name, dtype="<u8").tolist())
     reader = source.reader(where["state"])
-    progress, started, at_start = Progress(), time.monotonic(), where["seen_bytes"]
+    progress, started, at_start, shares = Progress(), time.monotonic(), where["seen_bytes"], []
 
     def batches():
         """(what `clean` gives, the reader's state behind it), and None at the end"""
@@ -652,11 +866,11 @@ def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, tot
                 record.save(source=where)
                 saved = time.monotonic()
             rate = (where["seen_bytes"] - at_start) / max(time.monotonic() - started, 1e-9)
-            done = f"of {total_bytes / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, {max(0, total_bytes - where['seen_bytes']) / max(rate, 1):,.0f} s left"
-            progress.show(f"{source.name:<12} {where['seen_bytes'] / 1e6:,.1f} {done}")
+            shares.append(max(splits["train"]["tokens"] / max_tokens if max_tokens else 0, where["seen_bytes"] / total_bytes if total_bytes else 0))
+            left = f", {clock((time.monotonic() - started) * (1 - shares[-1]) / (shares[-1] - shares[0]))} left" if shares[-1] > shares[0] else ""
+            progress.show(f"{source.name:<12} {where['seen_bytes'] / 1e6:,.1f} MB, {splits['train']['tokens'] / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s{left}")
     for f in out.values():
         f.close()
-    (folder / "hashes.bin").unlink()
     for s in splits:
         with open(files[s], "rb") as f:
             splits[s] |= dict(file_size=files[s].stat().st_size, sha256=hashlib.file_digest(f, "sha256").hexdigest())
@@ -671,17 +885,20 @@ def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, tot
 def prepare(names, s):
     """Prepares the corpora `names` with Settings s and returns the folder. A folder with the same settings is left as it is."""
     if not names:
-        raise UserError(f"name what to prepare: {', '.join(EMBEDDED)}, or a file or folder of yours")
+        raise UserError(f"name what to prepare: {', '.join(EMBEDDED)}, a data set or mix of --list, or a file or folder of yours")
     if not 0 <= s.val_fraction < 1:
         raise UserError(f"--val_fraction={s.val_fraction} is not a share from 0 up to 1")
-    if s.max_tokens < 0 or s.vocab_size < 0:
+    if s.max_tokens < -1 or s.vocab_size < 0:
         raise UserError("--max_tokens and --vocab_size cannot be negative")
-    sources = []
-    for word in names:
-        name, budget = split_budget(word)
-        source = EMBEDDED[name]() if name in EMBEDDED else local_source(name, s.column)
-        sources.append(dataclasses.replace(source, budget=budget or s.max_tokens))
-    names = [split_budget(word)[0] for word in names]
+    budgets = dict(map(split_budget, names))
+    names, sources = list(budgets), []
+    for name, budget in budgets.items():
+        if name in MIXES and budget:
+            raise UserError(f"the sources of {name} have budgets of their own; --max_tokens gives all of them another one")
+        for part, own in MIXES[name][1] if name in MIXES else ((name, budget),):
+            source = EMBEDDED[part]() if part in EMBEDDED else hub_source(part, s.source_dir, len(budgets) > 1 or name in MIXES) if part in HUB else local_source(part, s.column)
+            budget = s.max_tokens if name in MIXES and s.max_tokens >= 0 else own or (s.max_tokens if s.max_tokens >= 0 else source.budget)
+            sources.append(dataclasses.replace(source, budget=budget))
     reuse = s.tokenizer not in TRAINERS
     if reuse and not os.path.isfile(s.tokenizer):
         raise UserError(f"--tokenizer={s.tokenizer} is neither {' nor '.join(TRAINERS)} nor a file{nearest(s.tokenizer, TRAINERS)}")
@@ -695,10 +912,10 @@ def prepare(names, s):
         raise UserError(f"--vocab_size={vocab_size} is too small: {why} {least}")
 
     folder = Path(s.out_dir) / (s.name or corpus_name(names, s.tokenizer, vocab_size))
-    asked = dict(sources=[dict(name=x.name, language=x.language, kind=x.kind, **x.origin, **dict(budget=x.budget) if x.budget != s.max_tokens else {})
+    asked = dict(sources=[dict(name=x.name, language=x.language, kind=x.kind, **x.origin, **dict(budget=x.budget) if x.budget != max(0, s.max_tokens) else {})
                           for x in sources],
                  tokenizer=hashlib.sha256(Path(s.tokenizer).read_bytes()).hexdigest() if reuse else s.tokenizer,
-                 vocab_size=vocab_size, max_tokens=s.max_tokens, val_fraction=s.val_fraction, column=s.column)
+                 vocab_size=vocab_size, max_tokens=max(0, s.max_tokens), val_fraction=s.val_fraction, column=s.column)
     if folder.exists():
         made = read_meta(folder)["settings"]
         if made == asked:
@@ -708,7 +925,13 @@ def prepare(names, s):
         raise UserError(f"{folder} was made with other settings ({differs}); give --name for a second one, or delete it")
 
     part = folder.with_name(f".{folder.name}.part")  # renamed at the end: a folder that exists is whole
-    record = Record(part, asked | dict(stamps=[x.stamp for x in sources]))
+    record = Record(part, asked | dict(stamps=[x.stamp for x in sources], from_copy=bool(s.source_dir)))
+    if any(x.hub for x in sources):
+        hub_setup()
+    for i, x in enumerate(sources):  # what was begun goes on with the same commits
+        if x.hub and not x.folder:
+            x.revision = (record.data.get("revisions") or {}).get(x.name) or hub_revision(x.name, x.hub)
+            x.origin = dict(x.origin, revision=x.revision)
     if record.resumed:
         Progress().done(f"going on       {part} holds {len(record.data['done'])} of {len(sources)} sources and perhaps a part of the next")
     else:
@@ -724,7 +947,7 @@ def prepare(names, s):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         (part / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        record.save(scans=[(t, total) for _, t, total, _ in scans])
+        record.save(scans=[(t, total) for _, t, total, _ in scans], revisions={x.name: x.revision for x in sources if x.hub})
         del scans  # the sample is no longer needed
 
     text = (part / "tokenizer.json").read_text(encoding="utf-8")
@@ -738,7 +961,7 @@ def prepare(names, s):
                 tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(), settings=asked, sources=record.data["done"])
     (part / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
     whole = {"tokenizer.json", "meta.json"} | {x[split]["file"] for x in meta["sources"] for split in ("train", "val")}
-    for other in (p for p in part.iterdir() if p.name not in whole):  # progress.json, and what an end half-way left behind
+    for other in (p for p in part.iterdir() if p.name not in whole):  # progress.json, hashes, and what an end half-way left behind
         other.unlink()
     part.rename(folder)
     return folder
@@ -746,7 +969,7 @@ def prepare(names, s):
 
 def corpus_name(names, tokenizer, vocab_size):
     """pydocs, hybrid, 2111 -> 'pydocs-hybrid'; a vocabulary size that is not the default is appended."""
-    base = "+".join(n if n in EMBEDDED else Path(n.rpartition("@")[0] if not os.path.exists(n) else n).resolve().name.split(".")[0] for n in names)
+    base = "+".join(n if n in (*EMBEDDED, *HUB, *MIXES) else Path(n.rpartition("@")[0] if not os.path.exists(n) else n).resolve().name.split(".")[0] for n in names)
     path = Path(tokenizer)
     kind = tokenizer if tokenizer in TRAINERS else path.resolve().parent.name if path.name == "tokenizer.json" else path.stem
     return f"{base}-{kind}" + (f"-{vocab_size}" if vocab_size and vocab_size != DEFAULT_VOCAB[kind] else "")
@@ -779,8 +1002,13 @@ def read_meta(folder):
 
 
 def main(argv):
+    if argv == ["--list"]:
+        print("\n".join(list_table()))
+        return 0
     given, names = parse_flags(argv, Settings(), description=__doc__.split("\n")[0],
-                               positional=("NAME", f"{', '.join(EMBEDDED)}, or a file or folder of yours, as PATH or PATH@language/kind, and :TOKENS behind it for a budget"))
+                               positional=("NAME", f"{', '.join(EMBEDDED)}, a data set or mix of --list, or a file or folder of yours, as PATH or PATH@language/kind, and :TOKENS behind it for a budget"))
+    if given.get("list"):
+        raise UserError("--list goes alone")
     folder = prepare(names, Settings(**given))
     meta = read_meta(folder)
     files = [x[split]["file"] for x in meta["sources"] for split in ("train", "val")]

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 
 import prepare
-from prepare import UserError, nearest, parse_flags, run_tool
+from prepare import UserError, clock, nearest, parse_flags, run_tool
 
 
 @dataclass
@@ -751,12 +751,6 @@ def pick_device(s, local_rank):
         if device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return device, dtype, compiler
-
-
-def clock(seconds):
-    """125 -> '02:05', 7265 -> '2:01:05'."""
-    m, s = divmod(round(seconds), 60)
-    return f"{m:02d}:{s:02d}" if m < 60 else f"{m // 60}:{m % 60:02d}:{s:02d}"
 
 
 # Dense bf16 matrix products per second without sparsity, from the makers' data sheets

@@ -1,0 +1,110 @@
+"""The stand-in for the Hub: the real `datasets` reads every layout through it, resumes, and meets its faults."""
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fake_hub import LAYOUTS, FakeHub, Fault, make_real_layouts
+
+pytest.importorskip("datasets")
+
+# the beginning of every child's code; `answer` is what it sends back
+STREAM = """
+import json, sys
+from datasets import load_dataset
+def stream(repo, config=None, split="train", columns=None, **more):
+    return load_dataset(repo, config, split=split, streaming=True, **({"columns": columns} if columns else {}), **more)
+jobs, answer = json.load(sys.stdin), []
+"""
+
+
+def child(hub, home, code, jobs=None):
+    """(answer, standard error) of the code, run behind STREAM in a process that takes `hub` for the Hub."""
+    run = subprocess.run([sys.executable, "-c", f"{STREAM}\n{code}\nprint(json.dumps(answer))"], input=json.dumps(jobs), capture_output=True, text=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1", **hub.env(home, impatient=True)})
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout), run.stderr
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def layouts(root):
+    return make_real_layouts(root)
+
+
+def test_datasets_streams_every_layout_in_order(root, layouts, tmp_path):
+    unread = {"deu_Latn", "finemath-3plus", "wikitext-103-raw-v1"}
+    plain = {repo for repo, _, files, _ in LAYOUTS if not files["train"][0].endswith(".parquet")}  # formats without a choice of columns
+    jobs = [(*key, None if key[0] in plain else list(rows[0])[:2]) for key, rows in layouts.items() if key[1] not in unread]
+    with FakeHub(root) as hub:
+        read, _ = child(hub, tmp_path, "answer += [list(stream(*job)) for job in jobs]", jobs)
+    for (repo, config, split, columns), rows in zip(jobs, read):
+        assert rows == [{k: row[k] for k in columns or row} for row in layouts[repo, config, split]], (repo, config, split)
+    fetched = {name for name, _ in hub.downloads()}
+    assert fetched == {f"{repo}/{x}" for repo, config, files, _ in LAYOUTS if config not in unread for part in files.values() for x in part}
+
+
+def test_resuming_is_exact_without_a_shuffle_buffer(root, layouts, tmp_path):
+    jobs = [("epfml/FineWeb-HQ", ["text"]), ("databricks/databricks-dolly-15k", None), ("starhopp3r/TinyChat", None),
+            ("agentlans/high-quality-english-sentences", None)]
+    code = """
+from huggingface_hub import HfApi
+for repo, columns in jobs:
+    sha = HfApi().dataset_info(repo).sha
+    for seen in (0, 3, 10, 33, 40):
+        first = stream(repo, columns=columns, revision=sha)
+        rows = iter(first)
+        head = [next(rows) for _ in range(seen)]
+        second = stream(repo, columns=columns, revision=sha)
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        answer.append((repo, sha, head + list(second)))
+"""
+    with FakeHub(root) as hub:
+        answer, _ = child(hub, tmp_path, code, jobs)
+        assert all(sha == hub.sha(repo) for repo, sha, _ in answer)
+    for repo, _, rows in answer:
+        assert [list(row.values())[0] for row in rows] == [list(row.values())[0] for row in next(x for k, x in layouts.items() if k[0] == repo)]
+
+
+def test_a_large_column_is_not_fetched(tmp_path):
+    # `datasets` reads 5 MiB more than it was asked for at a time, so the column has to be larger than that to be seen left out
+    texts = [f"text {i}" for i in range(8)]
+    table = pa.table(dict(text=texts, score=np.arange(8.0), embeddings=list(np.random.default_rng(0).standard_normal((8, 500_000), np.float32))))
+    (tmp_path / "hub/a/b").mkdir(parents=True)
+    (tmp_path / "hub/a/b/README.md").write_text("# no front matter\n")
+    pq.write_table(table, tmp_path / "hub/a/b/train.parquet", row_group_size=4)
+    with FakeHub(tmp_path / "hub") as hub:
+        answer, _ = child(hub, tmp_path / "home", "answer += stream('a/b', columns=['text'], filters=[('score', '>', 2.5)])")
+    assert answer == [dict(text=x) for x in texts[3:]]
+    assert sum(last - first + 1 for _, (first, last) in hub.downloads()) < 0.7 * (tmp_path / "hub/a/b/train.parquet").stat().st_size
+
+
+def test_faults(root, layouts, tmp_path):
+    code = """
+for repo, config in jobs:
+    rows = []
+    try:
+        rows.extend(stream(repo, config))
+        answer.append((len(rows), None, None))
+    except Exception as e:
+        answer.append((len(rows), type(e).__name__, getattr(getattr(e, "response", None), "status_code", None)))
+"""
+    jobs = {"starhopp3r/TinyChat": None, "tatsu-lab/alpaca": None, "databricks/databricks-dolly-15k": None,  # mended
+            "google/wiki40b": "en", "HuggingFaceTB/smol-smoltalk": None, "roneneldan/TinyStories": None, "no/such": None}
+    with FakeHub(root) as hub:
+        hub.faults += [Fault("drop", "*tinychat.txt"), Fault("status", "tatsu-lab/*", times=2), Fault("status", "databricks/*", status=429, retry_after=1),
+                       Fault("status", "google/*", times=6), Fault("drop", "*smol*", times=120, skip=1), Fault("truncate", "roneneldan/*00001-of*")]
+        answer, log = child(hub, tmp_path, code, list(jobs.items()))
+        assert not any(f.times for f in hub.faults if f.kind != "truncate")
+    assert answer == [[40, None, None]] * 3 + [[0, "HfHubHTTPError", 500], [20, "ConnectionError", None], [20, "ArrowInvalid", None],
+                                               [0, "DatasetNotFoundError", None]]
+    assert "Waiting 2.0s" in log  # Retry-After and one
