@@ -1,27 +1,32 @@
 """Text in, token files out: `python prepare.py NAME...` writes a folder that train.py, nanoGPT and `np.memmap` can read.
 
-NAME is `pydocs` (this Python's own library and help topics: nothing to download), a data set of the Hugging Face Hub or a mix of them
-(`python prepare.py --list`), or a file or folder of yours (.txt, .md, .jsonl, .jsonl.gz, .parquet), with language and kind behind an @
+NAME is `pydocs` (this Python's own library and help topics: nothing to download) or `pydocs-chat` (questions and answers about that
+library), a data set of the Hugging Face Hub or a mix of them (`python prepare.py --list`), or a file or folder of yours (.txt, .md,
+.jsonl, .jsonl.gz, .parquet) with texts or chats, with language and kind behind an @
 and a budget of training tokens behind a colon if you like: `novels_it@it/books:50M`. Several names become several sources of one
 corpus, each with files of its own, and one tokenizer that learns from them all. The folder data/NAME-TOKENIZER holds
 
     tokenizer.json                  a Hugging Face `tokenizers` file
     train.<i>-<source>.bin, val...  raw little-endian uint16 token ids (uint32 above 65,536), documents as <|bos|> text <|eos|>
+    train.<i>-<source>.mask.bin     only of chats, and val...: a byte per token, 1 for a reply's, see encode_chats
     meta.json                       what it is made of, with counts of tokens, documents and UTF-8 bytes, sizes and checksums
 
 The input is read as a stream, twice: once to sample the text that the tokenizer learns from (of the Hub's sets their beginning), once
 to encode. Memory does not grow with it. Stopped by whatever, the same command goes on where it was, and the result is the same to
-the byte. Exact duplicates within a source are left out. Whether a document is training or validation text depends on the hash of its text alone, not on the order of
-files or on what is added later; only a source so small that no hash falls below val_fraction lends its lowest one.
+the byte. Exact duplicates within a source are left out. Whether a document is training or validation text depends on the hash of its
+text alone, not on the order of files or on what is added later; only a source so small that no hash falls below val_fraction lends
+its lowest one. A chat of pydocs-chat goes where its module's source goes in pydocs.
 
 The bottom of the import order: what every tool needs (flags, one-line errors, the progress line, the tokenizer rules) is here too.
 """
 import argparse
 import ast
 import contextlib
+import copy
 import dataclasses
 import difflib
 import errno
+import functools
 import gzip
 import hashlib
 import heapq
@@ -34,6 +39,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import textwrap
 import time
 import tokenize
 import zlib
@@ -55,7 +61,7 @@ class Settings:
     vocab_size: int = 0  # tokens in a new tokenizer's vocabulary; 0: bpe 16,384, hybrid 2,111, chunk 4,466
     max_tokens: int = -1  # training tokens to take from each source that names no budget, such as 235M; 0: all; -1: all, or what --list says
     val_fraction: float = 0.05  # share of the documents that become validation text
-    column: str = ""  # field of .jsonl and .parquet rows that holds the text; empty: text or content
+    column: str = ""  # field of .jsonl and .parquet rows that holds the text; empty: text or content, and rows of chats are chats
     source_dir: str = ""  # read the Hub's data sets from copies of their repositories in this folder: DIR/ORG/NAME, DIR/NAME, or DIR itself
     list: bool = False  # show the data sets and mixes that can be named, and nothing else
 
@@ -183,6 +189,7 @@ TRIGRAMS = ("the and ing ion tio ent ati for her ter hat tha ere ate his con res
 # Trigrams of one first letter share a branch, which is a quarter faster. [\s\S] is any character to every engine, a line end too
 CHUNKS = "|".join(f"{a}(?:{'|'.join(t[1:] for t in TRIGRAMS if t[0] == a)})" for a in dict.fromkeys(t[0] for t in TRIGRAMS))
 CHUNKS += r"| [\s\S]{2}|[\s\S]{2} |[\s\S]{2}|[\s\S]"
+TASK = 2 ** 16  # characters that a thread of fast_encoder gets at a time
 COUNTED_CHUNKS = 2 ** 19  # different ones that are counted at a time; pydocs has 7,400 of them, Chinese text far more
 
 
@@ -325,7 +332,18 @@ def fast_encoder(tokenizer):
     ids = np.array([model["vocab"][t] for t in tokens], dtype=np.uint32)
     encoding = tiktoken.Encoding("prepare", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens={})
     pool = ThreadPoolExecutor(os.cpu_count())  # the merge loop runs outside Python's lock
-    return lambda texts: list(pool.map(lambda t: ids[encoding.encode_to_numpy(t, disallowed_special=())], texts))
+
+    def encode(texts):
+        tasks, size = [[]], 0
+        for text in texts:  # a task for each would take longer than a short text itself
+            tasks[-1].append(text)
+            size += len(text)
+            if size >= TASK:
+                tasks.append([])
+                size = 0
+        done = pool.map(lambda task: [ids[encoding.encode_to_numpy(t, disallowed_special=())] for t in task], tasks)
+        return list(itertools.chain.from_iterable(done))
+    return encode
 
 
 # ---------------------------------------------------------------------------------------------------- reading documents
@@ -340,9 +358,10 @@ class Source:
     language: str
     kind: str  # web, wiki, books, code, math, chat or text
     origin: dict  # where the text came from, as meta.json tells it
-    documents: object  # () -> iterator of texts; called once for the tokenizer's sample and once to encode
+    documents: object  # () -> iterator of texts or chats; called once for the tokenizer's sample and once to encode
     budget: int = 0  # training tokens to take; 0: --max_tokens
     stamp: int = 0  # changes when a local file is written to, so that a half-made folder is not continued with other text
+    chat: bool = False  # `documents` are chats: rows that chat_messages() reads, or Documents
     hub: object = None  # the HubSet that is streamed, at `revision` or from a copy in `folder`
     revision: str = ""
     folder: object = None
@@ -356,26 +375,37 @@ class Source:
         return reader
 
 
+def library():
+    """Module's name -> its source file, of the running Python's library without tests, installed packages, this machine's compiler
+    flags and the help topics. Raises UserError where a Python was installed without its sources."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = {".".join(p.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): p for p in sorted(root.rglob("*.py"))
+             if not left_out.intersection(p.relative_to(root).parts) and not p.name.startswith("_sysconfigdata")
+             and p.relative_to(root).parts[0] != "pydoc_data"}
+    if not files:
+        raise UserError(f"this Python has no library sources under {root}; give prepare.py a text file or folder of yours")
+    return files
+
+
+def library_texts(files):
+    """(module's name, source text) of library()'s files but the 65 code pages that gencodec.py generates: a tenth of the text, tables without an end."""
+    for module, p in files.items():
+        with tokenize.open(p) as f:  # honours a coding line
+            text = f.read()
+        if "gencodec.py" not in text[:2000]:
+            yield module, text
+
+
 def pydocs():
-    """The running Python's library: a document per module's source, and per help topic. No tests, no generated code pages, no
-    installed packages.
+    """The running Python's library: a document per module's source, and per help topic.
 
     Raises UserError where a Python was installed without its sources.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = sorted(p for p in root.rglob("*.py") if not left_out.intersection(p.relative_to(root).parts)
-                   and not p.name.startswith("_sysconfigdata")  # this machine's compiler flags
-                   and p.relative_to(root).parts[0] != "pydoc_data")  # the topics, taken below as text
-    if not files:
-        raise UserError(f"this Python has no library sources under {root}; give prepare.py a text file or folder of yours")
+    files = library()
 
     def documents():
-        for p in files:
-            with tokenize.open(p) as f:  # honours a coding line
-                text = f.read()
-            if "gencodec.py" not in text[:2000]:  # the 65 code pages it generates: a tenth of the text, tables without an end
-                yield text
+        yield from (text for _, text in library_texts(files))
         from pydoc_data.topics import topics
         for key in sorted(topics):
             yield topics[key]
@@ -402,8 +432,8 @@ def text_documents(path, limit=PIECE):
     yield rest
 
 
-def row_documents(path, column):
-    """The texts in the rows of a .jsonl, .jsonl.gz or .parquet file. UserError names the broken line or the missing column."""
+def row_documents(path, column, chat=False):
+    """The texts in the rows of a .jsonl, .jsonl.gz or .parquet file; of chats the rows. UserError names the broken line or the missing column."""
     def pick(columns):
         name = column or next((c for c in ("text", "content") if c in columns), "text")
         if name not in columns:
@@ -415,9 +445,9 @@ def row_documents(path, column):
         import pyarrow.parquet
         try:
             file = pyarrow.parquet.ParquetFile(path)
-            name = pick(file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=256, columns=[name]):
-                yield from batch.column(0).to_pylist()
+            names = [x for x in CHAT_COLUMNS if x in file.schema_arrow.names] if chat else [pick(file.schema_arrow.names)]
+            for batch in file.iter_batches(batch_size=256, columns=names):
+                yield from batch.to_pylist() if chat else batch.column(0).to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
             raise UserError(f"{path} cannot be read as parquet: {e}") from None
         return
@@ -428,7 +458,7 @@ def row_documents(path, column):
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise UserError(f"{path} line {i} is not a JSON object")
-                    yield row[pick(row)]
+                    yield row if chat else row[pick(row)]
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} line {i} is not JSON: {e}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
@@ -456,16 +486,241 @@ def local_source(word, column):
     if not files or not files[0].name.endswith(SUFFIXES):
         raise UserError(f"{path} {'holds no' if path.is_dir() else 'is not a'} file that prepare.py reads ({', '.join(SUFFIXES)})")
     size = sum(p.stat().st_size for p in files)
+    # a file of chats is told by its first row or line; one without any is neither
+    firsts = {} if column else {p: row for p in files if (row := next(chat_rows(p, longest=PIECE), None)) is not None}
+    chats, texts = ([p for p, row in firsts.items() if is_chat(row) == wanted] for wanted in (True, False))
+    if chats and texts:
+        raise UserError(f"{path} holds chats ({chats[0].name}) as well as text ({texts[0].name}); name them one by one, or read all as text with --column")
     # one short file must still give documents for both splits
     limit = PIECE if len(files) > 1 else min(PIECE, max(1024, size // 32))
 
     def documents():
         for p in files:
-            yield from text_documents(p, limit) if p.suffix in (".txt", ".md") else row_documents(p, column)
+            yield from chat_rows(p) if chats else text_documents(p, limit) if p.suffix in (".txt", ".md") else row_documents(p, column)
     language, _, kind = label.partition("/")
     name = path.name[:-len(next(s for s in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(s)))] if path.is_file() else path.resolve().name
-    return Source(re.sub(r"[^\w-]+", "_", name), language or "und", kind or "text",
-                  {"path": str(path), "files": len(files), "file_bytes": size}, documents, stamp=max(p.stat().st_mtime_ns for p in files))
+    return Source(re.sub(r"[^\w-]+", "_", name), language or "und", kind or ("chat" if chats else "text"),
+                  {"path": str(path), "files": len(files), "file_bytes": size}, documents, stamp=max(p.stat().st_mtime_ns for p in files), chat=bool(chats))
+
+
+# ---------------------------------------------------------------------------------------------------- reading chats
+
+class NoChat(ValueError):
+    """A row that is no chat. Its text is the reason, a key of meta.json's `skipped`."""
+
+
+def tidy(messages):
+    """[(role, text)] as the chat format wants it: a system message perhaps, then user and assistant in turn, an assistant's at the end.
+
+    Neighbours of one role become one message, an empty line between them; a question without a reply at the end goes, for nothing
+    is learned from it. An empty text is a message like any other. Raises NoChat for other roles, text that is none, a system
+    message further on, a reply that nobody asked for, and where no reply or no text is left.
+    """
+    chat = []
+    for role, text in messages:
+        if role not in ("system", "user", "assistant"):
+            raise NoChat("role other than system, user and assistant")
+        if not isinstance(text, str):
+            raise NoChat("not text")
+        if chat and chat[-1][0] == role:
+            chat[-1] = (role, "\n\n".join(filter(None, (chat[-1][1], mended(text)))))
+            continue
+        if role == "system" and chat:
+            raise NoChat("system message inside the chat")
+        if role == "assistant" and (not chat or chat[-1][0] == "system"):
+            raise NoChat("begins with a reply")
+        chat.append((role, mended(text)))
+    if chat and chat[-1][0] == "user":
+        chat.pop()
+    if not chat or chat[-1][0] != "assistant":
+        raise NoChat("no reply")
+    if not any(text.strip() for _, text in chat):
+        raise NoChat("empty")
+    return chat
+
+
+def chat_messages(row):
+    """The chat in a row as [(role, text)], see tidy(). Its layout is told by its shape: {"messages": [{"role", "content"}]}; alpaca's
+    {"instruction", "input", "output"} and dolly's {"instruction", "context", "response"}, one question and its reply; TinyChat's
+    line `[INST] user [/INST] reply [INST] ...`. Raises NoChat for anything else."""
+    if isinstance(row, str):
+        before, *parts = re.split(r"(\[/?INST\])", row)
+        if before.strip() or not parts or any(mark != ("[INST]", "[/INST]")[i % 2] for i, mark in enumerate(parts[::2])):
+            raise NoChat("[INST] and [/INST] not in turn")
+        return tidy((("user", "assistant")[i % 2], text.strip()) for i, text in enumerate(parts[1::2]))
+    if not isinstance(row, dict):
+        raise NoChat("not a chat")
+    if isinstance(row.get("messages"), list) and all(isinstance(m, dict) for m in row["messages"]):
+        return tidy((m.get("role"), m.get("content")) for m in row["messages"])
+    for extra, reply in (("input", "output"), ("context", "response")):
+        if "instruction" in row and reply in row:
+            return tidy([("user", row["instruction"]), *([("user", row[extra])] if str(row.get(extra) or "").strip() else []), ("assistant", row[reply])])
+    raise NoChat("not a chat")
+
+
+CHAT_COLUMNS = ("messages", "instruction", "input", "output", "context", "response")
+
+
+def chat_rows(path, longest=-1):
+    """The rows of a .jsonl, .jsonl.gz or .parquet file, or the lines of a text file, of at most `longest` characters, for chat_messages() to read."""
+    if path.suffix not in (".txt", ".md"):
+        yield from row_documents(path, "", chat=True)
+        return
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
+        yield from (line for line in iter(lambda: f.readline(longest), "") if line.strip())
+
+
+def is_chat(row):
+    """Whether a row, or a line of a text file, has one of the layouts that chat_messages() reads."""
+    if isinstance(row, str):
+        return row.lstrip().startswith("[INST]")
+    return isinstance(row.get("messages"), list) or "instruction" in row and ("output" in row or "response" in row)
+
+
+def chat_document(messages, split_hash=None):
+    """A tidy chat as a Document. Its messages, roles and all, make its hash; that decides the split too unless there is another."""
+    own = text_hash(json.dumps(messages).encode())
+    return Document("\n".join(t for _, t in messages), "".join(t for _, t in messages).encode(), own, own if split_hash is None else split_hash, messages)
+
+
+# ---------------------------------------------------------------------------------------------------- pydocs-chat
+
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+SENTENCE_END = r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)[.!?](?= |$)"
+# What is asked, in the order of the turns of a chat: nothing that stands in a question is asked for behind it
+QUESTIONS = {
+    "where": ["Which module has a {noun} called {bare}?", "Where in the standard library do I find {bare}?", "In which module is the {noun} {bare}?"],
+    "signature": ["What is the signature of {name}?", "How is {name} defined?", "How does the definition of the {noun} {name} begin?"],
+    "summary": ["What does {name} do?", "What is the {noun} {name} for?", "Can you explain {name}?", "I found {name} in somebody's code. What is it?",
+                "{signature}\n\nWhat does this {noun} of {owner} do?", "This is from {owner}:\n\n{signature}\n\nWhat is it for?"],
+    "which": ["Which {noun} of {owner} is described as follows?\n\n{summary}", "Name the {noun} of {owner} with this description: {summary}",
+              "I look for a {noun} of {owner}. {summary}"],
+    "arguments": ["Which arguments does {name} take?", "What do I pass to {name}?", "{signature}\n\nWhich arguments does this {noun} of {owner} take?",
+                  "Name the arguments of this {noun} of {owner}:\n\n{signature}"],
+    **{kind: [f"Which {kind} does the {{noun}} {{name}} have?", f"What are the {kind} of {{name}}?"] for kind in ("functions", "classes", "methods")},
+    "docstring": ["Show me the docstring of {name}.", "What does the documentation of the {noun} {name} say?", "Tell me more about {name}."]}
+FOLLOW_UPS = {
+    "signature": ["What is its signature?", "And how is it defined?"], "summary": ["What does it do?", "And what is it for?"],
+    "docstring": ["Show me its docstring.", "Tell me more about it."],
+    **{kind: [f"Which {kind} does it have?", f"And its {kind}?"] for kind in ("functions", "classes", "methods")}}
+SYSTEM = ["You answer questions about Python's standard library.", "You are a helpful assistant who knows Python.", "Answer briefly and precisely."]
+
+
+def prose(docstring):
+    """The first sentences of a docstring, 300 characters at most, in one line; '' where neither of its first two paragraphs is sentences."""
+    for paragraph in re.split(r"\n\s*\n", docstring)[:2]:
+        text = " ".join(paragraph.split())
+        if re.match(r"[A-Z][\w'`]*,? \S", text) and not re.search(r">>>|^[ *+|-]|\S {3,}\S|--|->|\$", paragraph, re.M):
+            text += "" if text[-1] in ".!?:" else "."
+            return max((text[:m.end()] for m in re.finditer(SENTENCE_END, text[:301])), key=len, default="")
+    return ""
+
+
+def paragraphs(docstring):
+    """A docstring of several paragraphs up to the last one that ends within 500 characters; '' where that is less than two."""
+    ends = [m.start() for m in re.finditer(r"\n\s*\n|\Z", docstring) if m.start() <= 500 and not docstring[:m.start()].endswith(":")]
+    return docstring[:ends[-1]] if len(ends) > 1 else ""
+
+
+def listing(subject, kind, names):
+    """'textwrap.wrap', 'arguments', ['text', 'width'] -> 'textwrap.wrap takes 2 arguments: text and width.'; twelve names at most."""
+    count = {0: f"no {kind}", 1: f"one {kind.removesuffix('es' if kind == 'classes' else 's')}"}.get(len(names), f"{len(names)} {kind}")
+    names, among = names[:12], ", among them " if len(names) > 12 else ": " if names else ""
+    return f"{subject} {'takes' if kind == 'arguments' else 'has'} {count}{among}{' and '.join(filter(None, (', '.join(names[:-1]), *names[-1:])))}."
+
+
+def head(node, outer):
+    """The lines that begin a definition: a method's class, decorators, name, arguments or bases, and a class's __init__."""
+    def bodyless(x):
+        x = copy.copy(x)
+        x.body = [bodyless(y) for y in x.body if isinstance(x, ast.ClassDef) and getattr(y, "name", "") == "__init__"][:1]
+        return x
+    text = ast.unparse(bodyless(node)).replace("\n\n", "\n")
+    return f"class {'.'.join(outer)}:\n{textwrap.indent(text, '    ')}" if outer else text
+
+
+def is_property(node):
+    return any(re.search(r"property|\.[gs]etter$|\.deleter$", ast.unparse(d)) for d in node.decorator_list)
+
+
+def described(module, node, outer=()):
+    """What can be asked about a module, class or function, then about each class and function in its body: dicts of name, noun, owner and
+    `facts`, kind of question -> reply. What has no docstring and a private name is left out."""
+    docstring, bare = (ast.get_docstring(node) or "").strip(), getattr(node, "name", "")  # a module's node has no name
+    path = (*outer, *[bare] * bool(bare))
+    name, owner = ".".join((module, *path)), ".".join((module, *outer)) if bare else "the standard library"
+    inner = [x for x in node.body if isinstance(x, DEFINITIONS)]
+    public = {x.name: isinstance(x, ast.ClassDef) for x in inner if not x.name.startswith("_") and not is_property(x)}
+    functions, classes = ([name for name, is_class in public.items() if is_class == wanted] for wanted in (False, True))
+    if isinstance(node, ast.Module):
+        noun, lists = "module", dict(functions=functions, classes=classes)
+    elif isinstance(node, ast.ClassDef):
+        noun, lists = "class", dict(methods=functions)
+    else:
+        noun, a, inner = "property" if is_property(node) else "method" if outer else "function", node.args, []
+        names = ["*" * (x is a.vararg) + "**" * (x is a.kwarg) + x.arg for x in ast.iter_child_nodes(a) if isinstance(x, ast.arg)]
+        lists = dict(arguments=names[bool(outer) and "staticmethod" not in map(ast.unparse, node.decorator_list):])  # without self
+    if docstring or not any(part.startswith("_") for part in path):
+        facts = {kind: listing(name, kind, names) for kind, names in lists.items() if names or noun in ("function", "method")}
+        facts |= dict(summary=prose(docstring), docstring=paragraphs(docstring), signature=head(node, outer) if bare else "", which=f"That is {name}.")
+        if bare and not outer and not any(part.startswith("_") for part in name.split(".")):
+            facts |= dict(bare=bare, where=f"{bare} is a {noun} of the module {module}.")
+        yield dict(name=name, noun=noun, owner=owner, facts={k: v for k, v in facts.items() if v and len(v) <= 500})
+    for x in inner:
+        yield from described(module, x, path)
+
+
+def dialogues(things):
+    """Chats of one to three turns about the things of one module, as lists of (question, reply). Each fact is told once. How it is asked for,
+    and whether behind another question, is up to the hash of the thing's name and the kind of question."""
+    chats = []
+    for thing in things:
+        known, opened = thing | thing["facts"], False
+        for kind in (k for k in QUESTIONS if k in thing["facts"]):
+            pick = zlib.crc32(f"{thing['name']} {kind}".encode())
+            joins = opened and kind in FOLLOW_UPS and len(chats[-1]) < 3 and pick % 3 > 0
+            usable = [q for q in (FOLLOW_UPS if joins else QUESTIONS)[kind] if known.keys() >= {*re.findall(r"{(\w+)}", q)}]
+            if not usable:
+                continue
+            if not joins and not (chats and not opened and len(chats[-1]) < 3 and pick % 3 == 0):  # a thing may follow the one before
+                chats.append([])
+            chats[-1].append((usable[pick // 3 % len(usable)].format(**known), thing["facts"][kind]))
+            opened = True
+    return chats
+
+
+def pydocs_chat():
+    """Questions and answers about the running Python's library, made from its sources' signatures and docstrings. A chat is training or
+    validation text as its module is in pydocs. What two definitions have in common, a docstring say, is left out: no reply occurs twice,
+    and none of a validation module in a training chat.
+
+    Raises UserError where a Python was installed without its sources.
+    """
+    files = library()
+
+    @functools.cache  # asked for twice: for the tokenizer's sample and to encode
+    def modules():
+        found = []
+        for module, text in library_texts(files):
+            things = {}
+            for thing in described(module, ast.parse(text)):
+                things.setdefault(thing["name"], thing)  # a setter has its getter's name: the first is meant
+            found.append((text_hash(text.encode()), list(things.values())))
+        told = Counter(fact for _, things in found for thing in things for fact in thing["facts"].values())
+        for thing in (thing for _, things in found for thing in things):
+            thing["facts"] = {kind: fact for kind, fact in thing["facts"].items() if told[fact] == 1}
+        return found
+
+    def documents():
+        for hash, things in modules():
+            for chat in dialogues(things):
+                pick = zlib.crc32(chat[0][0].encode())
+                system = [("system", SYSTEM[pick // 8 % len(SYSTEM)])] if pick % 8 == 0 else []
+                yield chat_document([*system, *(message for turn in chat for message in zip(("user", "assistant"), turn))], hash)
+    return Source("pydocs-chat", "en", "chat", {"dataset": "pydocs-chat", "python": platform.python_version()}, documents, chat=True)
+
+
+EMBEDDED["pydocs-chat"] = pydocs_chat
 
 
 # ---------------------------------------------------------------------------------------------------- the Hugging Face Hub
@@ -486,6 +741,7 @@ class HubSet:
     filters: tuple = ()  # as pyarrow writes them: (column, operator, value)
     budget: int = 0  # training tokens unless the user names a number; 0: all
     articles: bool = False  # rows are lines, which belong together up to the next title
+    chat: bool = False  # rows are chats, see chat_messages()
 
 
 M = 10 ** 6
@@ -510,6 +766,12 @@ HUB = {
     "wikitext": HubSet("Salesforce/wikitext", "good English Wikipedia articles, wikitext-103", "CC BY-SA", "en", "wiki", "28K", "118M", "0.3 GB",
                        configs=(("wikitext-103-raw-v1", 1),), articles=True),
     "tinystories": HubSet("roneneldan/TinyStories", "stories in the words of small children", "CDLA-Sharing", "en", "books", "2.1M", "470M", "1 GB"),
+    "tinychat": HubSet("starhopp3r/TinyChat", "short chats in simple words", "CC BY-NC", "en", "chat", "1M", "~175M", "0.7 GB", columns=(), chat=True),
+    "alpaca": HubSet("tatsu-lab/alpaca", "instructions and replies of a language model", "CC BY-NC", "en", "chat", "52K", "~4M", "24 MB",
+                     columns=("instruction", "input", "output"), chat=True),
+    "dolly": HubSet("databricks/databricks-dolly-15k", "instructions and replies by people", "CC BY-SA", "en", "chat", "15K", "~3M", "13 MB", columns=(), chat=True),
+    "smol-smoltalk": HubSet("HuggingFaceTB/smol-smoltalk", "chats for models below a billion parameters", "Apache-2.0", "en", "chat", "460K", "~0.4B", "1 GB",
+                            columns=("messages",), chat=True),
     "hq-sentences": HubSet("agentlans/high-quality-english-sentences", "single well-formed sentences", "ODC-By", "en", "web", "1.5M", "~48M", "0.1 GB", columns=()),
 }
 # Mix -> (what it feeds, its sources in the order of the training run with their budgets)
@@ -518,6 +780,11 @@ MIXES = {
              (("fineweb-hq", 710 * M), ("python-stack", 160 * M), ("finemath", 235 * M), ("cosmopedia", 395 * M), ("wikipedia", 80 * M))),
     "gpt2preln": ("gpt2preln: English and Italian as on its card, web and wiki half each (our reading; wiki40b-it may end before)",
                   (("fineweb-hq", 1_796_855_746), ("wiki40b-en", 1_796_855_746), ("fineweb2-hq-it", 1_652_941_754), ("wiki40b-it", 1_652_941_754))),
+    "i3": ("i3-22m: its card's TinyChat, all of it", (("tinychat", 0),)),
+    "i3-80m": ("i3-80m: its card's three sets, some 3M tokens in all; how much of each is our choice",
+               (("tinystories", M), ("tinychat", M), ("hq-sentences", M))),
+    "i3-200m": ("i3-200m: its card's four sets; how much of each is our choice",
+                (("tinystories", M), ("tinychat", M), ("hq-sentences", M), ("wikitext", M))),
     "tinymemory": ("tinymemory, larger than pydocs; its card names no data, the choice is ours", (("tinystories", 40 * M), ("hq-sentences", 10 * M))),
 }
 
@@ -566,7 +833,7 @@ class HubReader:
                 with contextlib.closing(iter(data)) as rows:
                     for row in rows:
                         tries, state = 0, data.state_dict()
-                        text = row[self.spec.columns[0] if self.spec.columns else next(iter(row))]
+                        text = row if self.spec.chat and "text" not in row else row[self.spec.columns[0] if self.spec.columns else "text"]
                         part |= dict(rows=state, read=part["read"] + 1)
                         yield text
                 part["ended"] = True
@@ -641,13 +908,14 @@ def hub_source(name, source_dir, several):
         if folder is None:
             raise UserError(f"--source_dir={source_dir} holds no copy of {spec.repo}: expected {' or '.join(map(str, places))}")
     origin = dict(dataset=spec.repo, configs=[c for c, _ in spec.configs], columns=list(spec.columns), filter=[list(f) for f in spec.filters])
-    return Source(name, spec.language, spec.kind, origin, None, budget=spec.budget, hub=spec, folder=folder)
+    return Source(name, spec.language, spec.kind, origin, None, budget=spec.budget, chat=spec.chat, hub=spec, folder=folder)
 
 
 def list_table():
     """The lines of --list."""
     rows = [("name", "what it is", "licence", "documents", "tokens", "files", "language", "default", "in the mixes")]
-    rows += [("pydocs", "this Python's library and help topics, no download", "PSF", "600", "4M", "11 MB", "en/code", "all", "")]
+    rows += [("pydocs", "this Python's library and help topics, no download", "PSF", "600", "4M", "11 MB", "en/code", "all", ""),
+             ("pydocs-chat", "questions and answers about that library, no download", "PSF", "31,000", "2.6M", "6 MB", "en/chat", "all", "")]
     for name, x in HUB.items():
         mixes = ", ".join(mix for mix, (_, parts) in MIXES.items() if name in dict(parts))
         rows.append((name, x.about, x.licence, x.rows, x.tokens, x.disk, f"{x.language}/{x.kind}", f"{x.budget // M}M tokens" if x.budget else "all", mixes))
@@ -656,21 +924,36 @@ def list_table():
     for mix, (what, parts) in MIXES.items():
         total = sum(n for _, n in parts)
         yield ""
-        yield f"{mix}: {what}; {total / M:,.0f}M tokens"
-        yield from (f"  {name:<{wide[0]}}  {n / M:>8,.0f}M  {n / total:.0%}" for name, n in parts)
+        yield f"{mix}: {what}" + f"; {total / M:,.0f}M tokens" * (total > 0)
+        yield from (f"  {name:<{wide[0]}}  {n / M:>8,.0f}M  {n / total:.0%}" for name, n in parts if n)
 
 
 # ---------------------------------------------------------------------------------------------------- the two passes
 
 @dataclass
 class Document:
-    text: str
+    text: str  # of a chat its texts one below the other, for the tokenizer to learn from
     utf8: bytes
-    hash: int  # 64 bits of the text alone: decides the split and the sample, and finds duplicates
+    hash: int  # 64 bits of the text alone: decides the sample, and finds duplicates
+    split_hash: int  # decides the split: `hash`, and for a chat of pydocs-chat that of its module
+    messages: list = None  # a chat's [(role, text)]
+
+
+def text_hash(utf8):
+    return int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little")
+
+
+def mended(text):
+    """The text as UTF-8 can hold it: halves of surrogate pairs out of JSON escapes are joined, those without a partner become U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Reader:
-    """Goes over the texts of a source. `state` is where it is, as JSON can keep it; another Reader goes on from there, here by
+    """Goes over the texts or chats of a source. `state` is where it is, as JSON can keep it; another Reader goes on from there, here by
     counting: to read local text again costs little beside encoding it."""
 
     def __init__(self, documents, state=None):
@@ -714,23 +997,35 @@ def wiki40b_text(text):
 SKIPPED = ("empty", "not text", "duplicate")  # why a text is left out
 
 
-def clean(texts, seen=None):
-    """Texts as Documents, or, in place of one that is left out, the reason: no text, only white space or, given `seen`, that it
-    occurred before. Articles of wiki40b lose their markers."""
+def clean(texts, seen=None, chat=False):
+    """Texts, or with `chat` rows of chats, as Documents, or, in place of one that is left out, the reason: no text, only white space, what
+    makes a row no chat or, given `seen`, that it occurred before. Articles of wiki40b lose their markers."""
     for text in texts:
+        if chat:
+            try:
+                d = text if isinstance(text, Document) else chat_document(chat_messages(text))
+            except NoChat as e:
+                yield str(e)
+            else:
+                yield d if seen is None or seen.add(d.hash) else "duplicate"
+            continue
         if not isinstance(text, str) or not text.strip():
             yield "empty" if isinstance(text, str) or text is None else "not text"
             continue
         if re.match(r"""(?:b["'])?(?:\\n|\s)*_START_ARTICLE_""", text):
             with contextlib.suppress(ValueError, SyntaxError):  # damaged: taken as it is
                 text = wiki40b_text(text)
-        try:
-            utf8 = text.encode()
-        except UnicodeEncodeError:  # half a surrogate pair out of a JSON escape: pairs are joined, the rest becomes U+FFFD
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            utf8 = text.encode()
-        d = Document(text, utf8, int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little"))
+        text = mended(text)
+        utf8 = text.encode()
+        own = text_hash(utf8)
+        d = Document(text, utf8, own, own)
         yield d if seen is None or seen.add(d.hash) else "duplicate"
+
+
+def why_skipped(skipped):
+    """{"empty": 3} -> '; left out: 3 empty', nothing where nothing was."""
+    counts = ", ".join(f"{n:,} {what}" for what, n in skipped.items() if n)
+    return f"; left out: {counts}" * bool(counts)
 
 
 def scan(source, threshold, sample_bytes):
@@ -741,14 +1036,17 @@ def scan(source, threshold, sample_bytes):
     so that a small source has validation text too. Of a Hub set only the beginning is read, sample_bytes or a megabyte. Returns (texts, threshold,
     bytes, or None where there is more, documents).
     """
-    sample, sampled, bar, total, lowest, highest, n = [], 0, 2 ** 64, 0, 2 ** 64, -1, 0
+    sample, sampled, bar, total, lowest, highest, n, skipped = [], 0, 2 ** 64, 0, 2 ** 64, -1, 0, Counter()
     progress = Progress()
-    for d in (x for x in clean(source.reader()) if isinstance(x, Document)):
+    for d in clean(source.reader(), chat=source.chat):
+        if not isinstance(d, Document):
+            skipped[d] += 1
+            continue
         progress.show(f"{source.name:<12} reading, {total / 1e6:,.1f} MB")
-        total, n, lowest, highest = total + len(d.utf8), n + 1, min(lowest, d.hash), max(highest, d.hash)
+        total, n, lowest, highest = total + len(d.utf8), n + 1, min(lowest, d.split_hash), max(highest, d.split_hash)
         key = d.hash * 0x9E3779B97F4A7C15 % 2 ** 64  # independent of the split's order
-        if d.hash >= threshold and sample_bytes and key < bar:
-            heapq.heappush(sample, (-key, d.text, len(d.utf8), d.hash))
+        if d.split_hash >= threshold and sample_bytes and key < bar:
+            heapq.heappush(sample, (-key, d.text, len(d.utf8), d.split_hash))
             sampled += len(d.utf8)
             while sampled > sample_bytes and len(sample) > 1:
                 bar = -sample[0][0]  # what ranks behind a document that did not fit stays out, even if it is short
@@ -760,11 +1058,46 @@ def scan(source, threshold, sample_bytes):
             break
     if not n or threshold and lowest == highest:
         raise UserError(f"{source.name} holds {'only one document' if n else 'no document'} of text; "
-                        "a training and a validation split need two different ones")
+                        f"a training and a validation split need two different ones{why_skipped(skipped)}")
     if threshold:
         threshold = min(max(threshold, lowest + 1), highest)
-    texts = [text for _, text, _, hash in sorted(sample, reverse=True) if hash >= threshold]
+    texts = [text for _, text, _, split_hash in sorted(sample, reverse=True) if split_hash >= threshold]
     return texts, threshold, total, n
+
+
+def chat_ids(tokenizer):
+    """Special token -> id, for encode_chats(). UserError where the tokenizer has none for the three roles."""
+    ids = {token: tokenizer.token_to_id(token) for token in ("<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>")}
+    missing = [token for token, i in ids.items() if i is None]
+    if missing:
+        raise UserError(f"the tokenizer has no {' and no '.join(missing)}, which chats are framed with; take bpe, hybrid or chunk")
+    return ids
+
+
+def encode_chats(chats, encode, ids):
+    """Chats, tidy [(role, text)] each, as a list of (ids uint32 (n,), mask uint8 (n,)):
+
+        <|bos|>[<|system|>text]<|user|>text<|assistant|>text<|eos|><|user|>text<|assistant|>text<|eos|>...
+
+    The mask is 1 for a reply's tokens and its <|eos|>. `encode`: texts -> id arrays, called once for all chats; `ids`: see chat_ids().
+    """
+    if not chats:
+        return []
+    texts = iter(encode([text for chat in chats for _, text in chat]))
+    single = {token: np.array([i], np.uint32) for token, i in ids.items()}
+    pieces, flags, ends = [], [], []
+    for chat in chats:
+        pieces.append(single["<|bos|>"])
+        flags.append(0)
+        for role, _ in chat:
+            reply = role == "assistant"
+            pieces += [single[f"<|{role}|>"], next(texts), *([single["<|eos|>"]] if reply else [])]
+            flags += [0, 1, 1] if reply else [0, 0]
+        ends.append(len(pieces))
+    lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+    stops = np.cumsum(lengths)[np.array(ends) - 1].tolist()
+    tokens, mask = np.concatenate(pieces), np.repeat(np.array(flags, np.uint8), lengths)
+    return [(tokens[a:b], mask[a:b]) for a, b in zip([0, *stops], stops)]
 
 
 BATCH_BYTES = 4 * 2 ** 20  # text that is encoded at once: enough to keep every core busy, little to hold
@@ -796,29 +1129,31 @@ class Record:
 
 
 def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, total_bytes, record):
-    """Second pass: writes train.<stem>.bin and val.<stem>.bin and returns the source's entry for meta.json.
+    """Second pass: writes train.<stem>.bin and val.<stem>.bin, beside them the masks of chats, and returns the source's entry for meta.json.
 
     Goes on where `record` says; it is brought up to date every few seconds. The next batch is read while one is encoded.
     """
-    bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
+    bos, eos = (np.array([tokenizer.token_to_id(token)], np.uint32) for token in ("<|bos|>", "<|eos|>"))
+    chat = chat_ids(tokenizer) if source.chat else None
     unknown, normalizer, max_tokens = unknown_id(tokenizer), tokenizer.normalizer, source.budget
-    where = record.data["source"] or dict(splits={s: dict(file=f"{s}.{stem}.bin", tokens=0, unknown=0, documents=0, bytes=0) for s in ("train", "val")},
+    where = record.data["source"] or dict(splits={s: dict(file=f"{s}.{stem}.bin", tokens=0, unknown=0, documents=0, bytes=0,
+                                                          **(dict(mask=dict(file=f"{s}.{stem}.mask.bin")) if chat else {})) for s in ("train", "val")},
                                           skipped=dict.fromkeys(SKIPPED, 0), state=None, hashes=0, seen_bytes=0)
-    splits, files = where["splits"], {s: folder / where["splits"][s]["file"] for s in ("train", "val")}
-    out = {name: open(path, "ab") for name, path in (*files.items(), ("hashes", folder / f"hashes.{stem}.bin"))}
-    sizes = {s: splits[s]["tokens"] * dtype.itemsize for s in splits} | dict(hashes=8 * where["hashes"])
-    for name, f in out.items():
-        if os.path.getsize(f.name) < sizes[name]:
+    splits, hashes = where["splits"], f"hashes.{stem}.bin"
+    sizes = {x["file"]: tokens * width for x, tokens, width in token_files([splits], dtype.itemsize)} | {hashes: 8 * where["hashes"]}
+    out = {file: open(folder / file, "ab") for file in sizes}
+    for file, f in out.items():
+        if os.path.getsize(f.name) < sizes[file]:
             raise UserError(f"{f.name} is shorter than progress.json beside it says; delete {folder} to start anew")
-        f.truncate(sizes[name])  # what was written behind the record is written again
-    seen = Seen(np.fromfile(out["hashes"].name, dtype="<u8").tolist())
+        f.truncate(sizes[file])  # what was written behind the record is written again
+    seen = Seen(np.fromfile(folder / hashes, dtype="<u8").tolist())
     reader = source.reader(where["state"])
     progress, started, at_start, shares = Progress(), time.monotonic(), where["seen_bytes"], []
 
     def batches():
         """(what `clean` gives, the reader's state behind it), and None at the end"""
         batch, size = [], 0
-        for x in clean(reader, seen):
+        for x in clean(reader, seen, source.chat):
             batch.append(x)
             size += len(x.utf8) if isinstance(x, Document) else 0
             if size > BATCH_BYTES:
@@ -836,28 +1171,35 @@ def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, tot
         while not full() and (item := future.result()):
             batch, where["state"] = item
             future = ahead.submit(next, pending)
-            pieces, documents = {s: [] for s in splits}, [x for x in batch if isinstance(x, Document)]
-            encoded = iter(encode([d.text for d in documents]))
+            pieces, documents = {file: [] for file in sizes}, [x for x in batch if isinstance(x, Document)]
+            if chat:
+                encoded = iter(encode_chats([d.messages for d in documents], encode, chat))
+            else:
+                encoded = ((np.concatenate((bos, ids, eos)), None) for ids in encode([d.text for d in documents]))
             for d in batch:
                 if not isinstance(d, Document):
-                    where["skipped"][d] += 1
+                    where["skipped"][d] = where["skipped"].get(d, 0) + 1
                     continue
-                ids = next(encoded)
-                split = "val" if d.hash < threshold else "train"
+                ids, mask = next(encoded)
+                split = "val" if d.split_hash < threshold else "train"
                 count = splits[split]
                 if split == "train" and max_tokens and count["tokens"] >= max_tokens:
                     continue
-                count["tokens"], count["documents"] = count["tokens"] + len(ids) + 2, count["documents"] + 1
+                count["tokens"], count["documents"] = count["tokens"] + len(ids), count["documents"] + 1
                 count["unknown"] += 0 if unknown is None else int(np.count_nonzero(ids == unknown))
-                count["bytes"] += len(normalizer.normalize_str(d.text).encode() if normalizer else d.utf8)  # as token_byte_counts has them
-                pieces[split] += [np.array([bos], dtype), ids.astype(dtype), np.array([eos], dtype)]
+                texts = [text for _, text in d.messages] if chat else [d.text]
+                # as token_byte_counts has them
+                count["bytes"] += sum(len(normalizer.normalize_str(text).encode()) for text in texts) if normalizer else len(d.utf8)
+                pieces[count["file"]].append(ids.astype(dtype))
+                if chat:
+                    pieces[count["mask"]["file"]].append(mask)
                 where["seen_bytes"] += len(d.utf8)
                 if full():
                     break
-            for s in splits:
-                if pieces[s]:
-                    out[s].write(np.concatenate(pieces[s]).tobytes())
-            out["hashes"].write(np.array([d.hash for d in documents], dtype="<u8").tobytes())
+            pieces[hashes].append(np.array([d.hash for d in documents], dtype="<u8"))
+            for file, arrays in pieces.items():
+                if arrays:
+                    out[file].write(np.concatenate(arrays).tobytes())
             where["hashes"] += len(documents)
             if time.monotonic() - saved > SAVE_SECONDS:
                 for f in out.values():
@@ -870,15 +1212,16 @@ def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, tot
             left = f", {clock((time.monotonic() - started) * (1 - shares[-1]) / (shares[-1] - shares[0]))} left" if shares[-1] > shares[0] else ""
             progress.show(f"{source.name:<12} {where['seen_bytes'] / 1e6:,.1f} MB, {splits['train']['tokens'] / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s{left}")
     for f in out.values():
+        f.flush()
+        os.fsync(f.fileno())
         f.close()
-    for s in splits:
-        with open(files[s], "rb") as f:
-            splits[s] |= dict(file_size=files[s].stat().st_size, sha256=hashlib.file_digest(f, "sha256").hexdigest())
+    for x, _, _ in token_files([splits]):
+        with open(folder / x["file"], "rb") as f:
+            x.update(file_size=os.path.getsize(f.name), sha256=hashlib.file_digest(f, "sha256").hexdigest())
     train, val, skipped = splits["train"], splits["val"], where["skipped"]
     share = (train["unknown"] + val["unknown"]) / max(1, train["tokens"] + val["tokens"])
-    left_out = ", ".join(f"{n:,} {what}" for what, n in skipped.items() if n)
     progress.done(f"{source.name:<12} {where['seen_bytes'] / 1e6:,.1f} MB, {train['documents'] + val['documents']:,} documents: {train['tokens']:,} training and "
-                  f"{val['tokens']:,} validation tokens" + f", {share:.2%} unknown" * (unknown is not None) + f"; left out: {left_out}" * bool(left_out))
+                  f"{val['tokens']:,} validation tokens" + f", {share:.2%} unknown" * (unknown is not None) + why_skipped(skipped))
     return dict(name=source.name, language=source.language, kind=source.kind, origin=source.origin, budget=max_tokens, skipped=skipped, **splits)
 
 
@@ -904,6 +1247,8 @@ def prepare(names, s):
         raise UserError(f"--tokenizer={s.tokenizer} is neither {' nor '.join(TRAINERS)} nor a file{nearest(s.tokenizer, TRAINERS)}")
     if reuse and s.vocab_size:
         raise UserError("--vocab_size belongs to a new tokenizer, and --tokenizer names an existing one")
+    if reuse and any(x.chat for x in sources):
+        chat_ids(load_tokenizer(s.tokenizer))  # one without the roles' tokens is no use: better known before the text is read
     vocab_size = 0 if reuse else s.vocab_size or DEFAULT_VOCAB[s.tokenizer]
     least, why = len(SPECIAL_TOKENS) + 256, "the special tokens and the bytes alone are"
     if s.tokenizer == "chunk":
@@ -960,7 +1305,7 @@ def prepare(names, s):
     meta = dict(format=1, dtype=dtype.name, vocab_size=vocabulary_size(tokenizer),
                 tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(), settings=asked, sources=record.data["done"])
     (part / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
-    whole = {"tokenizer.json", "meta.json"} | {x[split]["file"] for x in meta["sources"] for split in ("train", "val")}
+    whole = {"tokenizer.json", "meta.json"} | {x["file"] for x, _, _ in token_files(meta["sources"])}
     for other in (p for p in part.iterdir() if p.name not in whole):  # progress.json, hashes, and what an end half-way left behind
         other.unlink()
     part.rename(folder)
@@ -975,25 +1320,32 @@ def corpus_name(names, tokenizer, vocab_size):
     return f"{base}-{kind}" + (f"-{vocab_size}" if vocab_size and vocab_size != DEFAULT_VOCAB[kind] else "")
 
 
+def token_files(sources, width=0):
+    """What meta.json has about each .bin and .mask.bin of its sources: (entry, tokens, bytes per token); `width` is that of an id."""
+    for x in (source[split] for source in sources for split in ("train", "val")):
+        yield x, x["tokens"], width
+        if "mask" in x:
+            yield x["mask"], x["tokens"], 1
+
+
 def read_meta(folder):
     """meta.json of a prepared folder. UserError if it is missing, unreadable, or does not fit the files beside it."""
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        files = [[x[split][k] for k in ("file", "file_size", "tokens")] for x in meta["sources"] for split in ("train", "val")]
-        width = np.dtype(meta["dtype"]).itemsize
+        files = [(x["file"], x["file_size"], *counts) for x, *counts in token_files(meta["sources"], np.dtype(meta["dtype"]).itemsize)]
     except FileNotFoundError:
         raise UserError(f"{folder} is not a prepared folder: it has no meta.json") from None
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); prepare the folder again") from None
     if meta.get("format") != 1:
         raise UserError(f"{path} has format {meta.get('format')!r}; this version reads format 1")
-    for file, size, tokens in files:
+    for file, size, tokens, width in files:
         file = Path(folder) / file
         if not file.exists():
             raise UserError(f"{file} is missing, though meta.json names it; prepare the folder again")
         if file.stat().st_size != size or size != tokens * width:
-            raise UserError(f"{file} has {file.stat().st_size:,} bytes, but meta.json says {tokens:,} tokens of {width} bytes; "
+            raise UserError(f"{file} has {file.stat().st_size:,} bytes, but meta.json says {tokens:,} tokens of {width} byte{'s' * (width > 1)}; "
                             "prepare the folder again")
     tokenizer = Path(folder) / "tokenizer.json"
     if not tokenizer.exists() or hashlib.sha256(tokenizer.read_bytes()).hexdigest() != meta["tokenizer_sha256"]:
@@ -1011,7 +1363,7 @@ def main(argv):
         raise UserError("--list goes alone")
     folder = prepare(names, Settings(**given))
     meta = read_meta(folder)
-    files = [x[split]["file"] for x in meta["sources"] for split in ("train", "val")]
+    files = [x["file"] for x, _, _ in token_files(meta["sources"])]
     made = meta["settings"]  # name the model that this kind of vocabulary is for, and its size where it is not the default
     model = {"bpe": " --model=ivme", "hybrid": " --model=tinymemory", "chunk": " --model=i3"}.get(made["tokenizer"], "")
     size = f" --vocab_size={meta['vocab_size']}" if model and made["vocab_size"] != DEFAULT_VOCAB[made["tokenizer"]] else ""

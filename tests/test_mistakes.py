@@ -42,6 +42,16 @@ def other_data(d):
     edit_meta(d / "data/mine", lambda m: m["sources"][0]["train"].update(sha256="0" * 64))
 
 
+def chat_set(d):
+    """data/chats: chats with the tokenizer of data/mine."""
+    prepare.prepare(["chats.jsonl"], prepare.Settings(tokenizer="data/mine/tokenizer.json", name="chats"))
+
+
+def no_roles(d):
+    """roles.json: data/mine's tokenizer without <|user|>."""
+    (d / "roles.json").write_text((d / "data/mine/tokenizer.json").read_text().replace("<|user|>", "<|human|>"))
+
+
 def nothing(d):
     pass
 
@@ -64,6 +74,8 @@ MISTAKES = {
     "text that was not prepared": (train, ["--data=book.txt"], nothing, "book.txt is not a prepared folder; make one of it: python prepare.py book.txt --tokenizer=hybrid --vocab_size=600"),
     "a token file is missing": (train, [], lambda d: (d / "data/mine/train.0-pydocs.bin").unlink(), "train.0-pydocs.bin is missing"),
     "a token file is cut short": (train, [], lambda d: cut(d / "data/mine/val.0-pydocs.bin"), "val.0-pydocs.bin has .* bytes, but meta.json says"),
+    "a mask is missing": (train, ["--data=chats"], lambda d: (chat_set(d), (d / "data/chats/train.0-chats.mask.bin").unlink()), "train.0-chats.mask.bin is missing"),
+    "a mask is cut short": (train, ["--data=chats"], lambda d: (chat_set(d), cut(d / "data/chats/train.0-chats.mask.bin")), "train.0-chats.mask.bin has .* tokens of 1 byte;"),
     "meta.json is damaged": (train, [], lambda d: cut(d / "data/mine/meta.json"), "meta.json is damaged"),
     "meta.json contradicts its files": (train, [], lambda d: edit_meta(d / "data/mine", lambda m: m["sources"][0]["train"].update(tokens=7)), "meta.json says 7 tokens"),
     "meta.json of another format": (train, [], lambda d: edit_meta(d / "data/mine", lambda m: m.update(format=9)), "format 9"),
@@ -102,7 +114,7 @@ MISTAKES = {
     "no probability": (sample, ["--ckpt=run/best.pt", "--top_p=1.5"], nothing, "--top_p=1.5 makes no sense"),
     "a budget that is no number": (prepare, ["book.txt:1.00001K"], nothing, "the budget behind book.txt: '1.00001K' is not a whole number"),
     "nothing to prepare": (prepare, [], nothing, "name what to prepare: pydocs"),
-    "no such corpus": (prepare, ["pydoc"], nothing, r"'pydoc' is neither a file.*\(did you mean pydocs\?\)"),
+    "no such corpus": (prepare, ["pydoc"], nothing, r"'pydoc' is neither a file.*\(did you mean pydocs or pydocs-chat\?\)"),
     "a folder without text": (prepare, ["empty"], nothing, "empty holds no file that prepare.py reads"),
     "a file of another kind": (prepare, ["run/loss.png"], nothing, "loss.png is not a file that prepare.py reads"),
     "broken JSON": (prepare, ["broken.jsonl"], nothing, "broken.jsonl line 2 is not JSON"),
@@ -111,6 +123,10 @@ MISTAKES = {
     "half a gzip file": (prepare, ["half.jsonl.gz"], nothing, "half.jsonl.gz is not a whole gzip file"),
     "no parquet": (prepare, ["fake.parquet"], nothing, "fake.parquet cannot be read as parquet"),
     "one document for two splits": (prepare, ["rows.jsonl"], nothing, "rows holds only one document of text"),
+    "chats among texts": (prepare, ["."], lambda d: [p.unlink() for p in d.glob("*.*") if p.name not in ("book.txt", "chats.jsonl")],
+                          r"holds chats \(chats.jsonl\) as well as text \(book.txt\); name them one by one.*--column"),
+    "chats that are none": (prepare, ["asked.jsonl"], nothing, "asked holds no document of text;.*; left out: 2 no reply"),
+    "chats for a tokenizer without roles": (prepare, ["chats.jsonl", "--tokenizer=roles.json"], no_roles, r"the tokenizer has no <\|user\|>, .*take bpe, hybrid or chunk"),
     "the folder has other settings": (prepare, ["book.txt", "--name=mine"], nothing, "data/mine was made with other settings.*--name"),
     "a vocabulary below the bytes": (prepare, ["book.txt", "--vocab_size=100"], nothing, "--vocab_size=100 is too small.*263"),
     "a vocabulary below ASCII": (prepare, ["book.txt", "--tokenizer=chunk", "--vocab_size=283"], nothing, "--vocab_size=283 is too small.*284"),
@@ -137,6 +153,8 @@ def test_a_mistake_is_one_line_status_2_and_nothing_written_over(what, corpora, 
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp_path / "list.jsonl").write_text("[1, 2]\n")
     (tmp_path / "rows.jsonl").write_text('{"title": "a", "text": "fine"}\n')
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"instruction": f"say {i}", "output": str(i)}) + "\n" for i in range(50)))
+    (tmp_path / "asked.jsonl").write_text(2 * '{"messages": [{"role": "user", "content": "Anybody?"}]}\n')
     (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n' * 1000)[:-20])
     (tmp_path / "fake.parquet").write_bytes(b"PAR1 this is none")
     if "--data=short" in flags:
