@@ -1,24 +1,34 @@
-"""What training costs: `python bench.py memory --model=gpt2preln`.
+"""What training and preparing cost: `python bench.py memory --model=gpt2preln`, `python bench.py prepare`.
 
 memory    the peak of a training step as train.py makes it, without torch.compile: two micro-batches are accumulated, clipped, and stepped with AdamW or Muon and
           EMA. Each size runs in a process of its own. "tensors" is what all tensors alive at once take, counted operation by operation, or
           on CUDA the allocator's own maximum; "process" is the largest resident size that the system saw, which on a CPU has the interpreter,
           torch and what malloc keeps for itself on top. Sizes that were not run are extrapolated from the two largest that were.
 
+prepare   the speed of prepare.py on --megabytes of text (this Python's library over and over, cut into documents elsewhere each time, so that none
+          occurs twice) with a BPE that is there already: encoding alone, reading and cleaning alone, and all of it as prepare.py does it.
+
 The timings of the selective scan are in kernels/bench.py.
 """
 import contextlib
+import io
+import json
 import multiprocessing
+import os
 import re
 import resource
 import sys
+import tempfile
+import time
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import prepare
 import train
 from prepare import UserError, parse_flags, run_tool
 
@@ -32,6 +42,7 @@ class Settings:
     optimizer: str = ""  # muon or adamw; empty: the recipe's
     device: str = "auto"  # cpu, cuda, cuda:1
     dtype: str = "auto"  # bfloat16, float32
+    megabytes: int = 200  # text to prepare
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -180,11 +191,56 @@ def memory(s):
     return 0
 
 
+# ---------------------------------------------------------------------------------------------------- preparing
+
+def library_documents(size, length=4000):
+    """Documents of `length` characters and `size` bytes in all: the library's text as one string, cut at other places in every round."""
+    text, made, start = "".join(source for _, source in prepare.library_texts(prepare.library())), 0, 0
+    while made < size:
+        for i in range(start, len(text) - length, length):
+            made += length  # nearly all of it is ASCII
+            yield text[i:i + length]
+            if made >= size:
+                return
+        start += 37
+
+
+def preparing(s):
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        folder = Path(folder)
+        with open(folder / "text.jsonl", "w", encoding="utf-8") as f:
+            f.writelines(json.dumps({"text": text}) + "\n" for text in library_documents(s.megabytes * 10 ** 6))
+        prepare.prepare(["pydocs"], prepare.Settings(out_dir=str(folder)))
+        tokenizer = folder / "pydocs-bpe/tokenizer.json"
+        encode, source = prepare.fast_encoder(prepare.load_tokenizer(str(tokenizer))), prepare.local_source(str(folder / "text.jsonl"), "")
+
+        begun = time.perf_counter()
+        documents = list(prepare.clean(source.reader(), prepare.Seen()))
+        size = sum(len(d.utf8) for d in documents)
+        times = dict(read=time.perf_counter() - begun)
+        begun, texts = time.perf_counter(), [d.text for d in documents]
+        n = 0
+        for i in range(0, len(texts), 1000):
+            n += sum(map(len, encode(texts[i:i + 1000])))
+        times["encode"] = time.perf_counter() - begun
+        del documents, texts
+        begun = time.perf_counter()
+        prepare.prepare([str(folder / "text.jsonl")], prepare.Settings(out_dir=str(folder), tokenizer=str(tokenizer), name="made"))
+        times["all"] = time.perf_counter() - begun
+    print(f"{size / 1e6:,.0f} MB, {n / 1e6:,.1f}M tokens, bpe, {os.cpu_count()} cores")
+    for what, name in (("read", "reading, hashing, looking for duplicates"), ("encode", "encoding alone"), ("all", "prepare.py, both passes and the writing")):
+        print(f"{name:<42} {times[what]:6.2f} s  {size / 1e6 / times[what]:6.1f} MB/s  {n / 1e6 / times[what]:5.2f}M tokens/s")
+    print(f"prepare.py does {times['encode'] / times['all']:.0%} of the speed of encoding alone; read {times['read'] / times['all']:.0%}, encode "
+          f"{times['encode'] / times['all']:.0%} and the first pass and writing the rest, partly at once")
+    return 0
+
+
 def main(argv):
-    given, words = parse_flags(argv, Settings(), description=__doc__.split("\n")[0], positional=("WHAT", "memory"))
-    if words != ["memory"]:
-        raise UserError(f"what is to be measured? memory is all there is{', not ' + ' '.join(words) if words else ''}")
-    return memory(Settings(**given))
+    given, words = parse_flags(argv, Settings(), description=__doc__.split("\n")[0], positional=("WHAT", "memory or prepare"))
+    benchmarks = dict(memory=memory, prepare=preparing)
+    if len(words) != 1 or words[0] not in benchmarks:
+        raise UserError(f"what is to be measured? {' or '.join(benchmarks)}{', not ' + ' '.join(words) if words else ''}")
+    return benchmarks[words[0]](Settings(**given))
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ class Settings:
     column: str = ""  # field of .jsonl and .parquet rows that holds the text; empty: text or content, and rows of chats are chats
     source_dir: str = ""  # read the Hub's data sets from copies of their repositories in this folder: DIR/ORG/NAME, DIR/NAME, or DIR itself
     list: bool = False  # show the data sets and mixes that can be named, and nothing else
+    show: str = ""  # tell what this prepared folder holds, and nothing else
+    plot: bool = False  # with --show: draw the lengths of the documents, FOLDER/lengths.png
 
 
 # ---------------------------------------------------------------------------------------------------- shared by the tools
@@ -1353,6 +1355,62 @@ def read_meta(folder):
     return meta
 
 
+def document_lengths(path, dtype, bos):
+    """Tokens of each document of a token file, <|bos|> and <|eos|> included, int64."""
+    tokens, step = np.memmap(path, dtype, "r") if os.path.getsize(path) else np.empty(0, dtype), 2 ** 24
+    begins = [i + np.flatnonzero(tokens[i:i + step] == bos) for i in range(0, len(tokens), step)]
+    return np.diff(np.concatenate([*begins, [len(tokens)]]))
+
+
+def show(folder, plot=False):
+    """Tells what a prepared folder holds: its sources, how long their documents are, and the beginning of each one's first document."""
+    folder, meta = Path(folder), read_meta(folder)
+    tokenizer, dtype = load_tokenizer(str(folder / "tokenizer.json")), np.dtype(meta["dtype"]).newbyteorder("<")
+    print(f"{folder}: {meta['settings']['tokenizer']} tokenizer of {meta['vocab_size']:,} tokens, {meta['dtype']}")
+    rows, lengths, firsts = [("source", "language/kind", "split", "tokens", "documents", "bytes", "bytes/token", "characters/token", "from")], {}, []
+    for x in meta["sources"]:
+        origin = " ".join(str(v) for k, v in x["origin"].items() if k in ("dataset", "path", "python", "revision"))
+        for split in ("train", "val"):
+            n, tokens = x[split], np.fromfile(folder / x[split]["file"], dtype, 2 ** 20)
+            characters = len(tokenizer.decode(tokens.tolist())) / max(1, len(tokens))  # of the first million
+            rows.append((x["name"], f"{x['language']}/{x['kind']}", split, f"{n['tokens']:,}", f"{n['documents']:,}", f"{n['bytes']:,}",
+                         f"{n['bytes'] / max(1, n['tokens']):.2f}", f"{characters:.2f}", origin))
+        lengths[x["name"]] = document_lengths(folder / x["train"]["file"], dtype, tokenizer.token_to_id("<|bos|>"))
+        first = np.fromfile(folder / x["train"]["file"], dtype, min(400, int(lengths[x["name"]][0]) if len(lengths[x["name"]]) else 0))
+        firsts.append((x["name"], tokenizer.decode(first.tolist(), skip_special_tokens=False)))
+    wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    print("\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, wide)).rstrip() for row in rows))
+    for name, n in lengths.items():
+        print(f"\n{name}, tokens per training document: " + (f"shortest {n.min():,}, median {int(np.median(n)):,}, longest {n.max():,}" if len(n) else "there is none"))
+        counts = np.bincount(np.frexp(n)[1]) if len(n) else []  # powers of two
+        for power, count in enumerate(counts):
+            if count:
+                print(f"  {2 ** (power - 1):>9,} to {2 ** power - 1:>9,}  {count:>9,}  {'#' * round(50 * count / max(counts))}")
+    for name, text in firsts:
+        print(f"\n{name} begins:\n{text}")
+    if plot:
+        draw_lengths(lengths, folder / "lengths.png")
+        print(f"\nwrote {folder / 'lengths.png'}")
+
+
+def draw_lengths(lengths, path):
+    """Histograms over logarithmic bins, a line for each source."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(8, 4.5), dpi=100, layout="constrained")
+    every = np.concatenate([n for n in lengths.values() if len(n)] or [[1, 2]])
+    bins = np.geomspace(every.min(), every.max() + 1, 60)
+    for name, n in lengths.items():
+        ax.hist(n, bins=bins, weights=n / max(1, n.sum()), histtype="step", lw=1.6, label=f"{name}: {len(n):,} documents, median {int(np.median(n)) if len(n) else 0:,}")
+    ax.set(xscale="log", xlabel="tokens in a training document", ylabel="share of the source's tokens")
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(path)
+    plt.close(fig)
+
+
 def main(argv):
     if argv == ["--list"]:
         print("\n".join(list_table()))
@@ -1361,6 +1419,11 @@ def main(argv):
                                positional=("NAME", f"{', '.join(EMBEDDED)}, a data set or mix of --list, or a file or folder of yours, as PATH or PATH@language/kind, and :TOKENS behind it for a budget"))
     if given.get("list"):
         raise UserError("--list goes alone")
+    if given.get("plot") and not given.get("show"):
+        raise UserError("--plot draws what --show=FOLDER tells")
+    if given.get("show"):
+        show(given["show"], given.get("plot", False))
+        return 0
     folder = prepare(names, Settings(**given))
     meta = read_meta(folder)
     files = [x["file"] for x, _, _ in token_files(meta["sources"])]

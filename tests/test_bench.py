@@ -68,8 +68,16 @@ def test_memory_is_measured_in_processes_of_their_own_and_extrapolated(capsys, m
 
 
 def test_what_is_not_to_be_measured_is_one_line():
-    for argv, line in (([], "memory is all there is"), (["speed"], "memory is all there is, not speed"), (["memory", "--micro_batch=one"], "not a list of numbers"),
+    for argv, line in (([], "memory or prepare"), (["speed"], "memory or prepare, not speed"), (["memory", "--micro_batch=one"], "not a list of numbers"),
                        (["memory", "--micro_batch=0"], "not a list of numbers"), (["memory", "--dtype=half"], "half is not one of"),
                        (["memory", "--optimizer=sgd"], "sgd is not one of"), (["memory", "--block_size=5000"], "longer than the model's context of 2500")):
         with pytest.raises(bench.UserError, match=re.escape(line)):
             bench.main(argv)
+
+
+def test_preparing_is_measured_on_text_without_duplicates(capsys):
+    texts = list(bench.library_documents(30_000_000))  # more than the library has
+    assert len(texts) == len(set(texts)) and sum(map(len, texts)) == 30_000_000
+    assert bench.main(["prepare", "--megabytes=2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("2 MB, ") and len(re.findall(r"\d MB/s", shown)) == 3 and "of the speed of encoding alone" in shown

@@ -948,6 +948,29 @@ def test_a_large_file_is_prepared_whole_in_less_memory_than_its_size(tmp_path, m
     assert 5 < float(out.split()[-1]) < 60
 
 
+def test_show_tells_what_a_folder_holds(tmp_path, capsys):
+    names = [write_jsonl(tmp_path / f"{name}.jsonl", (document(100 * i + j) for j in range(80))) + label for i, (name, label) in enumerate((("a", "@en/web"), ("b", "@it/books")))]
+    folder, meta = run(names, tmp_path, name="shown")
+    capsys.readouterr()
+    before = snapshot(folder, times=True)
+    assert prepare.main([f"--show={folder}"]) == 0 and snapshot(folder, times=True) == before
+    shown = capsys.readouterr().out
+    for i, x in enumerate(meta["sources"]):
+        for split in ("train", "val"):
+            row, = (line.split() for line in shown.splitlines() if line.split()[:3] == [x["name"], f"{x['language']}/{x['kind']}", split])
+            assert row[3:6] == [f"{x[split][k]:,}" for k in ("tokens", "documents", "bytes")] and row[6] == f"{x[split]['bytes'] / x[split]['tokens']:.2f}"
+            assert float(row[7]) == pytest.approx(sum(map(len, texts_of(folder, split, i))) / x[split]["tokens"], abs=0.006)
+        _, _, documents = split_ids(folder, "train", i)
+        lengths = [len(d) for d in documents]
+        section = shown.split(f"\n{x['name']}, tokens per training document: ")[1].split("\n\n")[0]
+        assert section.startswith(f"shortest {min(lengths):,}, median {int(np.median(lengths)):,}, longest {max(lengths):,}")
+        bars = {(int(low), int(high)): int(n) for low, high, n in re.findall(r"^ +(\d+) to +(\d+) +(\d+)", section, re.M)}
+        assert sum(bars.values()) == len(lengths) and all(n == sum(low <= k <= high for k in lengths) for (low, high), n in bars.items())
+        assert texts_of(folder, "train", i)[0][:40] in shown
+    assert prepare.main([f"--show={folder}", "--plot"]) == 0
+    assert (folder / "lengths.png").read_bytes().startswith(b"\x89PNG") and prepare.read_meta(folder) == meta
+
+
 # ---------------------------------------------------------------------------------------------------- flags
 
 @dataclasses.dataclass
