@@ -12,8 +12,8 @@ corpus, each with files of its own, and one tokenizer that learns from them all.
     meta.json                       what it is made of, with counts of tokens, documents and UTF-8 bytes, sizes and checksums
 
 The input is read as a stream, twice: once to sample the text that the tokenizer learns from (of the Hub's sets their beginning), once
-to encode. Memory does not grow with it. Stopped by whatever, the same command goes on where it was, and the result is the same to
-the byte. Exact duplicates within a source are left out. Whether a document is training or validation text depends on the hash of its
+to encode. Memory does not grow with it. Stopped by whatever while it encodes, the same command goes on where it was, and the result is
+the same to the byte. Exact duplicates within a source are left out. Whether a document is training or validation text depends on the hash of its
 text alone, not on the order of files or on what is added later; only a source so small that no hash falls below val_fraction lends
 its lowest one. A chat of pydocs-chat goes where its module's source goes in pydocs.
 
@@ -39,6 +39,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import threading
 import textwrap
 import time
 import tokenize
@@ -362,7 +363,7 @@ class Source:
     origin: dict  # where the text came from, as meta.json tells it
     documents: object  # () -> iterator of texts or chats; called once for the tokenizer's sample and once to encode
     budget: int = 0  # training tokens to take; 0: --max_tokens
-    stamp: int = 0  # changes when a local file is written to, so that a half-made folder is not continued with other text
+    stamp: object = 0  # changes when a local file is written to, so that a half-made folder is not continued with other text
     chat: bool = False  # `documents` are chats: rows that chat_messages() reads, or Documents
     hub: object = None  # the HubSet that is streamed, at `revision` or from a copy in `folder`
     revision: str = ""
@@ -468,10 +469,10 @@ def row_documents(path, column, chat=False):
 
 
 def split_budget(word):
-    """'novels@it/books:50M' -> ('novels@it/books', 50000000); 0 where there is none."""
+    """'novels@it/books:50M' -> ('novels@it/books', 50000000); None where there is none, 0: all."""
     m = None if os.path.exists(word) else re.fullmatch(r"(.+):(\d[\d_,.]*[KMB]?)", word, re.I)
     try:
-        return (m[1], number(m[2])) if m else (word, 0)
+        return (m[1], number(m[2])) if m else (word, None)
     except argparse.ArgumentTypeError as e:
         raise UserError(f"the budget behind {m[1]}: {e}") from None
 
@@ -780,9 +781,9 @@ HUB = {
 MIXES = {
     "ivme": ("ivme: its card's five sources in ascending quality",
              (("fineweb-hq", 710 * M), ("python-stack", 160 * M), ("finemath", 235 * M), ("cosmopedia", 395 * M), ("wikipedia", 80 * M))),
-    "gpt2preln": ("gpt2preln: English and Italian as on its card, web and wiki half each (our reading; wiki40b-it may end before)",
+    "gpt2preln": ("gpt2preln: English and Italian as on its card, budgets for web and wiki alike (our reading; wiki40b-it ends at some 0.7B)",
                   (("fineweb-hq", 1_796_855_746), ("wiki40b-en", 1_796_855_746), ("fineweb2-hq-it", 1_652_941_754), ("wiki40b-it", 1_652_941_754))),
-    "i3": ("i3-22m: its card's TinyChat, all of it", (("tinychat", 0),)),
+    "i3": ("i3-22m: its card's TinyChat, all of it", (("tinychat", 0),)),  # 0: all
     "i3-80m": ("i3-80m: its card's three sets, some 3M tokens in all; how much of each is our choice",
                (("tinystories", M), ("tinychat", M), ("hq-sentences", M))),
     "i3-200m": ("i3-200m: its card's four sets; how much of each is our choice",
@@ -809,10 +810,10 @@ class HubReader:
     A dropped connection, a busy server and the like are tried again after growing pauses, TRIES times in a row. UserError says what did
     not work in the end, and what is wrong with a file that is not as it should be.
     """
-    BLOCK, TRIES, PAUSE = 10_000, 8, 1.0
+    BLOCK, BLOCK_BYTES, TRIES, PAUSE = 10_000, 64 * 2 ** 20, 8, 1.0
 
     def __init__(self, name, spec, revision, folder, state=None):
-        self.name, self.spec, self.revision, self.folder = name, spec, revision, folder
+        self.name, self.spec, self.revision, self.folder, self.stopped = name, spec, revision, folder, threading.Event()
         self.state = state or dict(block=0, taken=0, parts=[dict(rows=None, read=0, ended=False) for _ in spec.configs])
 
     def open(self, config, state):
@@ -838,6 +839,8 @@ class HubReader:
                         text = row if self.spec.chat and "text" not in row else row[self.spec.columns[0] if self.spec.columns else "text"]
                         part |= dict(rows=state, read=part["read"] + 1)
                         yield text
+                        if self.stopped.is_set():  # nobody waits for more
+                            return
                 part["ended"] = True
                 return
             except Exception as e:  # pyarrow, fsspec, the Hub's client and its HTTP library raise many types
@@ -846,21 +849,24 @@ class HubReader:
                 tries += 1
                 if tries > self.TRIES:
                     raise UserError(f"{self.name}: the connection to the Hugging Face Hub is lost ({type(e).__name__}: {str(e)[:200]}); "
-                                    "the same command goes on from here") from None
+                                    "the same command goes on from what is written") from None
                 pause = min(60.0, self.PAUSE * 2 ** (tries - 1))
                 Progress().done(f"{self.name:<12} {type(e).__name__}: {' '.join(str(e).split())[:120]}; trying again in {pause:.0f} s ({tries} of {self.TRIES})")
-                time.sleep(pause)
+                if self.stopped.wait(pause):
+                    return
 
     def __iter__(self):
         parts, block, taken = [dict(part) for part in self.state["parts"]], self.state["block"], self.state["taken"]
         streams = [self.rows(config, part) for (config, _), part in zip(self.spec.configs, parts)]
         while True:
-            begin, texts = [dict(part) for part in parts], []
-            while len(texts) < self.BLOCK and not all(part["ended"] for part in parts):
+            begin, texts, size = [dict(part) for part in parts], [], 0
+            while len(texts) < self.BLOCK and size < self.BLOCK_BYTES and not all(part["ended"] for part in parts) and not self.stopped.is_set():
                 # of several configs the one furthest behind its share
                 i = min((i for i, part in enumerate(parts) if not part["ended"]), key=lambda i: parts[i]["read"] / self.spec.configs[i][1])
-                texts += itertools.islice(streams[i], 1)
-            if not texts:
+                for text in itertools.islice(streams[i], 1):
+                    texts.append(text)
+                    size += len(text if isinstance(text, str) else str(text))
+            if not texts or self.stopped.is_set():
                 return
             order = np.random.default_rng([0, block]).permutation(len(texts)).tolist()
             for k in range(taken, len(order)):
@@ -874,6 +880,8 @@ def passing(error):
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return status in (408, 425, 429) or status >= 500
+    if "LocalEntryNotFoundError" in str(error):  # how the Hub's client says that it could not ask, and has no copy
+        return True
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp")
 
 
@@ -894,23 +902,32 @@ def hub_setup():
 def hub_revision(name, spec):
     """The commit of a data set's repository as it is now; UserError, within half a minute, if the Hub does not answer."""
     from huggingface_hub import HfApi
-    try:
-        return HfApi().dataset_info(spec.repo, timeout=10).sha
-    except Exception as e:
-        raise UserError(f"{name}: the Hugging Face Hub cannot be reached for {spec.repo} ({type(e).__name__}); without it there are pydocs, which needs no network, "
-                        "a text file or folder of yours, and --source_dir=DIR with a copy of the repository") from None
+    begun = time.monotonic()
+    while True:
+        try:
+            return HfApi().dataset_info(spec.repo, timeout=8).sha
+        except Exception as e:
+            if not passing(e):
+                raise UserError(f"{name}: the Hugging Face Hub does not give {spec.repo} ({type(e).__name__}: {str(e)[:200]})") from None
+            if time.monotonic() - begun > 5:
+                raise UserError(f"{name}: the Hugging Face Hub cannot be reached for {spec.repo} ({type(e).__name__}); without it there are pydocs, which needs "
+                                "no network, a text file or folder of yours, and --source_dir=DIR with a copy of the repository") from None
+            time.sleep(2)
 
 
 def hub_source(name, source_dir, several):
     """A Source for a name in HUB. Its revision is asked for when it is first read."""
     spec, folder = HUB[name], None
     if source_dir:
-        places = [Path(source_dir) / spec.repo, Path(source_dir) / spec.repo.split("/")[1], *([] if several else [Path(source_dir)])]
+        places, name_there = [Path(source_dir) / spec.repo, Path(source_dir) / spec.repo.split("/")[1]], Path(source_dir).resolve().name
+        if not several and (name_there == spec.repo.split("/")[1] or (Path(source_dir) / "README.md").exists()):  # the folder is the copy itself
+            places.append(Path(source_dir))
         folder = next((p for p in places if p.is_dir()), None)
         if folder is None:
             raise UserError(f"--source_dir={source_dir} holds no copy of {spec.repo}: expected {' or '.join(map(str, places))}")
+    stamp = [str(folder.resolve()), max(p.stat().st_mtime_ns for p in folder.rglob("*"))] if folder else 0
     origin = dict(dataset=spec.repo, configs=[c for c, _ in spec.configs], columns=list(spec.columns), filter=[list(f) for f in spec.filters])
-    return Source(name, spec.language, spec.kind, origin, None, budget=spec.budget, chat=spec.chat, hub=spec, folder=folder)
+    return Source(name, spec.language, spec.kind, origin, None, budget=spec.budget, chat=spec.chat, stamp=stamp, hub=spec, folder=folder)
 
 
 def list_table():
@@ -928,6 +945,7 @@ def list_table():
         yield ""
         yield f"{mix}: {what}" + f"; {total / M:,.0f}M tokens" * (total > 0)
         yield from (f"  {name:<{wide[0]}}  {n / M:>8,.0f}M  {n / total:.0%}" for name, n in parts if n)
+    yield "\nA source that holds less than its budget gives all that it has."
 
 
 # ---------------------------------------------------------------------------------------------------- the two passes
@@ -959,7 +977,7 @@ class Reader:
     counting: to read local text again costs little beside encoding it."""
 
     def __init__(self, documents, state=None):
-        self.state = state or 0
+        self.state, self.stopped = state or 0, threading.Event()
         self.texts = itertools.islice(documents(), self.state, None)
 
     def __iter__(self):
@@ -969,7 +987,7 @@ class Reader:
 
 
 class Seen:
-    """The hashes of the documents that went by, of the last 4 to 8 million of them: memory is bounded, half a gigabyte at most."""
+    """The hashes of the documents that went by, of the last 4 to 8 million of them: memory is bounded, a gigabyte at the very most."""
     LIMIT = 2 ** 22
 
     def __init__(self, hashes=()):
@@ -1017,6 +1035,9 @@ def clean(texts, seen=None, chat=False):
         if re.match(r"""(?:b["'])?(?:\\n|\s)*_START_ARTICLE_""", text):
             with contextlib.suppress(ValueError, SyntaxError):  # damaged: taken as it is
                 text = wiki40b_text(text)
+            if not text:
+                yield "empty"
+                continue
         text = mended(text)
         utf8 = text.encode()
         own = text_hash(utf8)
@@ -1053,7 +1074,7 @@ def scan(source, threshold, sample_bytes):
             while sampled > sample_bytes and len(sample) > 1:
                 bar = -sample[0][0]  # what ranks behind a document that did not fit stays out, even if it is short
                 sampled -= heapq.heappop(sample)[2]
-        if source.hub and total > max(sample_bytes, 2 ** 20) and lowest < highest:
+        if source.hub and total > max(sample_bytes, HUB_SCAN) and lowest < highest:
             total = None
             break
         if source.budget and total > 8 * source.budget and lowest < highest:  # no tokenizer here makes tokens that long: the budget ends before this
@@ -1102,6 +1123,7 @@ def encode_chats(chats, encode, ids):
     return [(tokens[a:b], mask[a:b]) for a, b in zip([0, *stops], stops)]
 
 
+HUB_SCAN = 2 ** 20  # bytes of a Hub set that the first pass reads at least
 BATCH_BYTES = 4 * 2 ** 20  # text that is encoded at once: enough to keep every core busy, little to hold
 SAVE_SECONDS = 10  # between two records of how far the work is
 
@@ -1148,7 +1170,8 @@ def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, tot
         if os.path.getsize(f.name) < sizes[file]:
             raise UserError(f"{f.name} is shorter than progress.json beside it says; delete {folder} to start anew")
         f.truncate(sizes[file])  # what was written behind the record is written again
-    seen = Seen(np.fromfile(folder / hashes, dtype="<u8").tolist())
+    first = max(0, (where["hashes"] - 1) // Seen.LIMIT * Seen.LIMIT - Seen.LIMIT)  # what comes before is forgotten by now
+    seen = Seen(np.fromfile(folder / hashes, dtype="<u8", offset=8 * first).tolist())
     reader = source.reader(where["state"])
     progress, started, at_start, shares = Progress(), time.monotonic(), where["seen_bytes"], []
 
@@ -1158,7 +1181,7 @@ def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, tot
         for x in clean(reader, seen, source.chat):
             batch.append(x)
             size += len(x.utf8) if isinstance(x, Document) else 0
-            if size > BATCH_BYTES:
+            if size > BATCH_BYTES or len(batch) > 100_000:
                 yield batch, reader.state
                 batch, size = [], 0
         yield batch, reader.state
@@ -1169,50 +1192,53 @@ def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, tot
 
     pending, saved = batches(), time.monotonic()
     with ThreadPoolExecutor(1) as ahead:
-        future = ahead.submit(next, pending)
-        while not full() and (item := future.result()):
-            batch, where["state"] = item
+        try:
             future = ahead.submit(next, pending)
-            pieces, documents = {file: [] for file in sizes}, [x for x in batch if isinstance(x, Document)]
-            if chat:
-                encoded = iter(encode_chats([d.messages for d in documents], encode, chat))
-            else:
-                encoded = ((np.concatenate((bos, ids, eos)), None) for ids in encode([d.text for d in documents]))
-            for d in batch:
-                if not isinstance(d, Document):
-                    where["skipped"][d] = where["skipped"].get(d, 0) + 1
-                    continue
-                ids, mask = next(encoded)
-                split = "val" if d.split_hash < threshold else "train"
-                count = splits[split]
-                if split == "train" and max_tokens and count["tokens"] >= max_tokens:
-                    continue
-                count["tokens"], count["documents"] = count["tokens"] + len(ids), count["documents"] + 1
-                count["unknown"] += 0 if unknown is None else int(np.count_nonzero(ids == unknown))
-                texts = [text for _, text in d.messages] if chat else [d.text]
-                # as token_byte_counts has them
-                count["bytes"] += sum(len(normalizer.normalize_str(text).encode()) for text in texts) if normalizer else len(d.utf8)
-                pieces[count["file"]].append(ids.astype(dtype))
+            while not full() and (item := future.result()):
+                batch, where["state"] = item
+                future = ahead.submit(next, pending)
+                pieces, documents = {file: [] for file in sizes}, [x for x in batch if isinstance(x, Document)]
                 if chat:
-                    pieces[count["mask"]["file"]].append(mask)
-                where["seen_bytes"] += len(d.utf8)
-                if full():
-                    break
-            pieces[hashes].append(np.array([d.hash for d in documents], dtype="<u8"))
-            for file, arrays in pieces.items():
-                if arrays:
-                    out[file].write(np.concatenate(arrays).tobytes())
-            where["hashes"] += len(documents)
-            if time.monotonic() - saved > SAVE_SECONDS:
-                for f in out.values():
-                    f.flush()
-                    os.fsync(f.fileno())
-                record.save(source=where)
-                saved = time.monotonic()
-            rate = (where["seen_bytes"] - at_start) / max(time.monotonic() - started, 1e-9)
-            shares.append(max(splits["train"]["tokens"] / max_tokens if max_tokens else 0, where["seen_bytes"] / total_bytes if total_bytes else 0))
-            left = f", {clock((time.monotonic() - started) * (1 - shares[-1]) / (shares[-1] - shares[0]))} left" if shares[-1] > shares[0] else ""
-            progress.show(f"{source.name:<12} {where['seen_bytes'] / 1e6:,.1f} MB, {splits['train']['tokens'] / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s{left}")
+                    encoded = iter(encode_chats([d.messages for d in documents], encode, chat))
+                else:
+                    encoded = ((np.concatenate((bos, ids, eos)), None) for ids in encode([d.text for d in documents]))
+                for d in batch:
+                    if not isinstance(d, Document):
+                        where["skipped"][d] = where["skipped"].get(d, 0) + 1
+                        continue
+                    ids, mask = next(encoded)
+                    split = "val" if d.split_hash < threshold else "train"
+                    count = splits[split]
+                    if split == "train" and max_tokens and count["tokens"] >= max_tokens:
+                        continue
+                    count["tokens"], count["documents"] = count["tokens"] + len(ids), count["documents"] + 1
+                    count["unknown"] += 0 if unknown is None else int(np.count_nonzero(ids == unknown))
+                    texts = [text for _, text in d.messages] if chat else [d.text]
+                    # as token_byte_counts has them
+                    count["bytes"] += sum(len(normalizer.normalize_str(text).encode()) for text in texts) if normalizer else len(d.utf8)
+                    pieces[count["file"]].append(ids.astype(dtype))
+                    if chat:
+                        pieces[count["mask"]["file"]].append(mask)
+                    where["seen_bytes"] += len(d.utf8)
+                    if full():
+                        break
+                pieces[hashes].append(np.array([d.hash for d in documents], dtype="<u8"))
+                for file, arrays in pieces.items():
+                    if arrays:
+                        out[file].write(np.concatenate(arrays).tobytes())
+                where["hashes"] += len(documents)
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    for f in out.values():
+                        f.flush()
+                        os.fsync(f.fileno())
+                    record.save(source=where)
+                    saved = time.monotonic()
+                rate = (where["seen_bytes"] - at_start) / max(time.monotonic() - started, 1e-9)
+                shares.append(max(splits["train"]["tokens"] / max_tokens if max_tokens else 0, where["seen_bytes"] / total_bytes if total_bytes else 0))
+                left = f", {clock((time.monotonic() - started) * (1 - shares[-1]) / (shares[-1] - shares[0]))} left" if shares[-1] > shares[0] else ""
+                progress.show(f"{source.name:<12} {where['seen_bytes'] / 1e6:,.1f} MB, {splits['train']['tokens'] / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s{left}")
+        finally:
+            reader.stopped.set()  # the thread that reads ahead need not wait for a lost connection
     for f in out.values():
         f.flush()
         os.fsync(f.fileno())
@@ -1236,14 +1262,17 @@ def prepare(names, s):
     if s.max_tokens < -1 or s.vocab_size < 0:
         raise UserError("--max_tokens and --vocab_size cannot be negative")
     budgets = dict(map(split_budget, names))
+    if len(budgets) < len(names):
+        raise UserError("a name is given twice; one source is made of each")
     names, sources = list(budgets), []
     for name, budget in budgets.items():
-        if name in MIXES and budget:
+        if name in MIXES and budget is not None:
             raise UserError(f"the sources of {name} have budgets of their own; --max_tokens gives all of them another one")
         for part, own in MIXES[name][1] if name in MIXES else ((name, budget),):
             source = EMBEDDED[part]() if part in EMBEDDED else hub_source(part, s.source_dir, len(budgets) > 1 or name in MIXES) if part in HUB else local_source(part, s.column)
-            budget = s.max_tokens if name in MIXES and s.max_tokens >= 0 else own or (s.max_tokens if s.max_tokens >= 0 else source.budget)
-            sources.append(dataclasses.replace(source, budget=budget))
+            asked_for = s.max_tokens if s.max_tokens >= 0 else None
+            choices = (asked_for, own) if name in MIXES else (own, asked_for)
+            sources.append(dataclasses.replace(source, budget=next((n for n in choices if n is not None), source.budget)))
     reuse = s.tokenizer not in TRAINERS
     if reuse and not os.path.isfile(s.tokenizer):
         raise UserError(f"--tokenizer={s.tokenizer} is neither {' nor '.join(TRAINERS)} nor a file{nearest(s.tokenizer, TRAINERS)}")
@@ -1272,7 +1301,7 @@ def prepare(names, s):
         raise UserError(f"{folder} was made with other settings ({differs}); give --name for a second one, or delete it")
 
     part = folder.with_name(f".{folder.name}.part")  # renamed at the end: a folder that exists is whole
-    record = Record(part, asked | dict(stamps=[x.stamp for x in sources], from_copy=bool(s.source_dir)))
+    record = Record(part, asked | dict(stamps=[x.stamp for x in sources]))
     if any(x.hub for x in sources):
         hub_setup()
     for i, x in enumerate(sources):  # what was begun goes on with the same commits

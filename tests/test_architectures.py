@@ -265,7 +265,7 @@ text = torch.tensor(list(open(it.__file__, "rb").read()))
 torch.manual_seed(0)
 model = it.Model(it.Config(**{config}))
 optimizer, losses = torch.optim.AdamW(model.parameters(), lr=4e-3), []
-for step in range(100):
+for step in range(130):
     rows = torch.stack([text[i:i + 65] for i in torch.randint(len(text) - 65, (8,))])
     loss = model(rows[:, :-1], rows[:, 1:])[1]
     loss.backward(), optimizer.step(), optimizer.zero_grad()

@@ -56,7 +56,7 @@ train.main(sys.argv[3:])
 
 
 @pytest.mark.parametrize("compile", ["off", "on"])
-def test_a_run_killed_five_times_and_resumed_is_the_uninterrupted_run_to_the_bit(compile, workdir, monkeypatch):
+def test_a_run_killed_again_and_again_and_resumed_is_the_uninterrupted_run_to_the_bit(compile, workdir, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workdir / "inductor"))  # compiled once, by the first of these processes
     flags = [*SMALL, "--vocab_size=600", "--data=pydocs-hybrid", f"--compile={compile}", "--max_steps=100", "--eval_every=20", "--save_every=5",
              "--word_boost=1.5", "--sample_tokens=0"]
@@ -65,7 +65,7 @@ def test_a_run_killed_five_times_and_resumed_is_the_uninterrupted_run_to_the_bit
     assert train.read_checkpoint(workdir / "killed/ckpt.pt")["step"] == 5  # the one before the torn one
     finish(command("-c", KILL_WHILE_SAVING, 1, "before", "--resume", "--out=killed"), -signal.SIGKILL)
     rng = random.Random(compile)
-    for earliest in (8, 18, 32):  # and three times from outside, at a random step
+    for earliest in (8, 18, 32) if compile == "off" else (18,):  # and from outside, at a random step
         process = command(ROOT / "train.py", "--resume", "--out=killed")
         at = earliest + rng.randrange(8)
         while process.poll() is None and last_step(workdir / "killed/metrics.jsonl") < at:
@@ -226,8 +226,8 @@ def test_the_terminal_shows_one_updating_line_and_a_pipe_plain_lines(workdir):
 @pytest.mark.parametrize("dtype, limit", [("bfloat16", 3e9), ("float32", 4e9)])
 def test_training_ivme_on_8192_tokens_at_once_fits_in_memory(dtype, limit, workdir):
     """The whole process, in its second step: weights, gradients, Muon, AdamW, EMA, activations, the checkpoint's writing."""
-    if dtype == "bfloat16" and train.pick_device(train.Settings(device="cpu"), 0)[1] != torch.bfloat16:
-        pytest.skip("this CPU emulates bfloat16, which takes minutes")
+    if str(train.pick_device(train.Settings(device="cpu"), 0)[1]) != f"torch.{dtype}":
+        pytest.skip("takes a minute, or many where bfloat16 is emulated: only in the dtype that this CPU trains in")
     source = "import resource, sys, train; train.main(sys.argv[1:]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     out = finish(command("-c", source, "--model=ivme", "--data=pydocs-hybrid", "--order=random", "--batch_tokens=8192", "--micro_batch=8", "--max_steps=2",
                          "--eval_tokens=64", "--final_eval_tokens=64", "--sample_tokens=0", "--compile=off", "--device=cpu", f"--dtype={dtype}"))

@@ -1,4 +1,5 @@
 """prepare.py and the Hugging Face Hub: the real `datasets` library streams from a stand-in on loopback that breaks in all the usual ways."""
+import gzip
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from test_prepare import snapshot, texts_of
 PREPARE = """
 import json, sys, prepare
 prepare.HubReader.BLOCK, prepare.HubReader.TRIES, prepare.BATCH_BYTES, prepare.SAVE_SECONDS = 7, 3, 3000, -1
+prepare.SAMPLE_BYTES, prepare.HUB_SCAN = 20_000, 3000
 for words in json.load(sys.stdin):
     prepare.main(words)
 """
@@ -43,6 +45,15 @@ def layouts(root):
     return make_real_layouts(root)
 
 
+@pytest.fixture(scope="module")
+def good(root, layouts, tmp_path_factory):
+    """The folder of JOB, prepared without any trouble."""
+    data = tmp_path_factory.mktemp("good")
+    with FakeHub(root) as hub:
+        child(hub, data / "home", [[*JOB, f"--out_dir={data}"]])
+    return snapshot(data / "x")
+
+
 @pytest.fixture
 def own_root(root, layouts, tmp_path):
     """A copy of the repositories of JOB, to be spoilt."""
@@ -52,6 +63,7 @@ def own_root(root, layouts, tmp_path):
 
 
 SMALL = ["--vocab_size=300", "--max_tokens=0", "--val_fraction=0.1"]
+JOB = ["cosmopedia", "hq-sentences", *SMALL, "--name=x"]
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +146,10 @@ def test_mixes_are_their_sources_in_order(mix, prepared, layouts):
 
 def test_mixes_have_their_cards_budgets():
     assert [n for _, n in prepare.MIXES["ivme"][1]] == [710e6, 160e6, 235e6, 395e6, 80e6] and sum(n for _, n in prepare.MIXES["ivme"][1]) == 1.58e9
+    assert [round(100 * n / 1.58e9) for _, n in prepare.MIXES["ivme"][1]] == [45, 10, 15, 25, 5]  # the card's shares, in ascending quality
+    assert [[name for name, _ in prepare.MIXES[mix][1]] for mix in ("i3", "i3-80m", "i3-200m")] == [
+        ["tinychat"], ["tinystories", "tinychat", "hq-sentences"], ["tinystories", "tinychat", "hq-sentences", "wikitext"]]
+    assert sum(n for _, n in prepare.MIXES["i3-80m"][1]) == 3e6
     languages = {x: sum(n for name, n in prepare.MIXES["gpt2preln"][1] if prepare.HUB[name].language == x) for x in ("en", "it")}
     assert abs(languages["en"] - 3_593_711_492) < 2 and abs(languages["it"] - 3_305_883_508) < 2
 
@@ -156,22 +172,19 @@ def test_default_budgets_of_large_sets_and_budgets_of_mixes_are_what_is_asked_fo
     assert [x["budget"] for x in prepare.read_meta(tmp_path / "b")["sources"]] == [n for _, n in prepare.MIXES["ivme"][1]]
 
 
-JOB = ["cosmopedia", "hq-sentences", *SMALL, "--name=x"]
-
-
-def test_dropped_connections_and_busy_servers_change_nothing(root, layouts, prepared, tmp_path):
+def test_dropped_connections_and_busy_servers_change_nothing(root, good, tmp_path):
     with FakeHub(root) as hub:
         hub.faults += [Fault("drop", "*stanford*", times=9, skip=2), Fault("status", "*train.txt.gz", times=9), Fault("status", "*wikihow*", status=429, times=9)]
         out = child(hub, tmp_path / "home", [[*JOB, f"--out_dir={tmp_path}/faulty"]]).stdout
         assert not any(f.times for f in hub.faults) and "trying again in" in out
-        child(hub, tmp_path / "home", [[*JOB, f"--out_dir={tmp_path}/good"]])
-    assert snapshot(tmp_path / "faulty/x") == snapshot(tmp_path / "good/x")
+    assert snapshot(tmp_path / "faulty/x") == good
 
 
 @pytest.mark.parametrize("fault, line", (("truncate", r"cosmopedia: HuggingFaceTB/cosmopedia cannot be read as expected \(ArrowInvalid"),
                                          ("column", r"cosmopedia: HuggingFaceTB/cosmopedia cannot be read as expected .*text"),
                                          ("down", r"cosmopedia: the connection to the Hugging Face Hub is lost .*the same command goes on")))
-def test_what_cannot_be_mended_is_one_line_and_the_work_goes_on_later(fault, line, own_root, tmp_path):
+def test_what_cannot_be_mended_is_one_line_and_the_work_goes_on_later(fault, line, own_root, good, tmp_path):
+    """The broken file lies behind what the first pass reads, so that half of the work is done when it is met."""
     tool = PREPARE.replace("    prepare.main(words)", "    sys.argv = ['prepare.py', *words]\n    prepare.run_tool(prepare.main)")
     job, later = [*JOB, f"--out_dir={tmp_path}/data"], own_root / "HuggingFaceTB/cosmopedia/data/stanford/train-00001-of-00002.parquet"
     whole = later.read_bytes()
@@ -185,9 +198,9 @@ def test_what_cannot_be_mended_is_one_line_and_the_work_goes_on_later(fault, lin
         assert run.stderr.startswith("prepare.py: ") and run.stderr.count("\n") == 1 and re.search(line, run.stderr), run.stderr
         later.write_bytes(whole)
         hub.faults.clear()
-        child(hub, tmp_path / "home2", [job])
-        child(hub, tmp_path / "home2", [[*JOB, f"--out_dir={tmp_path}/good"]])
-    assert snapshot(tmp_path / "data/x") == snapshot(tmp_path / "good/x")
+        assert (tmp_path / "data/.x.part/train.0-cosmopedia.bin").stat().st_size > 3000
+        assert "going on" in child(hub, tmp_path / "home2", [job]).stdout
+    assert snapshot(tmp_path / "data/x") == good
 
 
 # Forks a process for every attempt, and kills it at a random one of the things that leave a trace on the disk
@@ -214,12 +227,11 @@ print("killed", kills)
 """
 
 
-def test_killed_at_random_moments_of_a_stream_it_writes_the_same_bytes(root, layouts, tmp_path):
+def test_killed_at_random_moments_of_a_stream_it_writes_the_same_bytes(root, good, tmp_path):
     with FakeHub(root) as hub:
         out = child(hub, tmp_path / "home", [[*JOB, f"--out_dir={tmp_path}/killed"]], KILLED).stdout
-        child(hub, tmp_path / "home", [[*JOB, f"--out_dir={tmp_path}/whole"]])
     assert int(out.split()[-1]) >= 4, out  # ten moments and more: test_prepare.py, where a process costs less
-    assert snapshot(tmp_path / "killed/x") == snapshot(tmp_path / "whole/x")
+    assert snapshot(tmp_path / "killed/x") == good
 
 
 def test_a_copy_of_the_repository_gives_the_same_text_without_a_network(root, layouts, prepared, tmp_path):
@@ -229,6 +241,23 @@ def test_a_copy_of_the_repository_gives_the_same_text_without_a_network(root, la
     for name in ("cosmopedia", "wiki40b-it", "hq-sentences"):
         assert documents(tmp_path / name) == documents(prepared[0] / name)
         assert "revision" not in prepare.read_meta(tmp_path / name)["sources"][0]["origin"]
+
+
+@pytest.mark.parametrize("spoil", ("another", "changed"))
+def test_what_was_begun_from_one_copy_does_not_go_on_with_another(spoil, root, good, tmp_path):
+    for i, copy in enumerate(("one", "two")):
+        shutil.copytree(root / "agentlans/high-quality-english-sentences", tmp_path / copy / "agentlans/high-quality-english-sentences")
+        path = tmp_path / copy / "agentlans/high-quality-english-sentences/train.txt.gz"
+        path.write_bytes(gzip.compress(b"".join(b"%d: sentence %d of a copy\n" % (i, k) for k in range(300))))
+    stop = PREPARE.replace("for words", "prepare.Record.save = (lambda save: lambda self, **changes: (save(self, **changes), sys.exit(3))[0])(prepare.Record.save)\nfor words")
+    words = ["hq-sentences", "--vocab_size=300", f"--out_dir={tmp_path}/data", "--name=x"]
+    nowhere = dict(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"))
+    child(None, None, [[*words, f"--source_dir={tmp_path}/one"]], stop, status=3, **nowhere)
+    if spoil == "changed":
+        shutil.rmtree(tmp_path / "one")
+        shutil.move(tmp_path / "two", tmp_path / "one")
+    out = child(None, None, [[*words, f"--source_dir={tmp_path}/{'one' if spoil == 'changed' else 'two'}"]], **nowhere).stdout
+    assert "going on" not in out and len(documents(tmp_path / "data/x")) == 300 and all(t.startswith("1: ") for t in documents(tmp_path / "data/x"))
 
 
 def test_without_a_network_one_line_names_the_ways_on(tmp_path):

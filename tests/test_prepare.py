@@ -761,6 +761,10 @@ def test_the_joint_tokenizer_learns_equally_much_from_every_source(tmp_path, mon
 WIKI40B = "\n_START_ARTICLE_\nFiume è perché\n_START_SECTION_\nStoria\n_START_PARAGRAPH_\nPrima riga._NEWLINE_Seconda riga\n_START_SECTION_\nVedi_START_PARAGRAPH_\nFine."
 
 
+def test_an_article_without_text_is_empty():
+    assert list(prepare.clean(["\n_START_ARTICLE_\n", "_START_ARTICLE_\n_START_PARAGRAPH_"])) == ["empty", "empty"]
+
+
 @pytest.mark.parametrize("text", (WIKI40B, repr(WIKI40B.encode()), repr(WIKI40B.replace("Fiume", "L'").encode()).replace("L'", "Fiume")), ids=("text", "repr", "quotes"))
 def test_markers_of_wiki40b_become_paragraphs(text, tmp_path):
     folder, _ = run(write_jsonl(tmp_path / "wiki.jsonl", [text, document(1), f"It says _START_ARTICLE_ here.{document(2)}"]), tmp_path, val_fraction=0.0)
