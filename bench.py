@@ -1,16 +1,17 @@
 """What training and preparing cost: `python bench.py memory --model=gpt2preln`, `python bench.py prepare`.
 
-memory    the peak of a training step as train.py makes it, without torch.compile: two micro-batches are accumulated, clipped, and stepped with AdamW or Muon and
-          EMA. Each size runs in a process of its own. "tensors" is what all tensors alive at once take, counted operation by operation, or
+memory    the peak of a training step as train.py makes it, without torch.compile: two micro-batches are accumulated, clipped, and stepped
+          with AdamW or Muon and EMA. Each size runs in a process of its own. "tensors" is what all tensors alive at once take, counted operation by operation, or
           on CUDA the allocator's own maximum; "process" is the largest resident size that the system saw, which on a CPU has the interpreter,
           torch and what malloc keeps for itself on top. Sizes that were not run are extrapolated from the two largest that were.
 
 prepare   the speed of prepare.py on --megabytes of text (this Python's library over and over, cut into documents elsewhere each time, so that none
-          occurs twice) with a BPE that is there already: encoding alone, reading and cleaning alone, and all of it as prepare.py does it.
+          occurs twice) with a BPE that is there already: reading and cleaning alone, encoding alone, writing alone, and all of it as prepare.py does it.
 
 The timings of the selective scan are in kernels/bench.py.
 """
 import contextlib
+import hashlib
 import io
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -219,19 +221,28 @@ def preparing(s):
         size = sum(len(d.utf8) for d in documents)
         times = dict(read=time.perf_counter() - begun)
         begun, texts = time.perf_counter(), [d.text for d in documents]
-        n = 0
-        for i in range(0, len(texts), 1000):
-            n += sum(map(len, encode(texts[i:i + 1000])))
+        arrays = [ids for i in range(0, len(texts), 1000) for ids in encode(texts[i:i + 1000])]
         times["encode"] = time.perf_counter() - begun
+        n = sum(map(len, arrays))
         del documents, texts
+        begun = time.perf_counter()
+        with open(folder / "tokens.bin", "wb") as f:
+            for i in range(0, len(arrays), 1000):
+                f.write(np.concatenate(arrays[i:i + 1000]).astype("<u2").tobytes())
+            f.flush()
+            os.fsync(f.fileno())
+        with open(folder / "tokens.bin", "rb") as f:
+            hashlib.file_digest(f, "sha256")
+        times["write"] = time.perf_counter() - begun
+        del arrays
         begun = time.perf_counter()
         prepare.prepare([str(folder / "text.jsonl")], prepare.Settings(out_dir=str(folder), tokenizer=str(tokenizer), name="made"))
         times["all"] = time.perf_counter() - begun
     print(f"{size / 1e6:,.0f} MB, {n / 1e6:,.1f}M tokens, bpe, {os.cpu_count()} cores")
     for what, name in (("read", "reading, hashing, looking for duplicates"), ("encode", "encoding alone"), ("all", "prepare.py, both passes and the writing")):
         print(f"{name:<42} {times[what]:6.2f} s  {size / 1e6 / times[what]:6.1f} MB/s  {n / 1e6 / times[what]:5.2f}M tokens/s")
-    print(f"prepare.py does {times['encode'] / times['all']:.0%} of the speed of encoding alone; read {times['read'] / times['all']:.0%}, encode "
-          f"{times['encode'] / times['all']:.0%} and the first pass and writing the rest, partly at once")
+    shares = ", ".join(f"{verb} alone takes {times[what] / times['all']:.0%}" for what, verb in (("read", "reading"), ("encode", "encoding"), ("write", "writing")))
+    print(f"prepare.py does {times['encode'] / times['all']:.0%} of the speed of encoding alone. Of its time {shares}; it reads twice, once of it beside the encoding")
     return 0
 
 

@@ -2,9 +2,9 @@
 
 NAME is `pydocs` (this Python's own library and help topics: nothing to download) or `pydocs-chat` (questions and answers about that
 library), a data set of the Hugging Face Hub or a mix of them (`python prepare.py --list`), or a file or folder of yours (.txt, .md,
-.jsonl, .jsonl.gz, .parquet) with texts or chats, with language and kind behind an @
-and a budget of training tokens behind a colon if you like: `novels_it@it/books:50M`. Several names become several sources of one
-corpus, each with files of its own, and one tokenizer that learns from them all. The folder data/NAME-TOKENIZER holds
+.jsonl, .jsonl.gz, .parquet) with texts or chats, with language and kind behind an @ and a budget of training tokens behind a colon
+if you like: `novels_it@it/books:50M`. Several names become several sources of one corpus, each with files of its own, and one
+tokenizer that learns from them all. The folder data/NAME-TOKENIZER holds
 
     tokenizer.json                  a Hugging Face `tokenizers` file
     train.<i>-<source>.bin, val...  raw little-endian uint16 token ids (uint32 above 65,536), documents as <|bos|> text <|eos|>
@@ -1054,10 +1054,10 @@ def why_skipped(skipped):
 def scan(source, threshold, sample_bytes):
     """First pass: how much there is, a sample of the training text, and where the validation split lies.
 
-    The sample is the documents of lowest rehashed hash that fit sample_bytes: even over the whole source, the same whatever its
-    order, and never more than that in memory. If no document's hash is below `threshold`, the split moves up to the lowest one,
-    so that a small source has validation text too. Of a Hub set only the beginning is read, sample_bytes or a megabyte. Returns (texts, threshold,
-    bytes, or None where there is more, documents).
+    The sample is the documents of lowest rehashed hash that fit sample_bytes: even over all that is read, the same whatever its order,
+    and never more than that in memory. Of a source with a budget no more is read than the budget can need, of a Hub set its beginning,
+    sample_bytes or a megabyte. If no document's hash is below `threshold`, the split moves up to the lowest one, so that a small source has
+    validation text too. Returns (texts, threshold, bytes, or None where there is more, documents).
     """
     sample, sampled, bar, total, lowest, highest, n, skipped = [], 0, 2 ** 64, 0, 2 ** 64, -1, 0, Counter()
     progress = Progress()
@@ -1269,7 +1269,8 @@ def prepare(names, s):
         if name in MIXES and budget is not None:
             raise UserError(f"the sources of {name} have budgets of their own; --max_tokens gives all of them another one")
         for part, own in MIXES[name][1] if name in MIXES else ((name, budget),):
-            source = EMBEDDED[part]() if part in EMBEDDED else hub_source(part, s.source_dir, len(budgets) > 1 or name in MIXES) if part in HUB else local_source(part, s.column)
+            several = len(budgets) > 1 or name in MIXES
+            source = EMBEDDED[part]() if part in EMBEDDED else hub_source(part, s.source_dir, several) if part in HUB else local_source(part, s.column)
             asked_for = s.max_tokens if s.max_tokens >= 0 else None
             choices = (asked_for, own) if name in MIXES else (own, asked_for)
             sources.append(dataclasses.replace(source, budget=next((n for n in choices if n is not None), source.budget)))
@@ -1384,11 +1385,16 @@ def read_meta(folder):
     return meta
 
 
-def document_lengths(path, dtype, bos):
-    """Tokens of each document of a token file, <|bos|> and <|eos|> included, int64."""
-    tokens, step = np.memmap(path, dtype, "r") if os.path.getsize(path) else np.empty(0, dtype), 2 ** 24
+def read_tokens(path, dtype):
+    """A token file as a memory map; an empty one, which cannot be mapped, as an empty array."""
+    return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r") if os.path.getsize(path) else np.empty(0, dtype)
+
+
+def document_edges(tokens, bos):
+    """Where the documents of a token file begin, and where the last one ends: int64 (documents + 1,)."""
+    step = 2 ** 24  # a comparison of the whole file would need a byte per token
     begins = [i + np.flatnonzero(tokens[i:i + step] == bos) for i in range(0, len(tokens), step)]
-    return np.diff(np.concatenate([*begins, [len(tokens)]]))
+    return np.unique(np.concatenate([[0], *begins, [len(tokens)]]))
 
 
 def show(folder, plot=False):
@@ -1404,7 +1410,7 @@ def show(folder, plot=False):
             characters = len(tokenizer.decode(tokens.tolist())) / max(1, len(tokens))  # of the first million
             rows.append((x["name"], f"{x['language']}/{x['kind']}", split, f"{n['tokens']:,}", f"{n['documents']:,}", f"{n['bytes']:,}",
                          f"{n['bytes'] / max(1, n['tokens']):.2f}", f"{characters:.2f}", origin))
-        lengths[x["name"]] = document_lengths(folder / x["train"]["file"], dtype, tokenizer.token_to_id("<|bos|>"))
+        lengths[x["name"]] = np.diff(document_edges(read_tokens(folder / x["train"]["file"], dtype), tokenizer.token_to_id("<|bos|>")))
         first = np.fromfile(folder / x["train"]["file"], dtype, min(400, int(lengths[x["name"]][0]) if len(lengths[x["name"]]) else 0))
         firsts.append((x["name"], tokenizer.decode(first.tolist(), skip_special_tokens=False)))
     wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -95,7 +95,7 @@ class Source:
         self.name, self.language, self.kind, self.weight = entry["name"], entry["language"], entry["kind"], weight
         self.budget = entry["budget"] or entry["train"]["tokens"]
         self.fingerprint = [entry["name"], entry["train"]["sha256"]]
-        self.train, self.val = (self.tokens(folder / entry[split]["file"], dtype) for split in ("train", "val"))
+        self.train, self.val = (prepare.read_tokens(folder / entry[split]["file"], dtype) for split in ("train", "val"))
         self.packed = {}  # (T, bos) -> what validation_rows found
 
     def validation_rows(self, T, bos=None):
@@ -105,13 +105,9 @@ class Source:
                 last = max(len(self.val) - 1, 0)
                 self.packed[T, bos] = -(-last // T), last, lambda k: [(T * k, min(T, last - T * k))]
             else:
-                first, pieces = document_rows(document_edges(self.val, bos), T)
+                first, pieces = document_rows(prepare.document_edges(self.val, bos), T)
                 self.packed[T, bos] = len(first) - 1, int(pieces[:, 1].sum()), lambda k: pieces[first[k]:first[k + 1]].tolist()
         return self.packed[T, bos]
-
-    @staticmethod
-    def tokens(path, dtype):  # an empty file cannot be mapped
-        return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r") if path.stat().st_size else np.empty(0, dtype)
 
 
 def find_data(spec, tokenizer, vocab_size, is_main, barrier):
@@ -150,13 +146,6 @@ def find_data(spec, tokenizer, vocab_size, is_main, barrier):
             for i, t in enumerate(same):
                 t.name += f"-{i}"
     return sources, (first[0] / "tokenizer.json").read_text(encoding="utf-8")
-
-
-def document_edges(tokens, bos):
-    """Where the documents of a token file begin, and where the last one ends: int64 (documents + 1,)."""
-    step = 2 ** 24  # a comparison of the whole file would need a byte per token
-    begins = [i + np.flatnonzero(tokens[i:i + step] == bos) for i in range(0, len(tokens), step)]
-    return np.unique(np.concatenate([[0], *begins, [len(tokens)]]))
 
 
 def document_rows(edges, T, rng=None):
@@ -233,7 +222,7 @@ class Loader:
         if bos is None:
             self.per_epoch, self.fill = [(len(s.train) - 1) // T for s in sources], np.ones(len(sources))
         else:
-            self.edges = [document_edges(s.train, bos) for s in sources]
+            self.edges = [prepare.document_edges(s.train, bos) for s in sources]
             self.per_epoch = [len(document_rows(e, T)[0]) - 1 for e in self.edges]
         for s, n in zip(sources, self.per_epoch):
             if n < 1:

@@ -9,6 +9,7 @@ import torch
 
 import prepare
 import train
+from fake_hub import make_real_layouts
 
 ROOT = Path(train.__file__).parent
 torch.set_num_threads(1)  # such small models are slower on two, and two test processes share the machine
@@ -31,6 +32,18 @@ def corpora(tmp_path_factory):
     prepare.prepare([f"{root}/one.txt@en/code", f"{root}/two.txt@it/books"],
                     prepare.Settings(tokenizer=str(root / "data/pydocs-hybrid/tokenizer.json"), name="two-hybrid", **quiet))
     return root
+
+
+@pytest.fixture(scope="session")
+def hub_root(tmp_path_factory):
+    """The folder of the repositories that the stand-in for the Hub serves. Read only."""
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="session")
+def layouts(hub_root):
+    """(repository, config, split) -> the rows that were written there."""
+    return make_real_layouts(hub_root)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fake_hub import LAYOUTS, FakeHub, Fault, make_real_layouts
+from fake_hub import LAYOUTS, FakeHub, Fault
 
 pytest.importorskip("datasets")
 
@@ -31,21 +31,11 @@ def child(hub, home, code, jobs=None):
     return json.loads(run.stdout), run.stderr
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("hub")
-
-
-@pytest.fixture(scope="module")
-def layouts(root):
-    return make_real_layouts(root)
-
-
-def test_datasets_streams_every_layout_in_order(root, layouts, tmp_path):
+def test_datasets_streams_every_layout_in_order(hub_root, layouts, tmp_path):
     unread = {"deu_Latn", "finemath-3plus", "wikitext-103-raw-v1"}
     plain = {repo for repo, _, files, _ in LAYOUTS if not files["train"][0].endswith(".parquet")}  # formats without a choice of columns
     jobs = [(*key, None if key[0] in plain else list(rows[0])[:2]) for key, rows in layouts.items() if key[1] not in unread]
-    with FakeHub(root) as hub:
+    with FakeHub(hub_root) as hub:
         read, _ = child(hub, tmp_path, "answer += [list(stream(*job)) for job in jobs]", jobs)
     for (repo, config, split, columns), rows in zip(jobs, read):
         assert rows == [{k: row[k] for k in columns or row} for row in layouts[repo, config, split]], (repo, config, split)
@@ -53,7 +43,7 @@ def test_datasets_streams_every_layout_in_order(root, layouts, tmp_path):
     assert fetched == {f"{repo}/{x}" for repo, config, files, _ in LAYOUTS if config not in unread for part in files.values() for x in part}
 
 
-def test_resuming_is_exact_without_a_shuffle_buffer(root, layouts, tmp_path):
+def test_resuming_is_exact_without_a_shuffle_buffer(hub_root, layouts, tmp_path):
     jobs = [("epfml/FineWeb-HQ", ["text"]), ("databricks/databricks-dolly-15k", None), ("starhopp3r/TinyChat", None),
             ("agentlans/high-quality-english-sentences", None)]
     code = """
@@ -68,7 +58,7 @@ for repo, columns in jobs:
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         answer.append((repo, sha, head + list(second)))
 """
-    with FakeHub(root) as hub:
+    with FakeHub(hub_root) as hub:
         answer, _ = child(hub, tmp_path, code, jobs)
         assert all(sha == hub.sha(repo) for repo, sha, _ in answer)
     for repo, _, rows in answer:
@@ -88,7 +78,7 @@ def test_a_large_column_is_not_fetched(tmp_path):
     assert sum(last - first + 1 for _, (first, last) in hub.downloads()) < 0.7 * (tmp_path / "hub/a/b/train.parquet").stat().st_size
 
 
-def test_faults(root, layouts, tmp_path):
+def test_faults(hub_root, layouts, tmp_path):
     code = """
 for repo, config in jobs:
     rows = []
@@ -100,7 +90,7 @@ for repo, config in jobs:
 """
     jobs = {"starhopp3r/TinyChat": None, "tatsu-lab/alpaca": None, "databricks/databricks-dolly-15k": None,  # mended
             "google/wiki40b": "en", "HuggingFaceTB/smol-smoltalk": None, "roneneldan/TinyStories": None, "no/such": None}
-    with FakeHub(root) as hub:
+    with FakeHub(hub_root) as hub:
         hub.faults += [Fault("drop", "*tinychat.txt"), Fault("status", "tatsu-lab/*", times=2), Fault("status", "databricks/*", status=429, retry_after=1),
                        Fault("status", "google/*", times=6), Fault("drop", "*smol*", times=120, skip=1), Fault("truncate", "roneneldan/*00001-of*")]
         answer, log = child(hub, tmp_path, code, list(jobs.items()))

@@ -15,7 +15,7 @@ import pytest
 
 import prepare
 from conftest import ROOT
-from fake_hub import FakeHub, Fault, make_real_layouts
+from fake_hub import FakeHub, Fault
 from test_prepare import snapshot, texts_of
 
 # Every name in turn, in one process: importing `datasets` takes longer than all of them. Blocks are small, so that there are several
@@ -36,29 +36,19 @@ def child(hub, home, jobs, source=PREPARE, status=0, **env):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("hub")
-
-
-@pytest.fixture(scope="module")
-def layouts(root):
-    return make_real_layouts(root)
-
-
-@pytest.fixture(scope="module")
-def good(root, layouts, tmp_path_factory):
+def good(hub_root, layouts, tmp_path_factory):
     """The folder of JOB, prepared without any trouble."""
     data = tmp_path_factory.mktemp("good")
-    with FakeHub(root) as hub:
+    with FakeHub(hub_root) as hub:
         child(hub, data / "home", [[*JOB, f"--out_dir={data}"]])
     return snapshot(data / "x")
 
 
 @pytest.fixture
-def own_root(root, layouts, tmp_path):
+def own_root(hub_root, layouts, tmp_path):
     """A copy of the repositories of JOB, to be spoilt."""
     for repo in ("HuggingFaceTB/cosmopedia", "agentlans/high-quality-english-sentences"):
-        shutil.copytree(root / repo, tmp_path / "own" / repo)
+        shutil.copytree(hub_root / repo, tmp_path / "own" / repo)
     return tmp_path / "own"
 
 
@@ -67,10 +57,10 @@ JOB = ["cosmopedia", "hq-sentences", *SMALL, "--name=x"]
 
 
 @pytest.fixture(scope="module")
-def prepared(root, layouts, tmp_path_factory):
+def prepared(hub_root, layouts, tmp_path_factory):
     """data/NAME of every set and mix, prepared through the stand-in; the hub, for what it was asked."""
     data = tmp_path_factory.mktemp("prepared")
-    with FakeHub(root) as hub:
+    with FakeHub(hub_root) as hub:
         child(hub, data / "home", [[name, *SMALL, f"--out_dir={data}", f"--name={name}"] for name in (*prepare.HUB, *prepare.MIXES)])
     return data, hub
 
@@ -163,8 +153,8 @@ def test_the_list_shows_every_name_with_its_figures(capsys):
     assert any(x.startswith("ivme: ") and "1,580M" in x for x in lines)
 
 
-def test_default_budgets_of_large_sets_and_budgets_of_mixes_are_what_is_asked_for(root, layouts, tmp_path):
-    with FakeHub(root) as hub:
+def test_default_budgets_of_large_sets_and_budgets_of_mixes_are_what_is_asked_for(hub_root, layouts, tmp_path):
+    with FakeHub(hub_root) as hub:
         child(hub, tmp_path / "home", [["finemath", "python-stack", "wikipedia:2K", "--vocab_size=300", f"--out_dir={tmp_path}", "--name=a"],
                                        ["ivme", "--vocab_size=300", f"--out_dir={tmp_path}", "--name=b"]])
     assert [x["budget"] for x in prepare.read_meta(tmp_path / "a")["sources"]] == [200_000_000, 0, 2000]
@@ -172,8 +162,8 @@ def test_default_budgets_of_large_sets_and_budgets_of_mixes_are_what_is_asked_fo
     assert [x["budget"] for x in prepare.read_meta(tmp_path / "b")["sources"]] == [n for _, n in prepare.MIXES["ivme"][1]]
 
 
-def test_dropped_connections_and_busy_servers_change_nothing(root, good, tmp_path):
-    with FakeHub(root) as hub:
+def test_dropped_connections_and_busy_servers_change_nothing(hub_root, good, tmp_path):
+    with FakeHub(hub_root) as hub:
         hub.faults += [Fault("drop", "*stanford*", times=9, skip=2), Fault("status", "*train.txt.gz", times=9), Fault("status", "*wikihow*", status=429, times=9)]
         out = child(hub, tmp_path / "home", [[*JOB, f"--out_dir={tmp_path}/faulty"]]).stdout
         assert not any(f.times for f in hub.faults) and "trying again in" in out
@@ -227,26 +217,26 @@ print("killed", kills)
 """
 
 
-def test_killed_at_random_moments_of_a_stream_it_writes_the_same_bytes(root, good, tmp_path):
-    with FakeHub(root) as hub:
+def test_killed_at_random_moments_of_a_stream_it_writes_the_same_bytes(hub_root, good, tmp_path):
+    with FakeHub(hub_root) as hub:
         out = child(hub, tmp_path / "home", [[*JOB, f"--out_dir={tmp_path}/killed"]], KILLED).stdout
     assert int(out.split()[-1]) >= 4, out  # ten moments and more: test_prepare.py, where a process costs less
     assert snapshot(tmp_path / "killed/x") == good
 
 
-def test_a_copy_of_the_repository_gives_the_same_text_without_a_network(root, layouts, prepared, tmp_path):
+def test_a_copy_of_the_repository_gives_the_same_text_without_a_network(hub_root, layouts, prepared, tmp_path):
     nowhere = dict(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"))
     child(None, None, [[name, *SMALL, f"--source_dir={source}", f"--out_dir={tmp_path}", f"--name={name}"]
-                       for name, source in (("cosmopedia", root), ("wiki40b-it", root / "google"), ("hq-sentences", root / "agentlans/high-quality-english-sentences"))], **nowhere)
+                       for name, source in (("cosmopedia", hub_root), ("wiki40b-it", hub_root / "google"), ("hq-sentences", hub_root / "agentlans/high-quality-english-sentences"))], **nowhere)
     for name in ("cosmopedia", "wiki40b-it", "hq-sentences"):
         assert documents(tmp_path / name) == documents(prepared[0] / name)
         assert "revision" not in prepare.read_meta(tmp_path / name)["sources"][0]["origin"]
 
 
 @pytest.mark.parametrize("spoil", ("another", "changed"))
-def test_what_was_begun_from_one_copy_does_not_go_on_with_another(spoil, root, good, tmp_path):
+def test_what_was_begun_from_one_copy_does_not_go_on_with_another(spoil, hub_root, good, tmp_path):
     for i, copy in enumerate(("one", "two")):
-        shutil.copytree(root / "agentlans/high-quality-english-sentences", tmp_path / copy / "agentlans/high-quality-english-sentences")
+        shutil.copytree(hub_root / "agentlans/high-quality-english-sentences", tmp_path / copy / "agentlans/high-quality-english-sentences")
         path = tmp_path / copy / "agentlans/high-quality-english-sentences/train.txt.gz"
         path.write_bytes(gzip.compress(b"".join(b"%d: sentence %d of a copy\n" % (i, k) for k in range(300))))
     stop = PREPARE.replace("for words", "prepare.Record.save = (lambda save: lambda self, **changes: (save(self, **changes), sys.exit(3))[0])(prepare.Record.save)\nfor words")
