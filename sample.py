@@ -1,11 +1,18 @@
-"""Text from a trained model: `python sample.py --ckpt=out/tinymemory/best.pt --prompt="def "`.
+"""Text from a trained model: `python sample.py --ckpt=out/tinymemory/best.pt --prompt="def "`, or a chat with a tuned one: `python sample.py --chat`.
 
 One sample is shown as it is generated, several are generated together and shown when all are done. Tokens are decoded through
 the model's cache, one at a time. Beyond the model's context generation goes on: when the context is full, its second half is
 read anew and the first is forgotten, as Model.generate does; a model without attention keeps its state and has no such end. The
 same seed gives the same text on the same kind of device.
+
+--chat keeps the conversation in the cache and reads only what is new. Each line of the terminal or of a pipe is a message; when the context
+is full, the oldest turns are forgotten. Ctrl-C ends a reply, /help lists the commands.
 """
+import contextlib
+import json
 import math
+import os
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -13,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prepare import UserError, parse_flags, run_tool
+from prepare import UserError, chat_ids, parse_flags, run_tool
 from train import Settings as TrainSettings
 from train import load_checkpoint, pick_device
 
@@ -21,7 +28,9 @@ from train import load_checkpoint, pick_device
 @dataclass
 class Settings:
     ckpt: str = "out/tinymemory/best.pt"  # checkpoint to sample from
-    prompt: str = ""  # text to continue; empty: standard input if it is piped, else a new document
+    prompt: str = ""  # text to continue; empty: standard input if it is piped, else a new document; with --chat the first message
+    chat: bool = False  # a conversation, with messages from the terminal or a pipe; --ckpt is then out/tinymemory-sft/best.pt unless given
+    system: str = ""  # with --chat: instructions before the first message
     num_samples: int = 1  # continuations of the prompt
     max_new_tokens: int = 256  # length of each
     temperature: float = 0.8  # divides the logits; 0 always takes the likeliest token
@@ -76,15 +85,19 @@ class SeenNgrams:
 
 
 @torch.no_grad()
-def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, no_repeat_ngram_size=0, generator=None):
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, no_repeat_ngram_size=0, generator=None,
+           cache=None):
     """Yields the next token of every row, int64 (B,), max_new_tokens times, continuing idx (B, T).
 
     Applied in this order: repetition penalty and n-gram ban (both count the prompt), temperature (0: likeliest token), top_k, top_p,
     min_p. generator: torch.Generator on the model's device. Only the last tokens of idx are read, as many as the model can.
+    cache: one that has read the first tokens of idx already and now reads on; idx must fit into it.
     """
-    cache, V = model.init_cache(idx.size(0)), model.cfg.vocab_size
+    fresh, V = cache is None, model.cfg.vocab_size
+    cache = model.init_cache(idx.size(0)) if fresh else cache
     C = cache.max_len  # the context; without an end for a model that keeps a state in place of a context
-    new = idx = idx[:, -C:]
+    idx = idx[:, -C:] if fresh else idx
+    new = idx[:, cache.length:]
     seen = torch.zeros(idx.size(0), V, dtype=torch.bool, device=idx.device).scatter_(1, idx, True)
     ngrams = [SeenNgrams(no_repeat_ngram_size, row) for row in idx.tolist()] if no_repeat_ngram_size else []
     for _ in range(max_new_tokens):
@@ -160,9 +173,161 @@ class Text:
         return piece
 
 
+# ---------------------------------------------------------------------------------------------------- chat
+
+class Chat:
+    """A conversation: its messages as prepare.py frames them, `<|bos|>[<|system|>text]<|user|>text<|assistant|>text<|eos|><|user|>...`, and a
+    cache that has read them. Text never becomes a special token, so no message can open a turn. UserError if the tokenizer has none for the roles.
+
+    When the context is full, the oldest turns are forgotten until the rest fits into half of it; the system's message stays.
+    """
+
+    def __init__(self, model, tokenizer, system="", **sampling):
+        self.model, self.tokenizer, self.system, self.sampling, self.special = model, tokenizer, system, sampling, chat_ids(tokenizer)
+        self.reset()
+
+    def reset(self):
+        """Forgets everything but the system's message."""
+        self.messages = [dict(role="system", content=self.system)] if self.system else []
+        self.ids = [self.special["<|bos|>"], *([self.special["<|system|>"], *self.encode(self.system)] if self.system else [])]
+        self.start = len(self.ids)  # where the first turn begins
+        self.cache, self.forgot = self.model.init_cache(1), False
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def make_room(self):
+        """Forgets the oldest turns if the tokens do not fit into the cache."""
+        keep = self.cache.max_len // 2 - self.start
+        if keep < 1:
+            raise UserError(f"the system's message has {self.start:,} tokens, the model reads {self.cache.max_len:,}; half of them are for the chat")
+        if len(self.ids) > self.cache.max_len:
+            turns = [i for i in range(max(self.start, len(self.ids) - keep), len(self.ids)) if self.ids[i] == self.special["<|user|>"]]
+            self.ids = self.ids[:self.start] + self.ids[turns[0] if turns else -keep:]  # a turn longer than that loses its beginning
+            self.cache, self.forgot = self.model.init_cache(1), True
+
+    def reply(self, message, max_new_tokens, stop="", stopped=lambda: False):
+        """Yields the reply to `message` in pieces of text. It ends with <|eos|> or another token that belongs to no reply, at `stop`, after
+        max_new_tokens, or as soon as stopped() is true; in each case the chat can go on."""
+        self.messages.append(dict(role="user", content=message))
+        self.ids += [self.special["<|user|>"], *self.encode(message), self.special["<|assistant|>"]]
+        text, device, first = Text(self.tokenizer, self.special["<|eos|>"], stop), next(self.model.parameters()).device, len(self.messages)
+        self.messages.append(dict(role="assistant", content=""))
+        while max_new_tokens > 0 and not text.done:
+            self.make_room()
+            n = min(max_new_tokens, self.cache.max_len - len(self.ids) + 1)
+            for token in stream(self.model, torch.tensor([self.ids], device=device), n, cache=self.cache, **self.sampling):
+                token, max_new_tokens = int(token), max_new_tokens - 1
+                if token in self.special.values():
+                    max_new_tokens = 0
+                    break
+                self.ids.append(token)
+                yield text.add(token)
+                if text.done or stopped():
+                    max_new_tokens = 0
+                    break
+        yield text.finish()
+        self.ids.append(self.special["<|eos|>"])  # what was cut off ends here as well
+        self.messages[first]["content"] = text.text
+
+
+COMMANDS = """/reset         begins a new chat
+/save [FILE]   adds this chat to FILE (chats.jsonl), a line {"messages": [...]} that prepare.py reads
+/help          this list
+/exit          ends, as Ctrl-D does. Ctrl-C ends a reply
+A line that ends with a backslash goes on in the next."""
+
+
+def save_chat(path, messages, saved):
+    """Adds the chat as a line to the file, in place of the line that `saved` (path -> its place) says it has there already."""
+    line = (json.dumps(dict(messages=messages), ensure_ascii=False) + "\n").encode()
+    with open(path, "ab") as f:
+        begin, end = saved.get(path, (f.tell(),) * 2)
+        if end != f.tell():  # somebody else wrote behind it
+            begin = f.tell()
+        f.truncate(begin)
+        f.write(line)
+    saved[path] = begin, begin + len(line)
+
+
+def converse(chat, s, first=None):
+    """Reads messages and commands from standard input until it ends, and writes replies to standard output."""
+    live, saved, told = sys.stdin.isatty(), {}, False
+
+    def note(text):
+        print(text, file=sys.stderr, flush=True)
+    if live:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  history and editing of the line, where the system has it
+        note("Ctrl-D ends the chat, /help lists the commands")
+    while True:
+        if first is None:
+            try:
+                line = input("> " if live else "")
+                while line.endswith("\\"):
+                    line = line[:-1] + "\n" + input("  " if live else "")
+            except EOFError:
+                if live:
+                    print()
+                return 0
+            except KeyboardInterrupt:
+                if not live:
+                    raise
+                print()
+                continue
+        else:
+            line, first = first, None
+            if live:
+                print(f"> {line}")
+        command, _, argument = line.strip().partition(" ")
+        if not command:
+            continue
+        if command == "/exit":
+            return 0
+        if command == "/reset":
+            chat.reset()
+            saved, told = {}, False
+            note("a new chat")
+        elif command == "/save":
+            path = os.path.expanduser(argument.strip() or "chats.jsonl")
+            if not any(m["role"] == "user" for m in chat.messages):
+                note("there is nothing to save yet")
+                continue
+            try:
+                save_chat(path, chat.messages, saved)
+                note(f"saved {len(chat.messages)} messages to {path}")
+            except OSError as e:
+                note(f"{path}: {e.strerror}; the chat was not saved")
+        elif command.startswith("/"):
+            note(COMMANDS if command == "/help" else f"there is no command {command}\n{COMMANDS}")
+        else:
+            stop = []
+
+            def on_signal(number, frame):
+                if stop:  # the second time: something hangs
+                    raise KeyboardInterrupt
+                stop.append(number)
+            previous = signal.signal(signal.SIGINT, on_signal)
+            try:
+                for piece in chat.reply(line, s.max_new_tokens, s.stop, lambda: bool(stop)):
+                    print(piece, end="", flush=True)
+            finally:
+                signal.signal(signal.SIGINT, previous)
+            print(flush=True)
+            if chat.forgot and not told:
+                told = True
+                note(f"(the model reads {chat.cache.max_len:,} tokens at most: the beginning of this chat is forgotten)")
+
+
 def main(argv):
     given, _ = parse_flags(argv, Settings(), description=__doc__.split("\n")[0])
     s = Settings(**given)
+    if s.chat and "ckpt" not in given:
+        s.ckpt = "out/tinymemory-sft/best.pt"
+        if not os.path.exists(s.ckpt):
+            raise UserError(f"there is no {s.ckpt} to chat with: python train.py --model=tinymemory-sft makes it, --ckpt names another")
+    if s.chat and s.num_samples != 1 or s.system and not s.chat:
+        raise UserError("--num_samples does not go with --chat" if s.chat else "--system belongs to --chat")
     sound = dict(num_samples=s.num_samples > 0, max_new_tokens=s.max_new_tokens > 0, temperature=s.temperature >= 0, top_k=s.top_k >= 0,
                  top_p=0 < s.top_p <= 1, min_p=0 <= s.min_p <= 1, repetition_penalty=s.repetition_penalty > 0,
                  no_repeat_ngram_size=s.no_repeat_ngram_size >= 0)
@@ -171,6 +336,10 @@ def main(argv):
             raise UserError(f"--{name}={getattr(s, name)} makes no sense; --help says what it does")
     device, *_ = pick_device(TrainSettings(device=s.device), 0)
     model, tokenizer, checkpoint = load_checkpoint(s.ckpt, device, s.ema)
+    generator, sampling = torch.Generator(device).manual_seed(s.seed), {
+        k: getattr(s, k) for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")}
+    if s.chat:
+        return converse(Chat(model, tokenizer, s.system, generator=generator, **sampling), s, s.prompt or None)
     prompt = s.prompt
     if "prompt" not in given and sys.stdin and not sys.stdin.isatty():
         prompt = sys.stdin.read().removesuffix("\n")
@@ -182,8 +351,7 @@ def main(argv):
     started, texts = time.monotonic(), [Text(tokenizer, eos, s.stop) for _ in range(s.num_samples)]
     if s.num_samples == 1:
         print(prompt, end="", flush=True)
-    sampling = {k: getattr(s, k) for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")}
-    idx, generator, produced = torch.tensor([ids] * s.num_samples, device=device), torch.Generator(device).manual_seed(s.seed), 0
+    idx, produced = torch.tensor([ids] * s.num_samples, device=device), 0
     for tokens in stream(model, idx, s.max_new_tokens, generator=generator, **sampling):
         produced += sum(not t.done for t in texts)
         pieces = [t.add(token) for t, token in zip(texts, tokens.tolist())]

@@ -10,6 +10,7 @@ is, by source and language), step_N.pt (--keep_every), metrics.jsonl, loss.png, 
 import contextlib
 import errno
 import functools
+import hashlib
 import importlib
 import json
 import lzma
@@ -45,13 +46,22 @@ class Settings:
     eval_only: bool = False  # with --init_from: only measure that checkpoint's validation losses, over --final_eval_tokens
     # batches
     order: str = "random"  # random: windows of all sources; sequential: source after source; balanced: equal shares
-    pack: str = "stream"  # stream: rows are windows of the token stream; document: whole documents that do not see each other
+    pack: str = "auto"  # stream: rows are windows of the token stream; document: whole documents that do not see each other; auto: document for tuning
     block_size: int = 256  # tokens in a training row; at most the model's context
     batch_tokens: int = 4096  # tokens in an optimizer step, over all processes
     micro_batch: int = 16  # rows that a process computes at once; the rest of a step is accumulated
     grad_checkpoint: bool = False  # keep only the blocks' inputs for the backward pass: less memory, a third more work
     max_steps: int = 600  # optimizer steps of the run
-    word_boost: float = 1.0  # loss weight of target tokens of more than one character, normalised to mean 1; 1: off
+    epochs: float = 0.0  # in place of --max_steps: passes over the training data
+    # what counts in the loss; weights are relative, their mean is 1
+    loss_on: str = "auto"  # all: every token; responses: of chats their replies alone; auto: responses where --init_from meets a set of chats
+    word_boost: float = 1.0  # weight of target tokens of more than one character; 1: off
+    response_start_tokens: int = 8  # so many tokens at the beginning of each reply ...
+    response_start_weight: float = 1.0  # ... have this weight; 1: off
+    base_data: str = ""  # what tuning replays, and on which it measures forgetting; as --data; empty: what the checkpoint was trained on
+    replay: float = 0.0  # share of the rows that are windows of the base data; 0: off
+    relevance: float = 0.0  # so many rows for each row of a batch hold its replies under other chats' prompts, where they should be less likely; 0: off
+    relevance_margin: float = 1.0  # by how much, in nats per token of a reply
     # optimizer
     optimizer: str = "muon"  # muon: matrices of the blocks by Muon, the rest by AdamW; adamw: everything by AdamW
     muon_lr: float = 0.02  # peak learning rate of Muon
@@ -82,20 +92,23 @@ class Settings:
     deterministic: bool = False  # repeatable to the bit on CUDA as well; a CPU always is
 
 
-CHOICES = dict(order=("random", "sequential", "balanced"), pack=("stream", "document"), optimizer=("muon", "adamw"), schedule=("wsd", "cosine", "constant"),
+CHOICES = dict(order=("random", "sequential", "balanced"), pack=("auto", "stream", "document"),
+               loss_on=("auto", "all", "responses"), optimizer=("muon", "adamw"), schedule=("wsd", "cosine", "constant"),
                dtype=("auto", "bfloat16", "float32"), compile=("auto", "on", "off"))
 
 
 # ---------------------------------------------------------------------------------------------------- data
 
 class Source:
-    """One source of a prepared folder: its token files as memory maps, and where it comes from."""
+    """One source of a prepared folder: its token files as memory maps, with a set of chats their masks too, and where it comes from."""
 
     def __init__(self, folder, entry, dtype, weight):
         self.name, self.language, self.kind, self.weight = entry["name"], entry["language"], entry["kind"], weight
         self.budget = entry["budget"] or entry["train"]["tokens"]
         self.fingerprint = [entry["name"], entry["train"]["sha256"]]
         self.train, self.val = (prepare.read_tokens(folder / entry[split]["file"], dtype) for split in ("train", "val"))
+        self.train_mask, self.val_mask = (prepare.read_tokens(folder / entry[split]["mask"]["file"], "uint8") if "mask" in entry[split] else None
+                                          for split in ("train", "val"))
         self.packed = {}  # (T, bos) -> what validation_rows found
 
     def validation_rows(self, T, bos=None):
@@ -110,21 +123,37 @@ class Source:
         return self.packed[T, bos]
 
 
-def find_data(spec, tokenizer, vocab_size, is_main, barrier):
-    """--data -> (sources, tokenizer.json's text). Prepares a missing embedded corpus; any other is a UserError with the command to type."""
-    folders = []
+def find_data(spec, tokenizer, vocab_size, is_main, barrier, like=None):
+    """--data -> (sources, tokenizer.json's text). Prepares a missing embedded corpus; any other is a UserError with the command to type.
+
+    like: text of the tokenizer that a checkpoint was trained with. A bare name then means the folder that was encoded with this one.
+    """
+    folders, same = [], []
+    if like is not None:
+        same = [p for p in sorted(Path("data").glob("*/tokenizer.json")) if p.read_text(encoding="utf-8") == like]
+        if not same:  # the data it was trained on is elsewhere
+            same = [Path("data") / f"tokenizer-{hashlib.sha256(like.encode()).hexdigest()[:8]}.json"]
     for item in spec.split(","):
         name, _, weight = item.rpartition(":") if re.fullmatch(r".+:[0-9.]+", item) else (item, "", "1")
         named = Path("data") / prepare.corpus_name([name], tokenizer, vocab_size if tokenizer in prepare.TRAINERS else 0)
-        folder = next((f for f in (Path(name), Path("data") / name, named) if (f / "meta.json").exists()), None)
+        folder = next((f for f in (Path(name), Path("data") / name) if (f / "meta.json").exists()), None)
+        if folder is None:
+            fitting = [named] if like is None else [f for f in (named, *(Path("data") / prepare.corpus_name([name], str(p), 0) for p in same))
+                                                    if (f / "tokenizer.json").exists() and (f / "tokenizer.json").read_text(encoding="utf-8") == like]
+            folder = next((f for f in fitting if (f / "meta.json").exists()), None)
+        if folder is None and same:
+            tokenizer, named = str(same[0]), Path("data") / prepare.corpus_name([name], str(same[0]), 0)
+            if is_main and not same[0].exists():
+                same[0].parent.mkdir(exist_ok=True)
+                same[0].write_text(like, encoding="utf-8")
         command = f"python prepare.py {name} --tokenizer={tokenizer}"
         if prepare.DEFAULT_VOCAB.get(tokenizer) not in (None, vocab_size):
             command += f" --vocab_size={vocab_size}"
-        if folder is None and name in prepare.EMBEDDED and tokenizer in prepare.TRAINERS:
+        if folder is None and name in prepare.EMBEDDED and (tokenizer in prepare.TRAINERS or same):
             folder = named
             if is_main:
                 print(f"{name}: preparing {folder} (once)", flush=True)
-                prepare.prepare([name], prepare.Settings(tokenizer=tokenizer, vocab_size=vocab_size))
+                prepare.prepare([name], prepare.Settings(tokenizer=tokenizer, vocab_size=0 if same else vocab_size))
             barrier()
         if folder is None and os.path.exists(name):
             raise UserError(f"{name} is not a prepared folder; make one of it: {command}")
@@ -203,6 +232,21 @@ def fill_rows(tokens, rows, T):
     return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(reset)
 
 
+def mark_replies(mask, rows, T, opening=0):
+    """A set of chats' mask and rows of pieces, see `fill_rows` -> uint8 (rows, T): 0 where the target is no part of a reply, 2 where it is
+    one of the first `opening` tokens of its reply, else 1."""
+    marks = np.zeros((len(rows), T), np.uint8)
+    for r, pieces in enumerate(rows):
+        at = 0
+        for start, n in pieces:
+            near = mask[np.arange(start + 1 - opening, start + n + 1) % len(mask)]
+            seen = np.concatenate([[0], np.cumsum(near, dtype=np.int64)])
+            begun = seen[opening:-1] - seen[:n] < opening  # of the `opening` tokens before the target not all belong to a reply
+            marks[r, at:at + n] = near[opening:] * (1 + begun)
+            at += n
+    return torch.from_numpy(marks)
+
+
 class Loader:
     """Deals out training rows of T positions, the same ones for the same seed; its whole state is how many each source has given.
 
@@ -214,33 +258,40 @@ class Loader:
     Which source gives the next row: `sequential` goes through them in turn, once in the run and in proportion to their budgets;
     `random` and `balanced` take the one furthest behind its share of the tokens, which is its size (times its weight in --data) or
     the same for all.
+
+    The share `replay` of the rows are windows of the `base` sources instead, which are drawn as `random` does.
     """
 
-    def __init__(self, sources, order, T, total_rows, seed, bos=None):
-        self.sources, self.T, self.order, self.seed, self.bos = sources, T, order, seed, bos
-        self.taken, self.dealt = [0] * len(sources), {}
-        if bos is None:
-            self.per_epoch, self.fill = [(len(s.train) - 1) // T for s in sources], np.ones(len(sources))
-        else:
-            self.edges = [prepare.document_edges(s.train, bos) for s in sources]
-            self.per_epoch = [len(document_rows(e, T)[0]) - 1 for e in self.edges]
-        for s, n in zip(sources, self.per_epoch):
+    def __init__(self, sources, order, T, total_rows, seed, bos=None, base=(), replay=0.0):
+        self.own, base = len(sources), list(base) if replay else []
+        self.sources, self.T, self.order, self.seed, self.replay = [*sources, *base], T, order, seed, replay
+        self.taken, self.dealt = [0] * len(self.sources), {}
+        self.edges = [None if bos is None else prepare.document_edges(s.train, bos) for s in sources] + [None] * len(base)  # None: windows
+        self.per_epoch = [(len(s.train) - 1) // T if e is None else len(document_rows(e, T)[0]) - 1 for s, e in zip(self.sources, self.edges)]
+        for s, n in zip(self.sources, self.per_epoch):
             if n < 1:
                 raise UserError(f"the source {s.name} has {len(s.train):,} training tokens, fewer than one window of {T + 1}: prepare more, or lower --block_size")
-        if bos is not None:
-            self.fill = np.array([(len(s.train) - (len(e) - 1)) / (n * T) for s, e, n in zip(sources, self.edges, self.per_epoch)])  # the rest is padding
-        size = dict(random=lambda s: len(s.train) * s.weight, balanced=lambda s: s.weight, sequential=lambda s: s.budget * s.weight)[order]
-        self.share = np.array([size(s) for s in sources], dtype=np.float64)
-        if not (self.share > 0).all():
-            raise UserError("weights in --data must be above 0")
-        self.share /= self.share.sum()
-        self.row_share = self.share / self.fill / (self.share / self.fill).sum()
-        self.turn_ends = np.round(np.cumsum(self.row_share) * total_rows)  # sequential: rows dealt when each source's turn is over
+        self.fill = np.array([1.0 if e is None else (len(s.train) - (len(e) - 1)) / (n * T)  # the rest is padding
+                              for s, e, n in zip(self.sources, self.edges, self.per_epoch)])
+        size = dict(random=lambda s: len(s.train) * s.weight, balanced=lambda s: s.weight, sequential=lambda s: s.budget * s.weight)
+        share = np.array([size[order](s) for s in sources] + [size["random"](s) for s in base], dtype=np.float64)
+        if not (share > 0).all():
+            raise UserError("weights in --data and --base_data must be above 0")
+        self.share, self.row_share = np.zeros_like(share), np.zeros_like(share)  # of the tokens and of the rows, within each group
+        for group in (slice(self.own), slice(self.own, None)):
+            self.share[group] = share[group] / share[group].sum()
+            rows = self.share[group] / self.fill[group]
+            self.row_share[group] = rows / rows.sum()
+        self.set_length(total_rows)
+
+    def set_length(self, total_rows):
+        """How many rows the run takes, which `sequential` goes by."""
+        self.turn_ends = np.round(np.cumsum(self.row_share[:self.own]) * (total_rows - math.floor(total_rows * self.replay)))  # when each source's turn is over
 
     def deal(self, source, epoch):
         """Number of a row in this epoch -> the pieces it consists of, [(first token, positions), ...]."""
         rng, n = np.random.default_rng([self.seed, source, epoch]), self.per_epoch[source]
-        if self.bos is None:
+        if self.edges[source] is None:
             size = len(self.sources[source].train)
             shift = int(rng.integers(size)) if epoch else 0
             starts = (shift + self.T * rng.permutation(n)) % size
@@ -251,21 +302,33 @@ class Loader:
 
     def next_row(self):
         """(source, pieces) of the next row."""
-        if self.order == "sequential":
-            source = min(int(np.searchsorted(self.turn_ends, sum(self.taken), side="right")), len(self.sources) - 1)
+        i, own = sum(self.taken), self.own
+        if math.floor((i + 1) * self.replay) > math.floor(i * self.replay):
+            source = own + int(np.argmin((np.array(self.taken[own:]) + 0.5) / self.row_share[own:]))
+        elif self.order == "sequential":
+            source = min(int(np.searchsorted(self.turn_ends, sum(self.taken[:own]), side="right")), own - 1)
         else:
-            source = int(np.argmin((np.array(self.taken) + 0.5) / self.row_share))
+            source = int(np.argmin((np.array(self.taken[:own]) + 0.5) / self.row_share[:own]))
         epoch, k = divmod(self.taken[source], self.per_epoch[source])
         if self.dealt.get(source, (None,))[0] != epoch:
             self.dealt[source] = epoch, self.deal(source, epoch)
         self.taken[source] += 1
         return source, self.dealt[source][1](k)
 
-    def batch(self, rows):
-        """The next rows: inputs, targets and, if documents are packed, where they begin (else None), as `fill_rows` has them."""
-        dealt = [self.next_row() for _ in range(rows)]
+    def tensors(self, dealt):
+        """Rows as `next_row` gives them: inputs, targets and, if documents are packed, where they begin (else None), as `fill_rows` has them."""
         x, y, reset = map(torch.cat, zip(*(fill_rows(self.sources[source].train, [pieces], self.T) for source, pieces in dealt)))
-        return x, y, reset if self.bos is not None else None
+        return x, y, reset if self.edges[0] is not None else None
+
+    def batch(self, rows):
+        """`tensors` of the next rows."""
+        return self.tensors([self.next_row() for _ in range(rows)])
+
+    def marks(self, dealt, opening):
+        """Rows as `next_row` gives them -> `mark_replies`; in base data and sources without replies every target is marked 1."""
+        masks = [None if source >= self.own else self.sources[source].train_mask for source, _ in dealt]
+        return torch.cat([torch.ones(1, self.T, dtype=torch.uint8) if mask is None else mark_replies(mask, [pieces], self.T, opening)
+                          for mask, (_, pieces) in zip(masks, dealt)])
 
     def state_dict(self):
         return dict(taken=list(self.taken), per_epoch=list(self.per_epoch), fingerprint=[s.fingerprint for s in self.sources])
@@ -274,6 +337,112 @@ class Loader:
         """Goes on where the loader of `state` was; with other rows (--block_size, --pack), at the same share of each epoch."""
         before = state.get("per_epoch", self.per_epoch)  # the first checkpoints of this format lack it
         self.taken = [taken if n == m else round(taken * n / m) for taken, n, m in zip(state["taken"], self.per_epoch, before)]
+
+
+# ---------------------------------------------------------------------------------------------------- loss weights, context relevance
+
+def token_weights(y, marks=None, boost=None, start_weight=1.0):
+    """Relative weight of each target, float (rows, T): 0 where y is -1, else 1, times boost[token] (V,), times start_weight where a reply
+    begins (marks is 2, see `mark_replies`). What counts is their ratio: a batch's loss is the sum of weight x loss over the sum of weights."""
+    w = (y >= 0).float()
+    if boost is not None:
+        w *= boost[y]  # where y is -1 the last token's, times 0
+    if start_weight != 1:
+        w[marks == 2] *= start_weight
+    return w
+
+
+@dataclass
+class Reply:
+    """A reply in a batch's rows: where it is, `at` being the position of its first target, what comes before it in its chat, and its tokens."""
+    row: int
+    at: int
+    context: np.ndarray
+    tokens: np.ndarray
+
+
+def find_reply(mask, k, T):
+    """(first, last + 1) of the reply number k, counted around, in a chat with this mask, or None if it has none. At most T / 2 tokens
+    of it, so that there is room for a prompt in a row of T."""
+    begins = np.flatnonzero((mask == 1) & (np.concatenate([[0], mask[:-1]]) == 0))
+    if not len(begins):
+        return None
+    first = int(begins[k % len(begins)])
+    beyond = np.flatnonzero(mask[first:] == 0)
+    return first, first + min(int(beyond[0]) if len(beyond) else len(mask) - first, T // 2)
+
+
+def replies_of(dealt, loader, bos, rng):
+    """One reply, drawn by rng, of each chat that begins in the rows `dealt` (see `Loader.next_row`): list of Reply."""
+    replies = []
+    for row, (source, pieces) in enumerate(dealt):
+        tokens, mask, at = loader.sources[source].train, loader.sources[source].train_mask, 0
+        for start, n in pieces if source < loader.own and mask is not None else ():
+            found = find_reply(mask[start:start + n + 1], int(rng.integers(2 ** 32)), loader.T) if tokens[start] == bos else None
+            if found:
+                first, end = found
+                replies.append(Reply(row, at + first - 1, tokens[start:start + first], tokens[start + first:start + end]))
+            at += n
+    return replies
+
+
+def pack_replies(pairs, T, n_rows=None):
+    """(context, reply) token arrays -> x, y, reset as `fill_rows`, of which only the replies' tokens are targets, and number, int64 (rows, T):
+    i + 1 where the target is part of the reply of pairs[i], else 0.
+
+    Each goes to the first row that has room; a context that does not fit into a row loses its beginning. n_rows: so many rows, and what
+    finds no room there is left out.
+    """
+    rows, marks, used = [[] for _ in range(n_rows or 0)], [], [0] * (n_rows or 0)
+    pairs = [(context[max(0, len(context) + len(reply) - 1 - T):], reply) for context, reply in pairs]
+    ends = np.cumsum([0] + [len(c) + len(r) for c, r in pairs])
+    for i, (context, reply) in enumerate(pairs):
+        n = len(context) + len(reply) - 1
+        row = next((k for k, there in enumerate(used) if there + n <= T), None)
+        if row is None and n_rows is None:
+            row = len(rows)
+            rows.append([])
+            used.append(0)
+        if row is not None:
+            first = used[row] + len(context) - 1
+            marks.append((row, slice(first, first + len(reply)), i + 1))
+            rows[row].append((int(ends[i]), n))
+            used[row] += n
+    x, y, reset = fill_rows(np.concatenate([np.empty(0, np.int64), *(a for pair in pairs for a in pair)]), rows, T)
+    number = torch.zeros_like(y)
+    for row, span, i in marks:
+        number[row, span] = i
+    return x, torch.where(number > 0, y, -1), reset, number
+
+
+def wrong_prompts(replies, rows, n_rows, T, rng):
+    """The replies in `rows` of a batch under other chats' prompts: (x, y, reset, number) of n_rows more rows, see `pack_replies`, and
+    number (len(rows), T) of the same replies where they are under their own."""
+    at_home = torch.zeros(len(rows), T, dtype=torch.int64)
+    here = [replies[k] for k in rng.permutation([k for k, reply in enumerate(replies) if reply.row in rows]).astype(int)]
+    pairs = []
+    for reply in here if len(replies) > 1 else ():
+        other = replies[int(rng.integers(len(replies)))]
+        while other is reply:
+            other = replies[int(rng.integers(len(replies)))]
+        pairs.append((other.context, reply.tokens))
+    *packed, number = pack_replies(pairs, T, n_rows)
+    for i in number.unique().tolist():
+        if i:
+            reply = here[i - 1]
+            at_home[rows.index(reply.row), reply.at:reply.at + len(reply.tokens)] = i
+    return *packed, number, at_home
+
+
+def reply_sums(values, number, n):
+    """Sums of values (rows, T) over the positions of each reply: number (rows, T) -> (n,)."""
+    return values.new_zeros(n + 1).index_add(0, number.flatten(), values.flatten())[1:]
+
+
+def relevance_loss(own, wrong, lengths, margin):
+    """Sum over replies of max(0, margin - (wrong - own) / length) x length. own, wrong: nats (n,) of each reply's `lengths` tokens under
+    its own prompt and under another chat's."""
+    return (margin * lengths - (wrong - own)).clamp(min=0).sum()
 
 
 # ---------------------------------------------------------------------------------------------------- optimizers
@@ -511,11 +680,12 @@ def load_checkpoint(path, device="cpu", ema=None):
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def evaluate(run, sources, tokens, T, rows, autocast, bytes_per_token, device, world=1, rank=0, bos=None):
+def evaluate(run, sources, tokens, T, rows, autocast, bytes_per_token, device, world=1, rank=0, bos=None, responses=False):
     """Validation loss of the present weights: {"source": {name: (loss, bits per byte)}, "language": {...}, "mixed": (loss, bits per byte)}.
 
     A source is cut into rows of T targets as in training, the same every time; `tokens` of them, spread evenly, count (0: all). Losses
     are means in nats per token over a group's rows, bits per byte are its nats / ln 2 / UTF-8 bytes. Draws no random numbers.
+    responses: in sets of chats only replies count.
     """
     sums = torch.zeros(len(sources), 3, dtype=torch.float64)  # nats, tokens, bytes
     for total, source in zip(sums, sources):
@@ -524,6 +694,8 @@ def evaluate(run, sources, tokens, T, rows, autocast, bytes_per_token, device, w
         chosen = [row(i * n // take) for i in range(take)][rank::world]
         for first in range(0, len(chosen), rows):
             x, y, reset = fill_rows(source.val, chosen[first:first + rows], T)
+            if responses and source.val_mask is not None:
+                y[mark_replies(source.val_mask, chosen[first:first + rows], T) == 0] = -1
             with autocast():
                 losses = run(x.to(device), y.to(device), reduction="none", reset=reset.to(device) if bos is not None else None)[1]
             total[0] += losses.double().sum().cpu() if device.type != "mps" else losses.cpu().double().sum()  # no doubles on MPS
@@ -544,9 +716,46 @@ def evaluate(run, sources, tokens, T, rows, autocast, bytes_per_token, device, w
                 source={s.name: result([i]) for i, s in enumerate(sources)})
 
 
+@torch.no_grad()
+def relevance_accuracy(run, sources, tokens, T, rows, autocast, bos, device, world=1, rank=0):
+    """Share of the validation chats, as many as have `tokens` tokens (0: all), in which a reply is likelier under its own prompt than under
+    another chat's; nan if there are fewer than two. A prompt is all that comes before the reply. Draws no random numbers."""
+    pairs = []
+    for source in sources:
+        if source.val_mask is None:
+            continue
+        edges = prepare.document_edges(source.val, bos)
+        n = len(edges) - 1
+        take = min(n, -(-tokens * n // len(source.val))) if tokens and n else n
+        for k in range(take):
+            start, end = edges[k * n // take:][:2]
+            found = find_reply(source.val_mask[start:end], k, T)  # now the first reply of a chat, now the second
+            if found:
+                pairs.append((source.val[start:start + found[0]], source.val[start + found[0]:start + found[1]]))
+    n = len(pairs)
+    if n < 2:
+        return math.nan
+    wrong = [(pairs[(i + n // 2) % n][0], reply) for i, (_, reply) in enumerate(pairs)]
+    likelier = torch.zeros((), dtype=torch.float64)
+    mine = range(rank, n, world)
+    for first in range(0, len(mine), 256):  # so many at a time, each beside its rival
+        some = mine[first:first + 256]
+        x, y, reset, number = pack_replies([pairs[i] for i in some] + [wrong[i] for i in some], T)
+        nats = torch.zeros(2 * len(some))
+        for part in (slice(i, i + rows) for i in range(0, len(x), rows)):
+            with autocast():
+                losses = run(x[part].to(device), y[part].to(device), reduction="none", reset=reset[part].to(device))[1]
+            nats += reply_sums(losses.float().cpu(), number[part], len(nats))
+        likelier += (nats[:len(some)] < nats[len(some):]).sum()
+    if world > 1:
+        likelier = likelier.to(device)
+        dist.all_reduce(likelier)
+    return float(likelier) / n
+
+
 def split_result(result, i):
     """Of evaluate's (loss, bits per byte) pairs the losses (i = 0) or the bits (i = 1), for metrics.jsonl."""
-    return {k: v[i] if isinstance(v, tuple) else {n: pair[i] for n, pair in v.items()} for k, v in result.items()}
+    return {k: v[i] if isinstance(v, tuple) else {n: pair[i] for n, pair in v.items()} for k, v in result.items() if k != "relevance"}
 
 
 def best_validation(result, sources, **about):
@@ -557,7 +766,8 @@ def best_validation(result, sources, **about):
 
     def perplexity(loss):
         return finite(math.exp(min(loss, 700)))
-    groups = dict(mixed=result["mixed"], **result["language"])
+    groups = dict(mixed=result["mixed"], **result["language"], **({"base": result["base"]} if "base" in result else {}))
+    about |= dict(relevance_accuracy=finite(result["relevance"])) if "relevance" in result else {}
     return dict(about, **{f"val_loss_{k}": finite(loss) for k, (loss, _) in groups.items()}, **{f"ppl_{k}": perplexity(loss) for k, (loss, _) in groups.items()},
                 **{f"bits_per_byte_{k}": finite(bits) for k, (_, bits) in groups.items()},
                 sources={s.name: dict(language=s.language, kind=s.kind, val_loss=finite(loss), ppl=perplexity(loss), bits_per_byte=finite(bits))
@@ -569,8 +779,12 @@ def table(result, sources):
     rows = [(s.name, f"{s.language}/{s.kind}", *result["source"][s.name]) for s in sources]
     rows += [(language, "language", *pair) for language, pair in result["language"].items() if len(result["language"]) > 1]
     rows += [("mixed", "all sources", *result["mixed"])] * (len(sources) > 1)
+    rows += [("base", "base data", *result["base"])] if "base" in result else []
     wide = max(len(r[1]) for r in rows)
-    return [f"{name:<12} {what:<{wide}}  loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):,.1f}  {bits:.3f} bits/byte" for name, what, loss, bits in rows]
+    lines = [f"{name:<12} {what:<{wide}}  loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):,.1f}  {bits:.3f} bits/byte" for name, what, loss, bits in rows]
+    if "relevance" in result:
+        lines.append(f"{'relevance':<12} {result['relevance']:.1%} of replies are likelier under their own prompt than under another's")
+    return lines
 
 
 def xz_bits_per_byte(sources, tokenizer, limit=8_000_000):
@@ -591,12 +805,27 @@ def read_rows(path):
 
 
 def draw_loss(rows, path, title, xz=None):
-    """loss.png: bits per byte of the training batches and of the validation text, over the tokens trained on."""
+    """loss.png: bits per byte of the training batches and of the validation text, over the tokens trained on. Of tuning (rows with
+    relevance_accuracy) the same for replies, and beside it the base data's bits per byte and the relevance accuracy."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     train, val = [r for r in rows if "train_loss" in r], [r for r in rows if "val_loss" in r and not r.get("final")]
-    fig, ax = plt.subplots(figsize=(8, 4.5), dpi=100, layout="constrained")
+    beside = [(name, key, f) for name, key, f in (
+        ("bits per byte of the base data", "val_bits_per_byte", lambda x: x.get("base")), ("relevance accuracy", "relevance_accuracy", lambda x: x))
+        if any(key in r and f(r[key]["raw"]) is not None for r in val)]
+    fig, axes = plt.subplots(1, 1 + len(beside), figsize=(8 + 2 * len(beside), 4.5), dpi=100, layout="constrained", squeeze=False,
+                             width_ratios=[1 + 0.5 * bool(beside)] + [1] * len(beside))
+    ax, *others = axes[0]
+    for other, (name, key, f) in zip(others, beside):
+        for kind, color in (("raw", "#33658a"), ("ema", "#d1495b")):
+            points = [(r["tokens"] / 1e6, f(r[key][kind])) for r in val if kind in r[key]]
+            if points:
+                other.plot(*zip(*points), color=color, marker="o", ms=3.5, lw=1.6, label=f"{points[-1][1]:.3f} at the end")
+        other.set(xlabel="million training tokens", title=name)
+        other.grid(alpha=0.25)
+        other.legend(frameon=False)
+        other.spines[["top", "right"]].set_visible(False)
     ax.plot([r["tokens"] / 1e6 for r in train], [r["train_bits_per_byte"] for r in train], color="#b9c7d6", lw=1, label="training batches")
     for kind, color in (("raw", "#33658a"), ("ema", "#d1495b")):
         points = [(r["tokens"] / 1e6, r["val_bits_per_byte"][kind]["mixed"]) for r in val if kind in r["val_bits_per_byte"]]
@@ -629,7 +858,7 @@ def flag_value(argv, name):
 
 
 def settings_from(argv):
-    """argv -> (module, config, Settings, checkpoint to start from or None, checkpoint to resume or None).
+    """argv -> (module, config, Settings, checkpoint to start from or None, checkpoint to resume or None, names of the flags given).
 
     Defaults come from Settings, then the preset's recipe; with --resume from the run's record; flags override.
     """
@@ -656,6 +885,11 @@ def settings_from(argv):
     else:
         module, cfg, recipe = find_preset(name)
         base = Settings(model=name, **{k: v for k, v in recipe.items() if k != "model"})
+        if base.init_from and not init_from:
+            init_from = base.init_from
+            if not os.path.exists(init_from):
+                raise UserError(f"{name} starts from {init_from}, which is not there: run python train.py --model={name.split('-')[0]} first, or give --init_from")
+            parent = read_checkpoint(init_from)
         if parent:
             if parent["model_name"].split("-")[0] != name.split("-")[0]:
                 raise UserError(f"--init_from={init_from} holds a {parent['model_name']}, not a {name}")
@@ -671,6 +905,8 @@ def settings_from(argv):
             raise UserError(f"{'the run' if resume else init_from} has another shape: {', '.join(differs)}")
     cfg = replace(cfg, **shape)
     s = replace(base, resume=resume, **given)
+    if "max_steps" in given and "epochs" not in given:
+        s.epochs = 0.0
     if "block_size" not in given:
         s.block_size = min(s.block_size, cfg.context_length)
     if "sample_prompt" not in given and given.get("data", base.data) != base.data:
@@ -688,6 +924,8 @@ def settings_from(argv):
             raise UserError(f"--{field.name}={value} must be {'above' if field.name in positive else 'at least'} 0")
     if s.ema_beta >= 1 or s.decay_fraction > 1:
         raise UserError("--ema_beta must be below 1 and --decay_fraction at most 1")
+    if s.replay >= 1 or s.relevance > 1:
+        raise UserError("--replay must be below 1 and --relevance at most 1")
     if s.block_size > cfg.context_length:
         raise UserError(f"--block_size={s.block_size} is longer than the model's context of {cfg.context_length}; "
                         f"--context_length={s.block_size} makes a model that fits")
@@ -704,8 +942,7 @@ def settings_from(argv):
         s.schedule, s.warmup_steps, s.max_steps = "wsd", 0, parent["step"] + s.decay_steps
     if not s.data:
         raise UserError(f"--model={name} names no data of its own: give --data")
-    s.out = s.out or f"out/{name}" + "-decay" * s.decay_only
-    return module, cfg, s, parent, checkpoint
+    return module, cfg, s, parent, checkpoint, set(given)
 
 
 def pick_device(s, local_rank):
@@ -750,7 +987,7 @@ COMPILE_PAYS = 1e14  # FLOPs of a run from which compiling on a CPU (about half 
 # ---------------------------------------------------------------------------------------------------- the run
 
 def main(argv):
-    module, cfg, s, parent, checkpoint = settings_from(argv)
+    module, cfg, s, parent, checkpoint, given = settings_from(argv)
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     is_main = rank == 0
     if not is_main:
@@ -759,7 +996,7 @@ def main(argv):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
     try:
-        return train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compiler)
+        return train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype, compiler)
     except UserError:
         if is_main:
             raise
@@ -769,20 +1006,63 @@ def main(argv):
             dist.destroy_process_group()
 
 
-def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compiler):
-    is_main, out = rank == 0, Path(s.out)
+# What fine-tuning on chats does otherwise than the recipe of the model, unless the recipe is one for tuning or flags say something else
+TUNING_EPOCHS, TUNING_RATE = 3, 0.25  # passes over the replies; share of the learning rates
+
+
+def tuning_settings(s, given):
+    """Settings for fine-tuning on chats: the recipe's, but short, gentle, and with rows of whole chats."""
+    own = dict(pack="document", lr=TUNING_RATE * s.lr, muon_lr=TUNING_RATE * s.muon_lr, order="random", schedule="wsd", decay_fraction=1.0, decay_steps=0,
+               final_lr_fraction=0.0, epochs=0.0 if "max_steps" in given else TUNING_EPOCHS)
+    return replace(s, **{k: v for k, v in own.items() if k not in given})
+
+
+def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype, compiler):
+    is_main = rank == 0
     barrier = dist.barrier if world > 1 else lambda: None
     resumed = checkpoint is not None
     start = checkpoint if resumed else parent  # where weights come from, if from anywhere
-    if not (s.resume or s.eval_only) and (out / "ckpt.pt").exists() and not s.overwrite:
-        raise UserError(f"{out} holds a run: --resume goes on with it, --out names another folder, --overwrite deletes it")
 
     # data: rows of T positions, the same global batch for any number of processes
     T, rows = s.block_size, s.batch_tokens // s.block_size
     if rows % world and not s.eval_only:
         raise UserError(f"the {rows} windows of a step cannot be shared out evenly to {world} processes; change --batch_tokens")
     micro = s.micro_batch if s.eval_only else next(m for m in range(min(s.micro_batch, rows // world), 0, -1) if rows // world % m == 0)
-    sources, tokenizer_text = find_data(s.data, s.tokenizer, cfg.vocab_size, is_main, barrier)
+    sources, tokenizer_text = find_data(s.data, s.tokenizer, cfg.vocab_size, is_main, barrier, start and start["tokenizer"])
+    chats = any(x.train_mask is not None for x in sources)
+    gentle = False
+    if s.loss_on == "auto":
+        gentle = chats and bool(s.init_from) and not (s.decay_only or s.eval_only)
+        s = replace(tuning_settings(s, given), loss_on="responses") if gentle else replace(s, loss_on="all")
+    tuning = s.loss_on == "responses" and chats
+    if s.loss_on == "responses" and not (tuning or s.eval_only):
+        raise UserError(f"--loss_on=responses needs a set of chats, and {s.data} holds none")
+    for name, off in dict(replay=0, relevance=0, response_start_weight=1).items():
+        if getattr(s, name) != off and not (tuning or s.eval_only):
+            raise UserError(f"--{name} belongs to tuning on the replies of chats: it needs --loss_on=responses and a set of chats")
+    s = replace(s, pack=("document" if tuning else "stream") if s.pack == "auto" else s.pack,
+                out=s.out or f"out/{s.model}" + "-decay" * s.decay_only + "-sft" * (tuning and not s.model.endswith("-sft")))
+    if s.relevance and s.pack != "document":
+        raise UserError("--relevance compares replies under whole prompts: it needs --pack=document")
+    out = Path(s.out)
+    if not (s.resume or s.eval_only) and (out / "ckpt.pt").exists() and not s.overwrite:
+        raise UserError(f"{out} holds a run: --resume goes on with it, --out names another folder, --overwrite deletes it")
+    base = []
+    if tuning:
+        before = start["train"] if start else {}
+        spec = s.base_data or before.get("base_data") or before.get("data", "")
+        try:
+            base, base_tokenizer = find_data(spec, s.tokenizer, cfg.vocab_size, is_main, barrier, tokenizer_text) if spec else ([], tokenizer_text)
+        except UserError as e:
+            if s.replay or s.base_data:
+                raise
+            print(f"no base data, so what is forgotten of it is not measured: {e}")
+        else:
+            if base_tokenizer != tokenizer_text:
+                raise UserError(f"{s.data} and the base data {spec} have different tokenizers; prepare one with --tokenizer=PATH of the other's tokenizer.json")
+            s = replace(s, base_data=spec)
+        if s.replay and not base:
+            raise UserError("--replay needs --base_data")
     tokenizer = prepare.load_tokenizer(tokenizer_text)
     if start and start["tokenizer"] != tokenizer_text:
         raise UserError(f"the data {s.data} was not encoded with the checkpoint's tokenizer; "
@@ -790,9 +1070,14 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
     if not any(len(x.val) > 1 for x in sources):
         raise UserError(f"{s.data} has no validation text; prepare it with --val_fraction above 0")
     bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
-    loader = None if s.eval_only else Loader(sources, s.order, T, s.max_steps * rows, s.seed, bos if s.pack == "document" else None)
+    loader = None if s.eval_only else Loader(sources, s.order, T, s.max_steps * rows, s.seed, bos if s.pack == "document" else None, base, s.replay)
+    if s.epochs and loader:
+        s = replace(s, epochs=0.0, max_steps=math.ceil(s.epochs * sum(loader.per_epoch[:loader.own]) / (1 - s.replay) / rows))
+        loader.set_length(s.max_steps * rows)
+    if gentle and "warmup_steps" not in given:
+        s = replace(s, warmup_steps=min(s.warmup_steps, s.max_steps // 10))
     bytes_per_token = torch.from_numpy(prepare.token_byte_counts(tokenizer)).float()
-    boost = None
+    boost, weighted = None, s.word_boost != 1 or s.response_start_weight != 1
     if s.word_boost != 1:
         boost = torch.tensor([1.0 if len(tokenizer.decode([i])) < 2 else s.word_boost for i in range(len(bytes_per_token))])
 
@@ -814,7 +1099,7 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
     step, tokens, elapsed, use_ema, best = 0, 0, 0.0, False, dict(loss=math.inf, step=0)
     torch.manual_seed(s.seed + rank)  # dropout, if a fork has any, differs between processes
     if start and (resumed or s.decay_only):
-        if [list(f) for f in start["loader"]["fingerprint"]] != [x.fingerprint for x in sources]:
+        if [list(f) for f in start["loader"]["fingerprint"]] != [x.fingerprint for x in loader.sources]:
             raise UserError(f"the data of {s.data} has changed since the checkpoint, so its place in it is lost; use the data it was trained on")
         step, tokens, use_ema = start["step"], start["tokens"], start["use_ema"]
         loader.load_state_dict(start["loader"])
@@ -837,14 +1122,27 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
     def autocast():
         return torch.autocast(device.type, torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext()
 
-    def measure(n_tokens):
-        return evaluate(model, sources, n_tokens, T, micro, autocast, bytes_per_token, device, world, rank,
-                        bos if s.pack == "document" else None)  # not compiled: its shapes vary
+    def measure(n_tokens):  # not compiled: its shapes vary
+        args = n_tokens, T, micro, autocast
+        result = evaluate(model, sources, *args, bytes_per_token, device, world, rank, bos if s.pack == "document" else None, tuning)
+        if base:
+            result["base"] = evaluate(model, base, *args, bytes_per_token, device, world, rank)["mixed"]
+        if tuning:
+            result["relevance"] = relevance_accuracy(model, sources, *args, bos, device, world, rank)
+        return result
 
     def sample():
-        prompt = torch.tensor([[bos, *tokenizer.encode(s.sample_prompt, add_special_tokens=False).ids]], device=device)
-        ids = model.generate(prompt, s.sample_tokens, temperature=0.8, top_p=0.95, stop_token=eos, generator=torch.Generator(device).manual_seed(s.seed))
-        progress.done("sample       " + tokenizer.decode(ids[0].tolist()).replace("\n", "\n             "))
+        prompt, wide = [bos, *tokenizer.encode(s.sample_prompt, add_special_tokens=False).ids], "\n             "
+        if tuning:  # a chat: --sample_prompt or, if there is none, the first question of the validation text
+            user, assistant = tokenizer.token_to_id("<|user|>"), tokenizer.token_to_id("<|assistant|>")
+            chat = next(x.val for x in sources if x.val_mask is not None and len(x.val)).tolist()
+            prompt = [bos, user, *prompt[1:], assistant] if s.sample_prompt else chat[:chat.index(assistant) + 1]
+        ids = model.generate(torch.tensor([prompt], device=device), s.sample_tokens, temperature=0.8, top_p=0.95, stop_token=eos,
+                             generator=torch.Generator(device).manual_seed(s.seed))[0].tolist()
+        if tuning:
+            progress.done("sample       user: " + tokenizer.decode(prompt).replace("\n", wide))
+            ids = ids[len(prompt):]
+        progress.done("             assistant: " * tuning + "sample       " * (not tuning) + tokenizer.decode(ids).replace("\n", wide))
 
     progress = prepare.Progress()
     if s.eval_only:
@@ -893,9 +1191,15 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{s.model:<12} {model.n_params / 1e6:,.2f}M parameters ({Path(module.__file__).name}), "
           f"context {cfg.context_length:,}, training on {'windows' if s.pack == 'stream' else 'rows'} of {T:,}")
-    for x, share, n, fill in zip(sources, loader.share, loader.per_epoch, loader.fill):
-        print(f"{x.name:<12} {x.language}/{x.kind}, {len(x.train):,} training and {len(x.val):,} validation tokens, {share:.0%} of the run"
-              + f", whole documents in {n:,} rows, {1 - fill:.2%} of them padding" * (s.pack == "document"))
+    for i, (x, share, n, fill) in enumerate(zip(loader.sources, loader.share, loader.per_epoch, loader.fill)):
+        print(f"{x.name:<12} {x.language}/{x.kind}, {len(x.train):,} training and {len(x.val):,} validation tokens, "
+              + (f"{share:.0%} of the run" if i < loader.own else f"{share * s.replay:.0%} of the rows, replayed")
+              + f", whole documents in {n:,} rows, {1 - fill:.2%} of them padding" * (loader.edges[i] is not None))
+    if tuning:
+        tricks = [f"word boost {s.word_boost:g}"] * (s.word_boost != 1)
+        tricks += [f"first {s.response_start_tokens} tokens x {s.response_start_weight:g}"] * (s.response_start_weight != 1)
+        tricks += [f"replay {s.replay:g}"] * (s.replay > 0) + [f"relevance {s.relevance:g}, margin {s.relevance_margin:g}"] * (s.relevance > 0)
+        print(f"{'tuning':<12} {s.init_from}, on replies; {', '.join(tricks) or 'nothing else'}" + f"; {TUNING_RATE:g} of the recipe's learning rates" * gentle)
     print(f"{device.type:<12} {str(dtype)[6:]}{', compiled' * compiled}, {f'{world} x ' * (world > 1)}{chip}; "
           f"Muon {optimizers.n_matrices} matrices, AdamW {optimizers.n_other} tensors; "
           f"{s.max_steps:,} steps of {s.batch_tokens:,} tokens, {rows // world // micro} x {micro} rows each")
@@ -910,30 +1214,76 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
         stop.append(number)
     previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
 
+    def assess():
+        """Evaluates the raw and the averaged weights and records both: {"raw": result, "ema": result}, see `measure`."""
+        model.eval()
+        results = dict(raw=measure(s.eval_tokens))
+        if ema is not None and step:
+            with weights(params, ema):
+                results["ema"] = measure(s.eval_tokens)
+        model.train()
+        record(dict(step=step, tokens=tokens, val_loss={k: split_result(r, 0) for k, r in results.items()},
+                    val_bits_per_byte={k: split_result(r, 1) for k, r in results.items()},
+                    **(dict(relevance_accuracy={k: r["relevance"] for k, r in results.items()}) if tuning else {}), elapsed=elapsed))
+        return results
+
+    def summary(results, winner):
+        by_language = results[winner]["language"]
+        return (f"eval {step:>6,}  {'replies' if tuning else 'validation'} {results['raw']['mixed'][1]:.3f} bits/byte"
+                + (f", EMA {results['ema']['mixed'][1]:.3f}" if "ema" in results else "")
+                + "".join(f"  {name} {bits:.3f}" for name, (_, bits) in by_language.items() if len(by_language) > 1)
+                + (f"  base {results[winner]['base'][1]:.3f}" if base else "") + (f"  relevance {results[winner]['relevance']:.1%}" if tuning else ""))
+
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in chip), None)
     model.train()
+    if tuning and not step:  # where forgetting begins
+        progress.done(summary(assess(), "raw"))
     mark, mark_step, mark_tokens, saved_step = time.monotonic(), step, tokens, step if resumed else -1
     while step < s.max_steps:
         # one optimizer step
-        x, y, reset = loader.batch(rows)
+        dealt = [loader.next_row() for _ in range(rows)]
+        x, y, reset = loader.tensors(dealt)
         if max(x.max(), y.max()) >= cfg.vocab_size:
             raise UserError(f"the data holds token id {int(max(x.max(), y.max()))}, the model's vocabulary ends at {cfg.vocab_size - 1}; "
                             "prepare the data again")
+        marks = loader.marks(dealt, s.response_start_tokens) if tuning else None
+        if tuning:
+            y[marks == 0] = -1
         targets = y[y >= 0]
-        loss_weights = (y >= 0).float() if boost is None else boost[y] * (y >= 0)
-        whole = float(loss_weights.sum())  # over all processes, so that the mean is the same for any number of them
+        loss_weights = token_weights(y, marks, boost, s.response_start_weight)
+        whole = float(loss_weights.sum()) or 1.0  # over all processes, so that the mean is the same for any number of them
         shares = [float(w.sum()) / whole for w in loss_weights[rank::world].split(micro)]
+        rivals, scored = [None] * len(shares), 1
+        if s.relevance:  # each process makes everybody's rows, to know how many tokens are scored in all
+            rng, m = np.random.default_rng([s.seed, step]), len(shares)
+            replies = replies_of(dealt, loader, bos, rng)
+            more = [int(micro * s.relevance + rng.random()) for _ in range(m)]  # rounded so that the mean is right
+            made = [[wrong_prompts(replies, list(range(r + world * micro * i, min(rows, r + world * micro * (i + 1)), world)), more[i], T, rng)
+                     for i in range(m)] for r in range(world)]
+            rivals, scored = made[rank], max(1, sum(int((each[3] > 0).sum()) for mine in made for each in mine))
         x, y, reset, loss_weights = (None if t is None else t[rank::world].to(device) for t in (x, y, reset, loss_weights))
-        loss = torch.zeros((), device=device)
+        loss, contrast = torch.zeros((), device=device), torch.zeros((), device=device)
         for i, share in enumerate(shares):
             part = slice(i * micro, (i + 1) * micro)
             with contextlib.nullcontext() if i + 1 == len(shares) or world == 1 else run.no_sync():  # gradients travel once a step
-                with autocast():
-                    part_loss = run(x[part], y[part], loss_weights=loss_weights[part] if boost is not None else None,
-                                    reset=None if reset is None else reset[part])[1]
-                part_loss = part_loss * share
-                (part_loss * world).backward()  # DDP averages over the processes; the loss is a sum of shares
+                if rivals[i] is None or not len(rivals[i][0]):
+                    with autocast():
+                        part_loss = run(x[part], y[part], loss_weights=loss_weights[part] if weighted else None,
+                                        reset=None if reset is None else reset[part])[1]
+                    part_loss, part_contrast = part_loss * share, torch.zeros_like(contrast)
+                else:
+                    *rival, number, at_home = (t.to(device) for t in rivals[i])
+                    with autocast():
+                        inputs, aims, begins = (torch.cat(pair) for pair in zip((x[part], y[part], reset[part]), rival))
+                        losses, under_wrong = run(inputs, aims, reduction="none", reset=begins)[1].split((micro, len(number)))
+                    n = int(number.max())
+                    lengths = reply_sums(torch.ones_like(under_wrong), number, n)
+                    own, wrong = reply_sums(losses, at_home, n), reply_sums(under_wrong, number, n)
+                    part_contrast = relevance_loss(own, wrong, lengths, s.relevance_margin) / scored
+                    part_loss = (losses * loss_weights[part]).sum() / whole
+                ((part_loss + part_contrast) * world).backward()  # DDP averages over the processes; the loss is a sum of shares
             loss += part_loss.detach()
+            contrast += part_contrast.detach()
         for p in params:
             if p.grad is None:  # a part that is switched off
                 p.grad = torch.zeros_like(p)
@@ -958,13 +1308,15 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
         if step % s.log_every == 0 or step == s.max_steps:
             if world > 1:
                 dist.all_reduce(loss)
+                dist.all_reduce(contrast)
             seconds = time.monotonic() - mark
             rate = (tokens - mark_tokens) / seconds
             elapsed += seconds
             per_byte = len(targets) / math.log(2) / (float(bytes_per_token[targets].sum()) or math.nan)  # 0: all are unknown
             record(dict(step=step, tokens=tokens, train_loss=float(loss), train_bits_per_byte=float(loss) * per_byte, lr=lr,
-                        grad_norm=grad_norm, tokens_per_s=rate, elapsed=elapsed))
-            line = (f"step {step:>6,}/{s.max_steps:,}  loss {float(loss):.3f}  {float(loss) * per_byte:.2f} bits/byte  {rate / 1e3:.1f}k tok/s  "
+                        grad_norm=grad_norm, tokens_per_s=rate, elapsed=elapsed) | (dict(relevance_loss=float(contrast)) if s.relevance else {}))
+            line = (f"step {step:>6,}/{s.max_steps:,}  loss {float(loss):.3f}  {float(loss) * per_byte:.2f} bits/byte  "
+                    + f"relevance {float(contrast):.3f}  " * bool(s.relevance) + f"{rate / 1e3:.1f}k tok/s  "
                     f"{clock((s.max_steps - step) * seconds / (step - mark_step))} left  lr {lr:.2g}  |g| {grad_norm:.2f}"  # the end is cut off in a narrow terminal
                     + (f"  MFU {rate * flops / peak / world:.0%}" if peak and dtype == torch.bfloat16 else ""))
             (progress.show if progress.live else progress.done)(line)
@@ -972,23 +1324,13 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
 
         if step == s.max_steps or s.eval_every and step % s.eval_every == 0:
             begun = time.monotonic()
-            model.eval()
-            results = dict(raw=measure(s.eval_tokens))
-            if ema is not None:
-                with weights(params, ema):
-                    results["ema"] = measure(s.eval_tokens)
-            model.train()
-            record(dict(step=step, tokens=tokens, val_loss={k: split_result(r, 0) for k, r in results.items()},
-                        val_bits_per_byte={k: split_result(r, 1) for k, r in results.items()}, elapsed=elapsed))
+            results = assess()
             winner = min(results, key=lambda k: results[k]["mixed"][0])
             use_ema = winner == "ema"
             better = results[winner]["mixed"][0] < best["loss"]
             if better:
                 best = dict(loss=results[winner]["mixed"][0], step=step)
-            by_language = results[winner]["language"]
-            progress.done(f"eval {step:>6,}  validation {results['raw']['mixed'][1]:.3f} bits/byte"
-                          + (f", EMA {results['ema']['mixed'][1]:.3f}" if ema is not None else "")
-                          + "".join(f"  {name} {bits:.3f}" for name, (_, bits) in by_language.items() if len(by_language) > 1) + "  best" * better)
+            progress.done(summary(results, winner) + "  best" * better)
             if better:
                 save(out / "best.pt")
                 kept = s.keep_every and step % s.keep_every == 0
@@ -1020,17 +1362,18 @@ def train(module, cfg, s, parent, checkpoint, rank, world, device, dtype, compil
     model.eval()
     result, kind = measure(s.final_eval_tokens), "ema" if final["use_ema"] else "raw"
     if is_main:
-        xz = xz_bits_per_byte(sources, tokenizer)
+        xz = None if tuning else xz_bits_per_byte(sources, tokenizer)
         record(dict(step=final["step"], tokens=final["tokens"], final=True, val_loss={kind: split_result(result, 0)},
-                    val_bits_per_byte={kind: split_result(result, 1)}, xz_bits_per_byte=xz, elapsed=elapsed))
+                    val_bits_per_byte={kind: split_result(result, 1)}, **(dict(relevance_accuracy={kind: result["relevance"]}) if tuning else {}),
+                    xz_bits_per_byte=xz, elapsed=elapsed))
         draw_loss(read_rows(out / "metrics.jsonl"), out / "loss.png", f"{s.model} on {', '.join(x.name for x in sources)}", xz)
-        print(f"best         step {final['step']:,}{' (EMA)' * final['use_ema']}: {result['mixed'][1]:.3f} bits/byte over the validation text"
-              + (f"; xz -9 needs {xz:.3f}" if xz else ""))
-        if len(sources) > 1:
+        print(f"best         step {final['step']:,}{' (EMA)' * final['use_ema']}: {result['mixed'][1]:.3f} bits/byte over the validation "
+              + ("chats' replies" if tuning else "text") + (f"; xz -9 needs {xz:.3f}" if xz else ""))
+        if len(sources) > 1 or tuning:
             print("\n".join(table(result, sources)))
         if s.sample_tokens:
             sample()
-        shown = f' --prompt="{s.sample_prompt}"' if s.sample_prompt else ""
+        shown = " --chat" if tuning else f' --prompt="{s.sample_prompt}"' if s.sample_prompt else ""
         print(f"wrote {out}: best.pt best_validation.json ckpt.pt metrics.jsonl loss.png config.json        next: python sample.py --ckpt={out / 'best.pt'}{shown}")
     barrier()
     return 0

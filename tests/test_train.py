@@ -28,6 +28,7 @@ def rows(out):
 class fake_source(train.Source):
     def __init__(self, tokens, weight=1.0, budget=None, val=()):
         self.name, self.language, self.kind, self.fingerprint, self.packed = "s", "en", "code", ["s", ""], {}
+        self.train_mask = self.val_mask = None
         self.train, self.val, self.weight, self.budget = np.asarray(tokens), np.asarray(val), weight, budget or len(tokens)
 
 

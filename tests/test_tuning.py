@@ -1,0 +1,330 @@
+"""train.py on chats: what counts, how much it weighs, what is replayed and compared, against plain loops over tokens in float64."""
+import json
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare
+import tinymemory
+import train
+from conftest import ROOT, run_train, same_tensors
+from prepare import UserError
+from test_architectures import ARCHITECTURES, randomised
+from test_train import fake_source, rows
+
+WORDS = "alpha beta gamma delta epsilon zeta theta kappa lambda sigma return def self import os the of in".split()
+OFF = ["--word_boost=1", "--response_start_weight=1", "--replay=0", "--relevance=0"]
+
+
+def invented_chats(n, seed, longest=12):
+    """Chats of one to three turns; some replies have a character, some questions fill more than a row."""
+    rng = random.Random(seed)
+
+    def text(low, high):
+        return " ".join(rng.choice(WORDS) + str(rng.randrange(99)) * (rng.random() < 0.2) for _ in range(rng.randint(low, high)))
+    for i in range(n):
+        turns = [[dict(role="user", content=f"{i} {text(1, 60 if rng.random() < 0.1 else longest)}"),
+                  dict(role="assistant", content=rng.choice("xyz") if rng.random() < 0.2 else text(1, longest))] for _ in range(rng.randint(1, 3))]
+        yield dict(messages=[dict(role="system", content="be brief")] * (rng.random() < 0.2) + sum(turns, []))
+
+
+@pytest.fixture(scope="module")
+def chat_data(corpora, tmp_path_factory):
+    """A folder of chats in the tokenizer of data/pydocs-hybrid."""
+    folder = tmp_path_factory.mktemp("chats")
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in invented_chats(400, 1)))
+    return prepare.prepare([str(folder / "chats.jsonl")], prepare.Settings(
+        out_dir=str(folder), tokenizer=str(corpora / "data/pydocs-hybrid/tokenizer.json"), name="chats", val_fraction=0.1))
+
+
+@pytest.fixture
+def tune(trained, chat_data, workdir):
+    """Tunes the small run on the chats, with rows of 64 tokens; returns the folder. Nothing is learned at first: --lr=0 --muon_lr=0."""
+    def run(*flags, still=True):
+        out = workdir / f"tuned{len(list(workdir.glob('tuned*')))}"
+        rates = ["--lr=0", "--muon_lr=0"] if still else []
+        assert train.main(["--model=tinymemory-sft", f"--init_from={trained}/best.pt", f"--data={chat_data}", "--base_data=pydocs-hybrid", f"--out={out}",
+                           "--block_size=64", "--batch_tokens=512", "--micro_batch=4", "--max_steps=4", "--eval_every=2", "--eval_tokens=1024", "--warmup_steps=1",
+                           "--final_eval_tokens=1024", "--save_every=2", "--log_every=1", "--sample_tokens=0", "--dtype=float32", "--compile=off", "--device=cpu",
+                           *rates, *flags]) == 0
+        return out
+    return run
+
+
+def sources_of(*folders):
+    return sum((train.find_data(str(f), "hybrid", 600, True, None)[0] for f in folders), [])
+
+
+# ---------------------------------------------------------------------------------------------------- marks and weights
+
+def turns_of(mask):
+    """Plain loop: number of each token within its reply, from 1, or 0."""
+    numbers, n = [], 0
+    for m in mask:
+        n = n + 1 if m else 0
+        numbers.append(n)
+    return numbers
+
+
+@settings(max_examples=60, deadline=None)
+@given(mask=st.lists(st.integers(0, 1), min_size=3, max_size=80), opening=st.integers(0, 12), data=st.data())
+def test_marks_equal_a_loop_over_the_tokens(mask, opening, data):
+    mask, T = np.array([0, *mask], np.uint8), 20
+    place, pieces, used = turns_of(mask), [], 0
+    while used < T - 1 and len(pieces) < 4:
+        start = data.draw(st.integers(0, len(mask) - 2))
+        n = data.draw(st.integers(1, min(T - used, len(mask) - 1 - start)))
+        pieces.append((start, n))
+        used += n
+    expected = [0] * T
+    for at, i in enumerate(i for start, n in pieces for i in range(start + 1, start + n + 1)):
+        expected[at] = 0 if not place[i] else 2 if place[i] <= opening else 1
+    assert train.mark_replies(mask, [pieces], T, opening)[0].tolist() == expected
+
+
+def plain_losses(model, tokens, first):
+    """Nats of tokens[first:], each behind all before it, one forward pass of the whole sequence alone, in float64."""
+    with torch.no_grad():
+        logp = model(torch.tensor([tokens[:-1]]), all_logits=True)[0][0].log_softmax(-1)
+    return [-float(logp[i - 1, tokens[i]]) for i in range(first, len(tokens))]
+
+
+def reference(out, chat_data, base, s, steps):
+    """What each step's loss and relevance loss must be: a loop over rows, chats and tokens, without masks from train.py. The rows, and who
+    is compared with whom, are the loader's."""
+    model, tokenizer, checkpoint = train.load_checkpoint(out / "best.pt")
+    model = model.double()
+    bos, assistant, eos = (tokenizer.token_to_id(t) for t in ("<|bos|>", "<|assistant|>", "<|eos|>"))
+    sources, base = sources_of(chat_data), sources_of(base)
+    rows, T = s.batch_tokens // s.block_size, s.block_size
+    loader = train.Loader(sources, "random", T, steps * rows, s.seed, bos, base, s.replay)
+    found = []
+    for step in range(steps):
+        dealt, total, weight = [loader.next_row() for _ in range(rows)], 0.0, 0.0
+        for source, pieces in dealt:
+            for start, n in pieces:
+                tokens = np.resize(np.roll(loader.sources[source].train, -start), n + 1).tolist()
+                nats = plain_losses(model, tokens, 1)
+                before = sources[0].train[:start + 1].tolist() if source == 0 else []
+                for i, (token, loss) in enumerate(zip(tokens[1:], nats)):
+                    w = s.word_boost if len(tokenizer.decode([token])) > 1 else 1.0
+                    if source == 0:  # chats: who speaks, and since how many tokens?
+                        past = before + tokens[1:1 + i]
+                        last = max((k for k, t in enumerate(past) if t == assistant), default=-1)
+                        if last < 0 or eos in past[last:] or bos in past[last:]:
+                            continue
+                        w *= s.response_start_weight if len(past) - last - 1 < s.response_start_tokens else 1.0
+                    total, weight = total + w * loss, weight + w
+        hinge, scored = 0.0, 0
+        if s.relevance:
+            rng, m = np.random.default_rng([s.seed, step]), rows // s.micro_batch
+            replies = train.replies_of(dealt, loader, bos, rng)
+            more = [int(s.micro_batch * s.relevance + rng.random()) for _ in range(m)]
+            for i in range(m):
+                x, y, reset, number, at_home = train.wrong_prompts(replies, list(range(i * s.micro_batch, (i + 1) * s.micro_batch)), more[i], T, rng)
+                for k in set(number.flatten().tolist()) - {0}:
+                    r, at = (int(v[0]) for v in torch.where(number == k))
+                    reply = y[r][number[r] == k].tolist()
+                    begin = max(int(v) for v in torch.where(reset[r])[0] if v <= at)
+                    wrong = sum(plain_losses(model, x[r, begin:at + 1].tolist() + reply, at + 1 - begin))
+                    home, place = (int(v[0]) for v in torch.where(at_home == k))
+                    own = next(c for c in replies if c.row == i * s.micro_batch + home and c.at == place)
+                    right = sum(plain_losses(model, own.context.tolist() + reply, len(own.context)))
+                    hinge, scored = hinge + max(0, s.relevance_margin - (wrong - right) / len(reply)) * len(reply), scored + len(reply)
+        found.append((total / weight if weight else 0.0, hinge / scored if scored else 0.0))
+    return found
+
+
+@pytest.mark.parametrize("flags", [
+    ["--word_boost=2", "--response_start_weight=1", "--replay=0", "--relevance=0"],
+    ["--word_boost=1", "--response_start_weight=3", "--response_start_tokens=5", "--replay=0", "--relevance=0"],
+    ["--word_boost=1", "--response_start_weight=1", "--replay=0.3", "--relevance=0"],
+    ["--word_boost=1", "--response_start_weight=1", "--replay=0", "--relevance=0.5", "--relevance_margin=0.4"],
+    ["--word_boost=1.5", "--response_start_weight=2", "--response_start_tokens=30", "--replay=0.25", "--relevance=0.4", "--relevance_margin=0.4"],
+    # a row is a step: some steps hold no reply, some are all replay, and of one chat there is none to compare with
+    ["--word_boost=1.5", "--response_start_weight=2", "--replay=0.5", "--relevance=0.5", "--batch_tokens=96", "--block_size=96", "--micro_batch=1", "--max_steps=40"],
+], ids=["word_boost", "response_start", "replay", "relevance", "all", "single_rows"])
+def test_losses_equal_a_loop_over_the_tokens_in_float64(flags, tune, chat_data, corpora):
+    out = tune(*flags, "--eval_every=0")
+    s = train.Settings(**train.read_checkpoint(out / "best.pt")["train"])
+    logged = [r for r in rows(out) if "train_loss" in r]
+    expected = reference(out, chat_data, corpora / "data/pydocs-hybrid", s, s.max_steps)
+    for row, (loss, hinge) in zip(logged, expected, strict=True):
+        assert row["train_loss"] == pytest.approx(loss, abs=2e-5)
+        assert row.get("relevance_loss", 0.0) == pytest.approx(hinge, abs=2e-5)
+    if s.block_size == 96:
+        assert any(loss == 0 for loss, _ in expected) and any(hinge > 0 for _, hinge in expected)
+    elif s.relevance:
+        assert all(hinge > 0 for _, hinge in expected)
+
+
+def test_doubled_weights_change_nothing(tune, monkeypatch):
+    once = tune(still=False)
+    weights = train.token_weights
+    monkeypatch.setattr(train, "token_weights", lambda *args: 2 * weights(*args))
+    twice = tune(still=False)
+    assert same_tensors(*(train.read_checkpoint(out / "ckpt.pt")["model"] for out in (once, twice)))
+    monkeypatch.setattr(train, "token_weights", lambda y, *args: (y >= 0).float())
+    plain = tune(still=False)
+    assert not same_tensors(*(train.read_checkpoint(out / "ckpt.pt")["model"] for out in (once, plain)))  # they do weigh
+
+
+def test_with_every_trick_off_it_is_plain_fine_tuning_to_the_bit(tune, trained, chat_data):
+    """Against a loop of a few lines: the next tokens of the replies, their mean loss, the optimizers."""
+    out = tune(*OFF, "--micro_batch=8", "--ema_beta=0", still=False)
+    s = train.Settings(**train.read_checkpoint(out / "ckpt.pt")["train"])
+    model, tokenizer, _ = train.load_checkpoint(trained / "best.pt")
+    model.train()
+    optimizers, (source,) = train.Optimizers(model, s, torch.float32), sources_of(chat_data)
+    loader = train.Loader([source], "random", 64, 32, s.seed, tokenizer.token_to_id("<|bos|>"))
+    for step in range(4):
+        dealt = [loader.next_row() for _ in range(8)]
+        x, y, reset = loader.tensors(dealt)
+        for row, (_, pieces) in enumerate(dealt):
+            at = 0
+            for start, n in pieces:
+                for i in range(n):
+                    if not source.train_mask[start + i + 1]:
+                        y[row, at + i] = -1
+                at += n
+        for p in model.parameters():
+            p.grad = None
+        model(x, y, reset=reset)[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip, foreach=True)
+        optimizers.step(train.lr_factor(step, s))
+    assert same_tensors(train.read_checkpoint(out / "ckpt.pt")["model"], model.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------------- replay
+
+def chats_and_base(seed=0):
+    """A source of chats of 12 tokens, masked from the fifth on, and two of text; each source has tokens of its own."""
+    chat = fake_source(np.tile([1] + [50] * 11, 200))
+    chat.train_mask = np.tile([0] * 4 + [1] * 8, 200).astype(np.uint8)
+    return [chat], [fake_source(np.arange(3000) % 20 + 100), fake_source(np.arange(1000) % 20 + 200)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(replay=st.floats(0.01, 0.95), rows=st.integers(1, 12))
+def test_replay_gives_its_share_of_the_rows_of_each_batch(replay, rows):
+    own, base = chats_and_base()
+    loader, taken = train.Loader(own, "random", 24, 40 * rows, 0, 1, base, replay), 0
+    for step in range(40):
+        dealt = [loader.next_row() for _ in range(rows)]
+        marks, (x, y, reset) = loader.marks(dealt, 2), loader.tensors(dealt)
+        for r, (source, pieces) in enumerate(dealt):
+            if source:  # a window of the stream: every target counts, and nothing in it is reset
+                assert (marks[r] == 1).all() and (y[r] >= 100).all() and pieces[0][1] == 24 and reset[r].tolist() == [True] + [False] * 23
+            else:
+                assert set(marks[r].tolist()) == {0, 1, 2} and (y[r] < 100).all() and reset[r, 11]
+            taken += source > 0
+        assert abs(taken - replay * rows * (step + 1)) < 1 + 1e-6
+    if taken > 40:
+        assert loader.taken[1] / taken == pytest.approx(0.75, abs=0.1)  # each base source by its size
+
+
+def test_without_replay_the_loader_deals_what_it_always_did():
+    own, base = chats_and_base()
+    for a, b in zip(train.Loader(own, "random", 24, 100, 0, 1).batch(100), train.Loader(own, "random", 24, 100, 0, 1, base, 0.0).batch(100)):
+        assert torch.equal(a, b)
+
+
+def test_sequential_spends_its_turns_on_what_replay_leaves():
+    own = [fake_source(np.arange(1000)), fake_source(np.arange(1000) + 1000)]
+    loader = train.Loader(own, "sequential", 10, 400, 0, None, [fake_source(np.arange(1000) + 5000)], 0.25)
+    drawn = [loader.next_row()[0] for _ in range(400)]
+    assert drawn.count(2) == 100 and [d for d in drawn if d != 2] == [0] * 150 + [1] * 150
+
+
+# ---------------------------------------------------------------------------------------------------- relevance
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10 ** 6), n=st.integers(1, 30), n_rows=st.integers(0, 4))
+def test_replies_are_put_under_whole_prompts_of_other_chats(seed, n, n_rows):
+    rng, T = np.random.default_rng(seed), 40
+    replies, at = [], 0
+    for k in range(n):  # every token tells which chat it is of: contexts 1000 k + ..., replies 1000 k + 500 + ...
+        context, reply = np.arange(rng.integers(1, 60)) + 1000 * k, np.arange(rng.integers(1, T // 2)) + 1000 * k + 500
+        replies.append(train.Reply(k, int(rng.integers(0, T - len(reply) + 1)), context, reply))
+    rows = list(range(0, n, 2))
+    x, y, reset, number, at_home = train.wrong_prompts(replies, rows, n_rows, T, rng)
+    assert x.shape == y.shape == reset.shape == number.shape == (n_rows, T) and at_home.shape == (len(rows), T)
+    begin = 0
+    for r in range(n_rows):
+        for t in range(T):
+            begin = t if reset[r, t] else begin
+            if number[r, t]:
+                chat, other = int(y[r, t]) // 1000, x[r, begin:t + 1]
+                assert y[r, t] % 1000 >= 500 and chat in rows  # a reply of these rows ...
+                context = other[other % 1000 < 500]
+                assert len({int(c) // 1000 for c in context}) == 1 and int(context[0]) // 1000 != chat  # ... under one other chat's prompt ...
+                whole = replies[int(context[0]) // 1000].context
+                assert context.tolist() == whole[len(whole) - len(context):].tolist()  # ... which is whole at its end, where the question is
+                assert len(context) == len(whole) or begin == 0 and len(context) + len(replies[chat].tokens) == T + 1
+    for k in set(number.flatten().tolist()) - {0}:
+        there, = {int(v) // 1000 for v in y[number == k]}
+        assert y[number == k].tolist() == replies[there].tokens.tolist()
+        home = torch.where(at_home == k)
+        assert rows[int(home[0][0])] == replies[there].row and home[1].tolist() == list(range(replies[there].at, replies[there].at + len(replies[there].tokens)))
+    assert set(at_home.unique().tolist()) <= set(number.unique().tolist()) | {0}
+    if n > 1 and n_rows:
+        assert (number > 0).any()
+
+
+def test_the_relevance_loss_is_a_hinge_per_token():
+    own, wrong, lengths = torch.tensor([2.0, 6.0, 1.0]), torch.tensor([4.0, 6.5, 9.0]), torch.tensor([2.0, 4.0, 1.0])
+    assert float(train.relevance_loss(own, wrong, lengths, 1.5)) == pytest.approx(2 * 0.5 + 4 * (1.5 - 0.125) + 0)
+
+
+def test_relevance_accuracy_equals_scoring_each_reply_alone(tune, chat_data):
+    out = tune(still=False)
+    model, tokenizer, _ = train.load_checkpoint(out / "best.pt")
+    source, = sources_of(chat_data)
+    bos, assistant, eos = (tokenizer.token_to_id(t) for t in ("<|bos|>", "<|assistant|>", "<|eos|>"))
+    text = source.val.tolist()
+    begins = [i for i, t in enumerate(text) if t == bos] + [len(text)]
+    pairs = []
+    for k, (a, b) in enumerate(zip(begins, begins[1:])):
+        chat = text[a:b]
+        opened = [i for i, t in enumerate(chat) if t == assistant]
+        first = opened[k % len(opened)] + 1
+        end = chat.index(eos, first) + 1
+        pairs.append((chat[:first], chat[first:end]))
+    model, right = model.double(), 0
+    for i, (context, reply) in enumerate(pairs):
+        prompts = (c[-(129 - len(reply)):] for c in (context, pairs[(i + len(pairs) // 2) % len(pairs)][0]))  # what a row of 128 has room for
+        own, wrong = (sum(plain_losses(model, c + reply, len(c))) for c in prompts)
+        right += own < wrong
+    assert train.relevance_accuracy(model, [source], 0, 128, 4, torch.no_grad, bos, torch.device("cpu")) == pytest.approx(right / len(pairs))
+    assert 0.5 < right / len(pairs) < 1
+
+
+# ---------------------------------------------------------------------------------------------------- packed chats do not see each other
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_changing_one_chat_of_a_row_leaves_the_others_logits_alone(name, chat_data):
+    module, tiny = ARCHITECTURES[name].module, ARCHITECTURES[name].tiny
+    model = randomised(module.Model(module.Config(**{**tiny, "vocab_size": 600, "context_length": 128}))).eval()
+    source, = sources_of(chat_data)
+    loader = train.Loader([source], "random", 96, 10, 0, bos=1)
+    dealt = [next(d for d in (loader.next_row() for _ in range(50)) if len(d[1]) >= 3)]
+    x, y, reset = loader.tensors(dealt)
+    begins = torch.where(reset[0])[0].tolist()
+    a, b = begins[1], begins[2]
+    changed = x.clone()
+    changed[0, a + 1:b] = (x[0, a + 1:b] + 7) % 600
+    with torch.no_grad():
+        before, after = (model(t, all_logits=True, reset=reset)[0][0] for t in (x, changed))
+        alone = model(x[:, b:begins[3] if len(begins) > 3 else None], all_logits=True)[0][0]
+    same = [i for i in range(96) if not a <= i < b]
+    assert torch.equal(before[same], after[same]) and not torch.equal(before[a + 2:b], after[a + 2:b])
+    assert (before[b:b + len(alone)] - alone).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------- whole runs
