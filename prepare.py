@@ -1346,7 +1346,7 @@ def prepare(names, s):
 
 def corpus_name(names, tokenizer, vocab_size):
     """pydocs, hybrid, 2111 -> 'pydocs-hybrid'; a vocabulary size that is not the default is appended."""
-    base = "+".join(n if n in (*EMBEDDED, *HUB, *MIXES) else Path(n.rpartition("@")[0] if not os.path.exists(n) else n).resolve().name.split(".")[0] for n in names)
+    base = "+".join(n if n in (*EMBEDDED, *HUB, *MIXES) else Path(n.rpartition("@")[0] if "@" in n and not os.path.exists(n) else n).resolve().name.split(".")[0] for n in names)
     path = Path(tokenizer)
     kind = tokenizer if tokenizer in TRAINERS else path.resolve().parent.name if path.name == "tokenizer.json" else path.stem
     return f"{base}-{kind}" + (f"-{vocab_size}" if vocab_size and vocab_size != DEFAULT_VOCAB[kind] else "")

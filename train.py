@@ -60,8 +60,8 @@ class Settings:
     response_start_weight: float = 1.0  # ... have this weight; 1: off
     base_data: str = ""  # what tuning replays, and on which it measures forgetting; as --data; empty: what the checkpoint was trained on
     replay: float = 0.0  # share of the rows that are windows of the base data; 0: off
-    relevance: float = 0.0  # so many rows for each row of a batch hold its replies under other chats' prompts, where they should be less likely; 0: off
-    relevance_margin: float = 1.0  # by how much, in nats per token of a reply
+    relevance: float = 0.0  # so many more rows, as a share, hold replies under other chats' prompts, where they are to be less likely; 0: off
+    relevance_margin: float = 0.5  # by how much, in nats per token of the reply
     # optimizer
     optimizer: str = "muon"  # muon: matrices of the blocks by Muon, the rest by AdamW; adamw: everything by AdamW
     muon_lr: float = 0.02  # peak learning rate of Muon
@@ -130,7 +130,8 @@ def find_data(spec, tokenizer, vocab_size, is_main, barrier, like=None):
     """
     folders, same = [], []
     if like is not None:
-        same = [p for p in sorted(Path("data").glob("*/tokenizer.json")) if p.read_text(encoding="utf-8") == like]
+        there = sorted([*Path("data").glob("*/tokenizer.json"), *Path("data").glob("tokenizer-*.json")], key=lambda p: (len(str(p)), str(p)))
+        same = [p for p in there if p.read_text(encoding="utf-8") == like]
         if not same:  # the data it was trained on is elsewhere
             same = [Path("data") / f"tokenizer-{hashlib.sha256(like.encode()).hexdigest()[:8]}.json"]
     for item in spec.split(","):
@@ -324,11 +325,14 @@ class Loader:
         """`tensors` of the next rows."""
         return self.tensors([self.next_row() for _ in range(rows)])
 
+    def in_replies(self, source):
+        """Whether only replies of this source count: it is a set of chats and no base data."""
+        return source < self.own and self.sources[source].train_mask is not None
+
     def marks(self, dealt, opening):
-        """Rows as `next_row` gives them -> `mark_replies`; in base data and sources without replies every target is marked 1."""
-        masks = [None if source >= self.own else self.sources[source].train_mask for source, _ in dealt]
-        return torch.cat([torch.ones(1, self.T, dtype=torch.uint8) if mask is None else mark_replies(mask, [pieces], self.T, opening)
-                          for mask, (_, pieces) in zip(masks, dealt)])
+        """Rows as `next_row` gives them -> `mark_replies`; where not only replies count, every target is marked 1."""
+        return torch.cat([mark_replies(self.sources[source].train_mask, [pieces], self.T, opening) if self.in_replies(source)
+                          else torch.ones(1, self.T, dtype=torch.uint8) for source, pieces in dealt])
 
     def state_dict(self):
         return dict(taken=list(self.taken), per_epoch=list(self.per_epoch), fingerprint=[s.fingerprint for s in self.sources])
@@ -377,7 +381,7 @@ def replies_of(dealt, loader, bos, rng):
     replies = []
     for row, (source, pieces) in enumerate(dealt):
         tokens, mask, at = loader.sources[source].train, loader.sources[source].train_mask, 0
-        for start, n in pieces if source < loader.own and mask is not None else ():
+        for start, n in pieces if loader.in_replies(source) else ():
             found = find_reply(mask[start:start + n + 1], int(rng.integers(2 ** 32)), loader.T) if tokens[start] == bos else None
             if found:
                 first, end = found
@@ -848,8 +852,8 @@ def draw_loss(rows, path, title, xz=None):
 # ---------------------------------------------------------------------------------------------------- set-up
 
 def flag_value(argv, name):
-    """The value of --name in argv before it is parsed: some flags decide which flags there are."""
-    for i, word in enumerate(argv):
+    """The value of --name, the last if there are several, in argv before it is parsed: some flags decide which flags there are."""
+    for i, word in reversed(list(enumerate(argv))):
         if word == f"--{name}":
             return argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else "true"
         if word.startswith(f"--{name}="):
@@ -1253,14 +1257,13 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
         loss_weights = token_weights(y, marks, boost, s.response_start_weight)
         whole = float(loss_weights.sum()) or 1.0  # over all processes, so that the mean is the same for any number of them
         shares = [float(w.sum()) / whole for w in loss_weights[rank::world].split(micro)]
-        rivals, scored = [None] * len(shares), 1
-        if s.relevance:  # each process makes everybody's rows, to know how many tokens are scored in all
-            rng, m = np.random.default_rng([s.seed, step]), len(shares)
+        rivals = [None] * len(shares)
+        if s.relevance:
+            rng = np.random.default_rng([s.seed, step, rank, 1])
             replies = replies_of(dealt, loader, bos, rng)
-            more = [int(micro * s.relevance + rng.random()) for _ in range(m)]  # rounded so that the mean is right
-            made = [[wrong_prompts(replies, list(range(r + world * micro * i, min(rows, r + world * micro * (i + 1)), world)), more[i], T, rng)
-                     for i in range(m)] for r in range(world)]
-            rivals, scored = made[rank], max(1, sum(int((each[3] > 0).sum()) for mine in made for each in mine))
+            rivals = [wrong_prompts(replies, mine, int(micro * s.relevance + rng.random()), T, rng)  # rounded so that the mean is right
+                      for mine in (list(range(rank, rows, world)[i * micro:(i + 1) * micro]) for i in range(len(shares)))]
+            spoken = max(1, sum(int((y[row] >= 0).sum()) for row, (source, _) in enumerate(dealt) if loader.in_replies(source)))
         x, y, reset, loss_weights = (None if t is None else t[rank::world].to(device) for t in (x, y, reset, loss_weights))
         loss, contrast = torch.zeros((), device=device), torch.zeros((), device=device)
         for i, share in enumerate(shares):
@@ -1279,7 +1282,7 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
                     n = int(number.max())
                     lengths = reply_sums(torch.ones_like(under_wrong), number, n)
                     own, wrong = reply_sums(losses, at_home, n), reply_sums(under_wrong, number, n)
-                    part_contrast = relevance_loss(own, wrong, lengths, s.relevance_margin) / scored
+                    part_contrast = relevance_loss(own, wrong, lengths, s.relevance_margin) / spoken
                     part_loss = (losses * loss_weights[part]).sum() / whole
                 ((part_loss + part_contrast) * world).backward()  # DDP averages over the processes; the loss is a sum of shares
             loss += part_loss.detach()

@@ -47,6 +47,11 @@ def chat_set(d):
     prepare.prepare(["chats.jsonl"], prepare.Settings(tokenizer="data/mine/tokenizer.json", name="chats"))
 
 
+def short(d):
+    """data/short: another text with another tokenizer."""
+    prepare.prepare(["book.txt"], prepare.Settings(tokenizer="hybrid", vocab_size=300, name="short"))
+
+
 def no_roles(d):
     """roles.json: data/mine's tokenizer without <|user|>."""
     (d / "roles.json").write_text((d / "data/mine/tokenizer.json").read_text().replace("<|user|>", "<|human|>"))
@@ -58,7 +63,7 @@ def nothing(d):
 
 MISTAKES = {
     # what is wrong: (tool, its flags, what spoils the folder beforehand, what the line must say)
-    "no such model": (train, ["--model=tinymemori"], nothing, r"no model 'tinymemori' \(did you mean tinymemory\?\).*ivme"),
+    "no such model": (train, ["--model=tinymemori"], nothing, r"no model 'tinymemori' \(did you mean tinymemory or tinymemory-sft\?\).*ivme"),
     "no such preset": (train, ["--model=tinymemory-xxl"], nothing, "no preset 'tinymemory-xxl'.*tinymemory"),
     "no such flag": (train, ["--max_step=3"], nothing, r"no flag --max_step \(did you mean max_steps"),
     "a word that is no flag": (train, ["max_steps=3"], nothing, "what is 'max_steps=3'.*--name=value"),
@@ -83,7 +88,7 @@ MISTAKES = {
     "a vocabulary too large for the model": (train, ["--vocab_size=500"], nothing, "vocabulary of 600 tokens, the model of 500"),
     "ids outside the vocabulary": (train, [], ids_too_high, "token id 601, the model's vocabulary ends at 599"),
     "windows longer than the data": (train, ["--data=short", "--context_length=100000", "--block_size=65536", "--batch_tokens=65536"], nothing, "fewer than one window of 65537"),
-    "data without a weight": (train, ["--data=mine:0"], nothing, "weights in --data must be above 0"),
+    "data without a weight": (train, ["--data=mine:0"], nothing, "weights in --data and --base_data must be above 0"),
     "the folder holds a run": (train, ["--out=run"], nothing, "run holds a run: --resume .*--out .*--overwrite"),
     "nothing to resume": (train, ["--resume", "--out=nowhere"], nothing, "no run to resume in nowhere"),
     "resuming as another model": (train, ["--resume", "--out=run", "--model=ivme"], nothing, "the run in run is a tinymemory"),
@@ -100,9 +105,22 @@ MISTAKES = {
     "decay without a length": (train, ["--decay_only", "--init_from=run/ckpt.pt"], nothing, "--decay_only needs --decay_steps"),
     "measuring nothing": (train, ["--eval_only"], nothing, "--eval_only needs --init_from"),
     "measuring and decaying": (train, ["--eval_only", "--decay_only", "--decay_steps=3", "--init_from=run/ckpt.pt"], nothing, "--eval_only measures one checkpoint and trains nothing"),
-    "no way of packing": (train, ["--pack=documents"], nothing, r"documents is not one of stream, document \(did you mean document\?\)"),
+    "no way of packing": (train, ["--pack=documents"], nothing, r"documents is not one of auto, stream, document \(did you mean document\?\)"),
     "no such device": (train, ["--device=gpu"], nothing, "--device=gpu is not a device"),
     "a device that is not here": (train, [f"--device={'mps' if not torch.backends.mps.is_available() else 'cuda:99'}"], nothing, "device"),
+    "tuning without its start": (train, ["--model=tinymemory-sft"], nothing, "starts from out/tinymemory/best.pt, which is not there: run python train.py --model=tinymemory first"),
+    "replay without chats": (train, ["--replay=0.1"], nothing, "--replay belongs to tuning on the replies of chats"),
+    "replies of what is no chat": (train, ["--loss_on=responses"], nothing, "--loss_on=responses needs a set of chats, and mine holds none"),
+    "relevance within windows": (train, ["--data=chats", "--loss_on=responses", "--relevance=0.1", "--pack=stream"], chat_set, "it needs --pack=document"),
+    "replay of nothing": (train, ["--data=chats", "--loss_on=responses", "--replay=0.1"], chat_set, "--replay needs --base_data"),
+    "nothing but replay": (train, ["--replay=1"], nothing, "--replay must be below 1"),
+    "replay of another tokenizer's data": (train, ["--init_from=run/best.pt", "--data=chats", "--base_data=data/short", "--out=new", "--data=chats"],
+                                           lambda d: (chat_set(d), short(d)), "the base data data/short have different tokenizers"),
+    "a chat without a tuned model": (sample, ["--chat"], nothing, "no out/tinymemory-sft/best.pt to chat with: python train.py --model=tinymemory-sft makes it"),
+    "several chats": (sample, ["--chat", "--ckpt=run/best.pt", "--num_samples=2"], nothing, "--num_samples does not go with --chat"),
+    "instructions without a chat": (sample, ["--ckpt=run/best.pt", "--system=be brief"], nothing, "--system belongs to --chat"),
+    "a chat without roles": (sample, ["--chat", "--ckpt=run/best.pt"], lambda d: edit_checkpoint(d / "run/best.pt", tokenizer=torch.load(
+        d / "run/best.pt", weights_only=True)["tokenizer"].replace("<|user|>", "<|human|>")), "no <.user.>, which chats are framed with"),
     "sampling without a checkpoint": (sample, ["--ckpt=none.pt"], nothing, "no checkpoint none.pt"),
     "sampling from a folder": (sample, ["--ckpt=run"], nothing, "run is a folder; name a checkpoint in it, such as run/best.pt"),
     "sampling from half a checkpoint": (sample, ["--ckpt=run/best.pt"], lambda d: cut(d / "run/best.pt"), "best.pt is damaged"),
@@ -163,7 +181,7 @@ def test_a_mistake_is_one_line_status_2_and_nothing_written_over(what, corpora, 
     (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n' * 1000)[:-20])
     (tmp_path / "fake.parquet").write_bytes(b"PAR1 this is none")
     if "--data=short" in flags:
-        prepare.prepare(["book.txt"], prepare.Settings(tokenizer="hybrid", vocab_size=300, name="short"))
+        short(tmp_path)
     spoil(tmp_path)
     capsys.readouterr()
     before = snapshot(tmp_path)

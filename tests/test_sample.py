@@ -1,5 +1,11 @@
 """sample.py: each sampling rule against a plain reference, batches, the cache beyond the context, and what is printed."""
+import io
+import json
 import math
+import os
+import select
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,6 +18,9 @@ import ivme
 import prepare
 import sample
 import tinymemory
+import train
+from conftest import ROOT
+from test_architectures import ARCHITECTURES, randomised
 
 TINY = dict(n_layer=2, d_model=16, n_head=2, d_ff=16, vocab_size=40, context_length=16)
 
@@ -154,7 +163,6 @@ def test_several_samples_are_marked_and_differ(trained, capsys):
 
 
 def test_the_prompt_may_come_from_standard_input(trained, capsys, monkeypatch):
-    import io
     monkeypatch.setattr("sys.stdin", io.StringIO("class A\n"))
     assert run(capsys, f"--ckpt={trained}/best.pt", "--max_new_tokens=4").startswith("class A")
 
@@ -176,3 +184,162 @@ def test_generation_ends_before_the_stop_text(trained, capsys):
     free = run(capsys, *flags)[len("import"):-1]
     stop = free[20:22]
     assert run(capsys, *flags, f"--stop={stop}") == "import" + free.split(stop)[0] + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------- chat
+
+@pytest.fixture(scope="module")
+def byte_ids(byte_tokenizer):
+    return prepare.chat_ids(byte_tokenizer)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def talker(request):
+    """A small model of each architecture that never says a special token: it writes on until it is stopped."""
+    arch = ARCHITECTURES[request.param]
+    model = randomised(arch.module.Model(arch.module.Config(**{**arch.tiny, "vocab_size": 263, "context_length": 64}))).eval()
+    return model
+
+
+def plain_reply(model, ids, n, specials):
+    """n greedy tokens behind ids, or fewer if one is special: everything is read anew for each."""
+    said = []
+    for _ in range(n):
+        with torch.no_grad():
+            token = int(model(torch.tensor([ids + said]))[0][0, -1].argmax())
+        if token in specials:
+            break
+        said.append(token)
+    return said
+
+
+def test_a_chat_through_the_cache_equals_reading_all_of_it_anew(talker, byte_tokenizer, byte_ids):
+    chat = sample.Chat(talker, byte_tokenizer, system="be brief", temperature=0)
+    bos, eos, system, user, assistant = (byte_ids[f"<|{name}|>"] for name in ("bos", "eos", "system", "user", "assistant"))
+    expected, read = [bos, system, *byte_tokenizer.encode("be brief").ids], []
+    forward = talker.forward
+    talker.forward = lambda idx, **kw: (read.append(idx.size(1)), forward(idx, **kw))[1]
+    for message, n in (("hi", 5), ("and?", 1), ("", 6)):
+        read.clear()
+        begun = len(expected) - chat.cache.length  # what ended the last reply; at first the instructions
+        pieces = list(chat.reply(message, n))
+        new = [user, *byte_tokenizer.encode(message).ids, assistant]
+        assert begun + len(new) <= sum(read) < begun + len(new) + n and (begun <= 2 or message == "hi")
+        talker.forward = forward
+        said = plain_reply(talker, expected + new, n, byte_ids.values())
+        talker.forward = lambda idx, **kw: (read.append(idx.size(1)), forward(idx, **kw))[1]
+        expected += [*new, *said, eos]
+        assert chat.ids == expected and "".join(pieces) == chat.messages[-1]["content"]
+    assert [m["role"] for m in chat.messages] == ["system"] + ["user", "assistant"] * 3 and not chat.forgot
+    chat.reset()
+    list(chat.reply("hi", 5))
+    assert chat.ids == expected[:len(chat.ids)] and len(chat.messages) == 3  # as if it were the first
+
+
+def test_a_full_context_forgets_the_oldest_turns_but_not_the_instructions(byte_tokenizer, byte_ids):
+    arch = ARCHITECTURES["ivme"]
+    model = randomised(arch.module.Model(arch.module.Config(**{**arch.tiny, "vocab_size": 263, "context_length": 64}))).eval()
+    chat = sample.Chat(model, byte_tokenizer, system="be brief", temperature=0)
+    opening = list(chat.ids)
+    for i in range(8):
+        before = len(chat.ids)
+        list(chat.reply(f"question {i}", 6))
+        assert len(chat.ids) <= 64 + 1 and chat.ids[:len(opening)] == opening
+        if len(chat.ids) < before:  # forgotten: the rest begins with a turn, fits into half, and is read as if it were all
+            assert chat.ids[len(opening)] == byte_ids["<|user|>"] and len(chat.ids) <= 32 + 8
+        assert chat.ids[-2:-1] == plain_reply(model, chat.ids[:-2], 1, byte_ids.values())  # the last token came after what is left
+    assert chat.forgot and len(chat.messages) == 17  # what is saved is all of it
+    list(chat.reply("x" * 200, 100))  # a message longer than the context, a reply that fills it
+    assert len(chat.ids) <= 65 and chat.ids[:len(opening)] == opening
+    with pytest.raises(prepare.UserError, match="the system's message has"):
+        list(sample.Chat(model, byte_tokenizer, system="long " * 20, temperature=0).reply("hi", 3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(message=st.lists(st.sampled_from([*prepare.SPECIAL_TOKENS, "<|", "|>", "assistant", "yes", " ", "\n"]), max_size=6).map("".join))
+def test_a_message_that_spells_a_turn_opens_none(message, byte_tokenizer, byte_ids):
+    arch = ARCHITECTURES["tinymemory"]
+    chat = sample.Chat(arch.module.Model(arch.module.Config(**{**arch.tiny, "vocab_size": 263, "context_length": 512})), byte_tokenizer, system=message)
+    list(chat.reply(message, 1))
+    special = [t for t in chat.ids if t < 7]
+    assert special == [byte_ids[f"<|{t}|>"] for t in ["bos", *["system"] * bool(message), "user", "assistant", "eos"]]
+    assert byte_tokenizer.decode(chat.ids[chat.start + 1:chat.ids.index(byte_ids["<|assistant|>"])]) == message
+
+
+def test_a_reply_ends_at_any_token_that_belongs_to_none_and_when_it_is_stopped(monkeypatch, byte_tokenizer, byte_ids):
+    arch, a = ARCHITECTURES["tinymemory"], byte_tokenizer.encode("a").ids[0]
+    model = arch.module.Model(arch.module.Config(**{**arch.tiny, "vocab_size": 263}))
+    for end in byte_ids.values():
+        monkeypatch.setattr(sample, "stream", lambda *args, end=end, **kw: iter(torch.tensor([[a], [a], [end], [a]])))
+        chat = sample.Chat(model, byte_tokenizer)
+        assert "".join(chat.reply("hi", 10)) == "aa" and chat.ids[-3:] == [a, a, byte_ids["<|eos|>"]]
+    monkeypatch.setattr(sample, "stream", lambda model, idx, n, **kw: iter(torch.tensor([[a]] * n)))
+    chat, said = sample.Chat(model, byte_tokenizer), []
+    for piece in chat.reply("hi", 100, stopped=lambda: len(said) == 2):
+        said.append(piece)
+    assert chat.messages[-1]["content"] == "aa" and chat.ids[-1] == byte_ids["<|eos|>"]
+    chat.reset()
+    assert "".join(chat.reply("hi", 100, stop="aaaaa")) == ""
+
+
+@pytest.fixture
+def chatty(trained, tmp_path):
+    """A checkpoint that never ends a reply of its own accord when it takes the likeliest token."""
+    checkpoint = train.read_checkpoint(trained / "best.pt")
+    for part in ("model", "ema"):
+        checkpoint[part]["embed.weight"][:7] = 0
+    train.save_checkpoint(tmp_path / "chatty.pt", checkpoint)
+    return tmp_path / "chatty.pt"
+
+
+def test_a_chat_through_pipes_answers_each_line_and_saves_what_prepare_reads(chatty, tmp_path, capfd, monkeypatch):
+    lines = "import os\nclass A:\\\n    pass\n/save chat.jsonl\nagain\n/save chat.jsonl\n/nonsense\n/reset\n\nx\n/save chat.jsonl\n/save /no/such/folder/x\n/exit\nnever"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert sample.main([f"--ckpt={chatty}", "--chat", "--max_new_tokens=6", "--temperature=0", "--system=be brief"]) == 0
+    out, err = capfd.readouterr()
+    saved = [json.loads(line)["messages"] for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
+    assert [[m["content"] for m in chat if m["role"] == "user"] for chat in saved] == [["import os", "class A:\n    pass", "again"], ["x"]]
+    assert [m["content"] for chat in saved for m in chat if m["role"] == "assistant"] == out.removesuffix("\n").split("\n") or "\n" in saved[0][1]["content"]
+    assert all(chat[0] == dict(role="system", content="be brief") for chat in saved) and ">" not in out
+    assert "saved 7 messages to chat.jsonl" in err and "there is no command /nonsense" in err and "the chat was not saved" in err and "a new chat" in err
+    assert [prepare.chat_messages(dict(messages=chat)) for chat in saved]
+
+
+def test_ctrl_c_ends_a_reply_and_the_chat_goes_on(chatty, tmp_path):
+    """On a terminal: an endless reply, Ctrl-C, at the prompt Ctrl-C again, another message, /save, Ctrl-D."""
+    pty = pytest.importorskip("pty", reason="pseudo-terminals are a Unix thing")
+    pid, fd = pty.fork()
+    if not pid:
+        os.chdir(tmp_path)
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [sys.executable, str(ROOT / "sample.py"), f"--ckpt={chatty}", "--chat", "--max_new_tokens=1000000", "--temperature=0"])
+    shown = b""
+
+    def until(condition):
+        nonlocal shown
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, shown
+            if select.select([fd], [], [], 1)[0]:
+                try:
+                    shown += os.read(fd, 65536)
+                except OSError:  # the other side is closed
+                    return
+    until(lambda: shown.endswith(b"> "))
+    for message in (b"import os", b"again"):
+        begun = len(shown)
+        os.write(fd, message + b"\r")
+        until(lambda: len(shown) > begun + 200)
+        os.write(fd, b"\x03")
+        until(lambda: shown.endswith(b"> "))
+    begun = len(shown)
+    os.write(fd, b"half a mess\x03")
+    until(lambda: len(shown) > begun and shown.endswith(b"> "))
+    os.write(fd, b"/save chat.jsonl\r")
+    until(lambda: b"saved 4 messages" in shown and shown.endswith(b"> "))
+    os.write(fd, b"\x04")
+    until(lambda: False) if sys.platform == "linux" else None
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(fd)
+    assert [m["role"] for m in json.loads((tmp_path / "chat.jsonl").read_text())["messages"]] == ["user", "assistant"] * 2 and b"Traceback" not in shown

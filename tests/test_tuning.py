@@ -2,7 +2,6 @@
 import json
 import math
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
-import tinymemory
 import train
-from conftest import ROOT, run_train, same_tensors
+from conftest import ROOT, command, same_tensors
 from prepare import UserError
 from test_architectures import ARCHITECTURES, randomised
 from test_train import fake_source, rows
@@ -106,7 +104,7 @@ def reference(out, chat_data, base, s, steps):
     loader = train.Loader(sources, "random", T, steps * rows, s.seed, bos, base, s.replay)
     found = []
     for step in range(steps):
-        dealt, total, weight = [loader.next_row() for _ in range(rows)], 0.0, 0.0
+        dealt, total, weight, spoken = [loader.next_row() for _ in range(rows)], 0.0, 0.0, 0
         for source, pieces in dealt:
             for start, n in pieces:
                 tokens = np.resize(np.roll(loader.sources[source].train, -start), n + 1).tolist()
@@ -119,15 +117,16 @@ def reference(out, chat_data, base, s, steps):
                         last = max((k for k, t in enumerate(past) if t == assistant), default=-1)
                         if last < 0 or eos in past[last:] or bos in past[last:]:
                             continue
+                        spoken += 1
                         w *= s.response_start_weight if len(past) - last - 1 < s.response_start_tokens else 1.0
                     total, weight = total + w * loss, weight + w
-        hinge, scored = 0.0, 0
+        hinge = 0.0
         if s.relevance:
-            rng, m = np.random.default_rng([s.seed, step]), rows // s.micro_batch
+            rng = np.random.default_rng([s.seed, step, 0, 1])
             replies = train.replies_of(dealt, loader, bos, rng)
-            more = [int(s.micro_batch * s.relevance + rng.random()) for _ in range(m)]
-            for i in range(m):
-                x, y, reset, number, at_home = train.wrong_prompts(replies, list(range(i * s.micro_batch, (i + 1) * s.micro_batch)), more[i], T, rng)
+            for i in range(rows // s.micro_batch):
+                more = int(s.micro_batch * s.relevance + rng.random())
+                x, y, reset, number, at_home = train.wrong_prompts(replies, list(range(i * s.micro_batch, (i + 1) * s.micro_batch)), more, T, rng)
                 for k in set(number.flatten().tolist()) - {0}:
                     r, at = (int(v[0]) for v in torch.where(number == k))
                     reply = y[r][number[r] == k].tolist()
@@ -136,8 +135,8 @@ def reference(out, chat_data, base, s, steps):
                     home, place = (int(v[0]) for v in torch.where(at_home == k))
                     own = next(c for c in replies if c.row == i * s.micro_batch + home and c.at == place)
                     right = sum(plain_losses(model, own.context.tolist() + reply, len(own.context)))
-                    hinge, scored = hinge + max(0, s.relevance_margin - (wrong - right) / len(reply)) * len(reply), scored + len(reply)
-        found.append((total / weight if weight else 0.0, hinge / scored if scored else 0.0))
+                    hinge += max(0, s.relevance_margin - (wrong - right) / len(reply)) * len(reply)
+        found.append((total / weight if weight else 0.0, hinge / spoken if spoken else 0.0))
     return found
 
 
@@ -148,7 +147,7 @@ def reference(out, chat_data, base, s, steps):
     ["--word_boost=1", "--response_start_weight=1", "--replay=0", "--relevance=0.5", "--relevance_margin=0.4"],
     ["--word_boost=1.5", "--response_start_weight=2", "--response_start_tokens=30", "--replay=0.25", "--relevance=0.4", "--relevance_margin=0.4"],
     # a row is a step: some steps hold no reply, some are all replay, and of one chat there is none to compare with
-    ["--word_boost=1.5", "--response_start_weight=2", "--replay=0.5", "--relevance=0.5", "--batch_tokens=96", "--block_size=96", "--micro_batch=1", "--max_steps=40"],
+    ["--word_boost=1.5", "--response_start_weight=2", "--replay=0.5", "--relevance=1", "--batch_tokens=128", "--block_size=128", "--micro_batch=1", "--max_steps=40"],
 ], ids=["word_boost", "response_start", "replay", "relevance", "all", "single_rows"])
 def test_losses_equal_a_loop_over_the_tokens_in_float64(flags, tune, chat_data, corpora):
     out = tune(*flags, "--eval_every=0")
@@ -158,7 +157,7 @@ def test_losses_equal_a_loop_over_the_tokens_in_float64(flags, tune, chat_data, 
     for row, (loss, hinge) in zip(logged, expected, strict=True):
         assert row["train_loss"] == pytest.approx(loss, abs=2e-5)
         assert row.get("relevance_loss", 0.0) == pytest.approx(hinge, abs=2e-5)
-    if s.block_size == 96:
+    if s.block_size == 128:
         assert any(loss == 0 for loss, _ in expected) and any(hinge > 0 for _, hinge in expected)
     elif s.relevance:
         assert all(hinge > 0 for _, hinge in expected)
@@ -217,7 +216,7 @@ def test_replay_gives_its_share_of_the_rows_of_each_batch(replay, rows):
     loader, taken = train.Loader(own, "random", 24, 40 * rows, 0, 1, base, replay), 0
     for step in range(40):
         dealt = [loader.next_row() for _ in range(rows)]
-        marks, (x, y, reset) = loader.marks(dealt, 2), loader.tensors(dealt)
+        marks, (_, y, reset) = loader.marks(dealt, 2), loader.tensors(dealt)
         for r, (source, pieces) in enumerate(dealt):
             if source:  # a window of the stream: every target counts, and nothing in it is reset
                 assert (marks[r] == 1).all() and (y[r] >= 100).all() and pieces[0][1] == 24 and reset[r].tolist() == [True] + [False] * 23
@@ -248,7 +247,7 @@ def test_sequential_spends_its_turns_on_what_replay_leaves():
 @given(seed=st.integers(0, 10 ** 6), n=st.integers(1, 30), n_rows=st.integers(0, 4))
 def test_replies_are_put_under_whole_prompts_of_other_chats(seed, n, n_rows):
     rng, T = np.random.default_rng(seed), 40
-    replies, at = [], 0
+    replies = []
     for k in range(n):  # every token tells which chat it is of: contexts 1000 k + ..., replies 1000 k + 500 + ...
         context, reply = np.arange(rng.integers(1, 60)) + 1000 * k, np.arange(rng.integers(1, T // 2)) + 1000 * k + 500
         replies.append(train.Reply(k, int(rng.integers(0, T - len(reply) + 1)), context, reply))
@@ -302,7 +301,7 @@ def test_relevance_accuracy_equals_scoring_each_reply_alone(tune, chat_data):
         own, wrong = (sum(plain_losses(model, c + reply, len(c))) for c in prompts)
         right += own < wrong
     assert train.relevance_accuracy(model, [source], 0, 128, 4, torch.no_grad, bos, torch.device("cpu")) == pytest.approx(right / len(pairs))
-    assert 0.5 < right / len(pairs) < 1
+    assert 0 < right < len(pairs)
 
 
 # ---------------------------------------------------------------------------------------------------- packed chats do not see each other
@@ -328,3 +327,117 @@ def test_changing_one_chat_of_a_row_leaves_the_others_logits_alone(name, chat_da
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs
+
+def test_a_tuned_run_reports_replies_base_and_relevance_side_by_side(tune, trained, chat_data, capsys):
+    out = tune("--data=" + str(chat_data), "--sample_tokens=8", "--max_steps=4", still=False)
+    shown, seen = capsys.readouterr().out, rows(out)
+    val = [r for r in seen if "val_loss" in r]
+    assert [r["step"] for r in val if not r.get("final")] == [0, 2, 4] and list(val[0]["val_loss"]) == ["raw"] and val[-1]["final"]
+    assert all(0 <= r["relevance_accuracy"][kind] <= 1 and r["val_loss"][kind]["base"] > 0 for r in val for kind in r["val_loss"])
+    assert all("relevance_loss" in r for r in seen if "train_loss" in r)
+    assert "eval      0  replies" in shown and "  base " in shown and "likelier under their own prompt" in shown and "15% of the rows, replayed" in shown
+    assert "sample       user: What does shutil" not in shown and "sample       user: " in shown and "             assistant: " in shown and "--chat" in shown
+    best = json.loads((out / "best_validation.json").read_text())
+    winner = next(r for r in val if r["step"] == best["step"] and not r.get("final"))
+    assert best["val_loss_base"] == winner["val_loss"][best["weights"]]["base"] and best["relevance_accuracy"] == winner["relevance_accuracy"][best["weights"]]
+    assert best["step"] > 0 and (out / "loss.png").stat().st_size > 10_000
+    # replies alone are measured, all of the base data
+    model, tokenizer, _ = train.load_checkpoint(out / "best.pt")
+    chats, = sources_of(chat_data)
+    total, n, model = 0.0, 0, model.double()
+    edges = prepare.document_edges(chats.val, 1)
+    for a, b in zip(edges, edges[1:]):
+        piece = chats.val[a:b].tolist()
+        for start in range(0, len(piece) - 1, 64):  # a long chat is cut
+            part = piece[start:start + 65]
+            for i, loss in enumerate(plain_losses(model, part, 1)):
+                if chats.val_mask[a + start + i + 1]:
+                    total, n = total + loss, n + 1
+    out = tune("--eval_tokens=0", "--final_eval_tokens=0", "--max_steps=1", "--init_from=" + str(out / "best.pt"))
+    assert rows(out)[-1]["val_loss"][next(iter(rows(out)[-1]["val_loss"]))]["mixed"] == pytest.approx(total / n, abs=1e-4)
+    assert train.read_checkpoint(out / "best.pt")["train"]["base_data"] == "pydocs-hybrid"
+
+
+def test_a_tuned_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(tune):
+    whole = tune("--max_steps=4", "--decay_fraction=0", still=False)
+    parts = tune("--max_steps=2", "--decay_fraction=0", still=False)
+    assert train.main(["--resume", f"--out={parts}", "--max_steps=4"]) == 0
+    a, b = (train.read_checkpoint(out / "ckpt.pt") for out in (whole, parts))
+    for key in ("model", "ema", "optimizer", "loader", "step", "tokens"):
+        assert same_tensors(a[key], b[key]), key
+
+
+SHAPES = {"ivme": ["--n_kv_head=1"], "i3": ["--n_head=2", "--d_state=4", "--delta_rank=4", "--ffn_rank=8", "--head_rank=8"], "gpt2preln": []}
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_init_from_and_a_set_of_chats_is_all_that_tuning_needs(model, chat_data, workdir, capsys):
+    """Any architecture; rows hold whole chats, replies count, it is short and gentle, and goes to a folder of its own."""
+    common = ["--compile=off", "--device=cpu", "--dtype=float32", "--eval_tokens=256", "--final_eval_tokens=256", "--sample_tokens=0", "--batch_tokens=2048"]
+    shape = ["--vocab_size=600", "--n_layer=1", "--d_model=32", "--context_length=128", *([] if model == "i3" else ["--n_head=2"])]
+    shape += ["--d_ff=48"] if model == "ivme" else []
+    assert train.main([f"--model={model}", "--data=data/pydocs-hybrid", *shape, *SHAPES[model], *common, "--block_size=64", "--max_steps=2", "--out=parent"]) == 0
+    parent = train.read_checkpoint(workdir / "parent/best.pt")["train"]
+    assert parent["loss_on"] == "all"
+    capsys.readouterr()
+    assert train.main(["--init_from=parent/best.pt", f"--data={chat_data}", *common, "--block_size=128"]) == 0
+    s, shown = train.read_checkpoint(workdir / f"out/{model}-sft/best.pt")["train"], capsys.readouterr().out
+    assert s["loss_on"] == "responses" and s["pack"] == "document" and s["base_data"] == "data/pydocs-hybrid" and s["warmup_steps"] <= s["max_steps"] // 10
+    assert s["lr"] == train.TUNING_RATE * parent["lr"] and s["muon_lr"] == train.TUNING_RATE * parent["muon_lr"] and "0.25 of the recipe's learning rates" in shown
+    loader = train.Loader(sources_of(chat_data), "random", 128, 1, s["seed"], 1)
+    assert s["max_steps"] == math.ceil(train.TUNING_EPOCHS * loader.per_epoch[0] / 16)
+    val = [r for r in rows(workdir / f"out/{model}-sft") if "val_loss" in r]
+    assert "base" in val[0]["val_loss"]["raw"] and val[-1]["val_loss"]["raw" if "raw" in val[-1]["val_loss"] else "ema"]["mixed"] < val[0]["val_loss"]["raw"]["mixed"]
+    if model == "ivme":  # what is said counts; and the tuned checkpoint is measured as it was trained
+        assert train.main(["--init_from=parent/best.pt", f"--data={chat_data}", *common, "--block_size=128", "--loss_on=all", "--max_steps=1", "--out=all"]) == 0
+        assert train.read_checkpoint(workdir / "all/best.pt")["train"]["pack"] == "stream"
+        assert train.main(["--init_from=parent/best.pt", f"--data={chat_data}", *common, "--block_size=128", "--lr=0.5", "--epochs=0.5", "--out=said"]) == 0
+        said = train.read_checkpoint(workdir / "said/best.pt")["train"]
+        assert said["lr"] == 0.5 and said["max_steps"] == math.ceil(0.5 * loader.per_epoch[0] / 16)
+        capsys.readouterr()
+        assert train.main([f"--init_from=out/{model}-sft/best.pt", "--eval_only"]) == 0
+        shown = capsys.readouterr().out
+        assert "base data" in shown and "likelier under" in shown
+        assert train.main([f"--init_from=out/{model}-sft/best.pt", "--eval_only", "--data=data/pydocs-hybrid"]) == 0
+        assert "likelier" not in capsys.readouterr().out
+
+
+def test_a_name_means_the_folder_in_the_checkpoints_tokenizer(trained, chat_data, workdir, monkeypatch):
+    """Of two sets of one name, or with the one that is missing, or that can be made on the spot."""
+    (workdir / "data").unlink()
+    text = (chat_data / "tokenizer.json").read_text()
+    (workdir / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in invented_chats(60, 2)))
+    flags = ["--model=tinymemory-sft", f"--init_from={trained}/best.pt", "--data=chats", "--block_size=64", "--batch_tokens=512", "--max_steps=1", "--eval_tokens=256",
+             "--final_eval_tokens=256", "--sample_tokens=0", "--compile=off", "--replay=0", "--base_data=", "--tokenizer=hybrid"]
+    prepare.prepare(["chats.jsonl"], prepare.Settings(tokenizer="hybrid", vocab_size=600, name="chats-hybrid-600", val_fraction=0.1))  # another tokenizer
+    with pytest.raises(UserError, match=r"no prepared data 'chats'.*python prepare.py chats --tokenizer=data/tokenizer-\w{8}.json"):
+        train.main([*flags, "--out=missing"])
+    tokenizer, = (workdir / "data").glob("tokenizer-*.json")
+    assert tokenizer.read_text() == text
+    prepare.prepare(["chats.jsonl"], prepare.Settings(tokenizer=str(tokenizer), val_fraction=0.1))
+    assert train.main([*flags, "--out=found"]) == 0
+    made = []
+    monkeypatch.setattr(prepare, "prepare", lambda names, s: made.append((names, s.tokenizer)) or (_ for _ in ()).throw(UserError("enough")))
+    with pytest.raises(UserError, match="enough"):
+        train.main([*flags, "--data=pydocs-chat", "--out=embedded"])
+    assert made == [(["pydocs-chat"], str(tokenizer.relative_to(workdir)))]
+
+
+def test_two_processes_tune_as_one_does(tune, trained, chat_data, workdir):
+    """The first step's losses are those of one process, and so is every figure of the validation; what is compared may differ."""
+    flags = ["--response_start_weight=3", "--replay=0.3", "--micro_batch=2", "--max_steps=2", "--eval_every=1"]
+    alone = tune(*flags)
+    s = train.read_checkpoint(alone / "ckpt.pt")["train"]
+    words = [f"--{k}={v}" for k, v in s.items() if k not in ("resume", "overwrite", "decay_only", "eval_only", "out", "epochs", "sample_prompt")]
+    process = command("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", ROOT / "train.py",
+                      *words, "--out=two")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    for a, b in zip(rows(alone), rows(workdir / "two"), strict=True):
+        if "train_loss" in a:
+            assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-4)
+        else:
+            assert all(a["val_loss"][k]["mixed"] == pytest.approx(b["val_loss"][k]["mixed"], abs=1e-5) for k in a["val_loss"])
+            assert all(a["val_loss"][k]["base"] == pytest.approx(b["val_loss"][k]["base"], abs=1e-5) for k in a["val_loss"])
+            assert a["relevance_accuracy"] == b["relevance_accuracy"]
+    assert any(r.get("relevance_loss") for r in rows(workdir / "two"))
