@@ -1,4 +1,4 @@
-"""What training and preparing cost: `python bench.py memory --model=gpt2preln`, `python bench.py prepare`.
+"""What training and preparing cost, and what tuning's tricks bring: `python bench.py memory --model=gpt2preln`, `prepare`, `ablation`.
 
 memory    the peak of a training step as train.py makes it, without torch.compile: two micro-batches are accumulated, clipped, and stepped
           with AdamW or Muon and EMA. Each size runs in a process of its own. "tensors" is what all tensors alive at once take, counted operation by operation, or
@@ -7,6 +7,11 @@ memory    the peak of a training step as train.py makes it, without torch.compil
 
 prepare   the speed of prepare.py on --megabytes of text (this Python's library over and over, cut into documents elsewhere each time, so that none
           occurs twice) with a BPE that is there already: reading and cleaning alone, encoding alone, writing alone, and all of it as prepare.py does it.
+
+ablation  a checkpoint tuned on chats plainly, with each trick alone and with all of them: --max_steps steps, --seeds batch orders. Each run's best
+          weights are measured over the whole validation split: bits per byte of replies and of the base data, relevance accuracy and gap (see
+          train.relevance), and, over greedy replies to questions of the validation chats, how many repeat a 4-gram and how many end in
+          a loop. Runs that are done stay in --out, so the command can be stopped and goes on.
 
 The timings of the selective scan are in kernels/bench.py.
 """
@@ -18,6 +23,7 @@ import multiprocessing
 import os
 import re
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -31,20 +37,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import prepare
+import sample
 import train
 from prepare import UserError, parse_flags, run_tool
 
 
 @dataclass
 class Settings:
-    model: str = "gpt2preln"  # preset to measure
-    micro_batch: str = "1,2"  # rows at once to run, such as 1,2
-    block_size: int = 0  # tokens in a row; 0: the recipe's
-    grad_checkpoint: bool | None = None  # unset: without and with
-    optimizer: str = ""  # muon or adamw; empty: the recipe's
+    model: str = "gpt2preln"  # memory: preset to measure
+    micro_batch: str = "1,2"  # memory: rows at once to run, such as 1,2
+    block_size: int = 0  # memory: tokens in a row; 0: the recipe's
+    grad_checkpoint: bool | None = None  # memory: unset: without and with
+    optimizer: str = ""  # memory: muon or adamw; empty: the recipe's
     device: str = "auto"  # cpu, cuda, cuda:1
     dtype: str = "auto"  # bfloat16, float32
-    megabytes: int = 200  # text to prepare
+    megabytes: int = 200  # prepare: text to prepare
+    init_from: str = "out/tinymemory/best.pt"  # ablation: checkpoint to tune
+    data: str = ""  # ablation: sets of chats; empty: the recipe's, pydocs-chat
+    base_data: str = ""  # ablation: what is replayed; empty: what the checkpoint was trained on
+    max_steps: int = 120  # ablation: steps of each run
+    seeds: int = 3  # ablation: runs of each kind
+    questions: int = 48  # ablation: validation chats whose first question is answered
+    out: str = "out/ablation"  # ablation: folder of the runs
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -246,9 +260,98 @@ def preparing(s):
     return 0
 
 
+# ---------------------------------------------------------------------------------------------------- tuning's tricks
+
+OFF = dict(word_boost=1.0, response_start_weight=1.0, replay=0.0, relevance=0.0)
+TRICKS = dict(word_boost=1.5, response_start_weight=2.0, replay=0.15, relevance=0.25)  # tinymemory-sft's
+KINDS = {"plain": {}, **{f"+ {name.removesuffix('_weight').replace('_', ' ')}": {name: value} for name, value in TRICKS.items()}, "all": TRICKS}
+MEASURES = {"replies": ("bits/byte of replies", "{:.3f}"), "base": ("bits/byte of base data", "{:.3f}"), "accuracy": ("relevance accuracy", "{:.2%}"),
+            "gap": ("relevance gap", "{:.2f}"), "repeats": ("repeat a 4-gram", "{:.0%}"), "loops": ("end in a loop", "{:.0%}")}
+
+
+def repeats_4gram(ids):
+    """Whether four tokens occur in a row twice."""
+    grams = [tuple(ids[i:i + 4]) for i in range(len(ids) - 3)]
+    return len(set(grams)) < len(grams)
+
+
+def ends_in_loop(ids):
+    """Whether the tail is one sequence of three tokens or more, three or more times back to back, or one token more than 16 times."""
+    if len(ids) > 16 and len(set(ids[-17:])) == 1:
+        return True
+    return any(ids[-n:] == ids[-2 * n:-n] == ids[-3 * n:-2 * n] for n in range(3, len(ids) // 3 + 1))
+
+
+def judge(path, s, device, tokenizer_text, base_data, tokenizer_name):
+    """The MEASURES of a checkpoint's chosen weights."""
+    model, tokenizer, _ = train.load_checkpoint(path, device)
+    vocab_size = model.cfg.vocab_size
+    sources, base = (train.find_data(spec, tokenizer_name, vocab_size, True, None, tokenizer_text)[0] for spec in (s.data, base_data))
+    bos, eos, assistant = (tokenizer.token_to_id(f"<|{t}|>") for t in ("bos", "eos", "assistant"))
+    T, byte_counts = min(512, model.cfg.context_length), torch.from_numpy(prepare.token_byte_counts(tokenizer)).float()
+    replies = train.evaluate(model, sources, 0, T, 8, contextlib.nullcontext, byte_counts, device, bos=bos, responses=True)["mixed"][1]
+    of_base = train.evaluate(model, base, 65_536, min(256, T), 16, contextlib.nullcontext, byte_counts, device)["mixed"][1]
+    accuracy, gap = train.relevance(model, sources, 0, T, 8, contextlib.nullcontext, bos, device)
+    answers = []
+    for source in (x for x in sources if x.val_mask is not None):
+        edges = prepare.document_edges(source.val, bos)
+        n = len(edges) - 1
+        take = min(n, -(-s.questions // len(sources)))
+        for k in range(take):
+            chat = source.val[edges[k * n // take]:edges[k * n // take + 1]].tolist()
+            question = chat[:chat.index(assistant) + 1][-T // 2:]
+            ids = sample.generate(model, torch.tensor([question], device=device), 128, stop_token=eos, temperature=0)[0].tolist()[len(question):]
+            answers.append(ids[:-1] if ids[-1] == eos else ids)
+    return dict(replies=replies, base=of_base, accuracy=accuracy, gap=gap, repeats=statistics.mean(map(repeats_4gram, answers)),
+                loops=statistics.mean(map(ends_in_loop, answers)))
+
+
+def ablation(s):
+    parent = train.read_checkpoint(s.init_from)
+    name, before = parent["model_name"], parent["train"]
+    module, *_ = train.find_preset(name)
+    preset = f"{name}-sft" if f"{name}-sft" in module.PRESETS else name
+    s.data = s.data or module.PRESETS[preset][1]["data"]
+    base_data, (device, *_) = s.base_data or before.get("base_data") or before["data"], train.pick_device(train.Settings(device=s.device), 0)
+    out = Path(s.out)
+    out.mkdir(parents=True, exist_ok=True)
+    stamp = hashlib.sha256(Path(s.init_from).read_bytes()).hexdigest()[:16]
+
+    def known(kind, seed):
+        """The measures of a run, made now or earlier."""
+        about = dict(kind=kind, seed=seed, data=s.data, base_data=base_data, steps=s.max_steps, questions=s.questions, parent=stamp)
+        for row in train.read_rows(out / "results.jsonl"):
+            if row["about"] == about:
+                return row["measures"]
+        path = s.init_from
+        if kind != "before tuning":
+            flags = [f"--model={preset}", f"--init_from={s.init_from}", f"--data={s.data}", f"--base_data={base_data}",
+                     f"--out={out / 'run'}", "--overwrite", f"--max_steps={s.max_steps}", f"--eval_every={max(1, s.max_steps // 2)}", "--save_every=0",
+                     "--final_eval_tokens=1024", "--sample_tokens=0", f"--seed={1337 + seed}", f"--device={s.device}", f"--dtype={s.dtype or 'auto'}",
+                     *(f"--{k}={v}" for k, v in {**OFF, **KINDS[kind]}.items())]
+            with contextlib.redirect_stdout(io.StringIO()):
+                train.main(flags)
+            path = out / "run/best.pt"
+        measures = judge(path, s, device, parent["tokenizer"], base_data, before["tokenizer"])
+        with open(out / "results.jsonl", "a") as f:
+            f.write(json.dumps(dict(about=about, measures=measures)) + "\n")
+        return measures
+
+    print(f"{s.init_from} tuned on {s.data} for {s.max_steps} steps, {s.seeds} runs each (mean ± standard deviation); replayed: {base_data}")
+    print(f"{'':<16}" + "  ".join(f"{title:>24}" for title, _ in MEASURES.values()))
+    for kind in ("before tuning", *KINDS):
+        runs = [known(kind, seed) for seed in range(1 if kind == "before tuning" else s.seeds)]
+        cells = []
+        for key, (_, form) in MEASURES.items():
+            values = [r[key] for r in runs]
+            cells.append(form.format(statistics.mean(values)) + (f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""))
+        print(f"{kind:<16}" + "  ".join(f"{cell:>24}" for cell in cells), flush=True)
+    return 0
+
+
 def main(argv):
-    given, words = parse_flags(argv, Settings(), description=__doc__.split("\n")[0], positional=("WHAT", "memory or prepare"))
-    benchmarks = dict(memory=memory, prepare=preparing)
+    given, words = parse_flags(argv, Settings(), description=__doc__.split("\n")[0], positional=("WHAT", "memory, prepare or ablation"))
+    benchmarks = dict(memory=memory, prepare=preparing, ablation=ablation)
     if len(words) != 1 or words[0] not in benchmarks:
         raise UserError(f"what is to be measured? {' or '.join(benchmarks)}{', not ' + ' '.join(words) if words else ''}")
     return benchmarks[words[0]](Settings(**given))

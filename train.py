@@ -721,9 +721,10 @@ def evaluate(run, sources, tokens, T, rows, autocast, bytes_per_token, device, w
 
 
 @torch.no_grad()
-def relevance_accuracy(run, sources, tokens, T, rows, autocast, bos, device, world=1, rank=0):
-    """Share of the validation chats, as many as have `tokens` tokens (0: all), in which a reply is likelier under its own prompt than under
-    another chat's; nan if there are fewer than two. A prompt is all that comes before the reply. Draws no random numbers."""
+def relevance(run, sources, tokens, T, rows, autocast, bos, device, world=1, rank=0):
+    """(accuracy, gap) over the validation chats, as many as have `tokens` tokens (0: all), with one reply of each: the share of replies that are
+    likelier under their own prompt than under another chat's, and by how much on average, in nats per token of the reply. A prompt is all
+    that comes before the reply. nan if there are fewer than two. Draws no random numbers."""
     pairs = []
     for source in sources:
         if source.val_mask is None:
@@ -738,9 +739,9 @@ def relevance_accuracy(run, sources, tokens, T, rows, autocast, bos, device, wor
                 pairs.append((source.val[start:start + found[0]], source.val[start + found[0]:start + found[1]]))
     n = len(pairs)
     if n < 2:
-        return math.nan
+        return math.nan, math.nan
     wrong = [(pairs[(i + n // 2) % n][0], reply) for i, (_, reply) in enumerate(pairs)]
-    likelier = torch.zeros((), dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64)
     mine = range(rank, n, world)
     for first in range(0, len(mine), 256):  # so many at a time, each beside its rival
         some = mine[first:first + 256]
@@ -750,16 +751,23 @@ def relevance_accuracy(run, sources, tokens, T, rows, autocast, bos, device, wor
             with autocast():
                 losses = run(x[part].to(device), y[part].to(device), reduction="none", reset=reset[part].to(device))[1]
             nats += reply_sums(losses.float().cpu(), number[part], len(nats))
-        likelier += (nats[:len(some)] < nats[len(some):]).sum()
+        gap = nats[len(some):] - nats[:len(some)]
+        sums += torch.stack([(gap > 0).sum(), (gap / torch.tensor([len(pairs[i][1]) for i in some])).sum()])
     if world > 1:
-        likelier = likelier.to(device)
-        dist.all_reduce(likelier)
-    return float(likelier) / n
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+    return tuple((sums / n).tolist())
 
 
 def split_result(result, i):
     """Of evaluate's (loss, bits per byte) pairs the losses (i = 0) or the bits (i = 1), for metrics.jsonl."""
     return {k: v[i] if isinstance(v, tuple) else {n: pair[i] for n, pair in v.items()} for k, v in result.items() if k != "relevance"}
+
+
+def relevances(results):
+    """Of {"raw": result, "ema": result} what metrics.jsonl says about relevance."""
+    return {name: {k: r["relevance"][i] for k, r in results.items()} for i, name in enumerate(("relevance_accuracy", "relevance_gap"))
+            if all("relevance" in r for r in results.values())}
 
 
 def best_validation(result, sources, **about):
@@ -771,7 +779,7 @@ def best_validation(result, sources, **about):
     def perplexity(loss):
         return finite(math.exp(min(loss, 700)))
     groups = dict(mixed=result["mixed"], **result["language"], **({"base": result["base"]} if "base" in result else {}))
-    about |= dict(relevance_accuracy=finite(result["relevance"])) if "relevance" in result else {}
+    about |= dict(zip(("relevance_accuracy", "relevance_gap"), map(finite, result["relevance"]))) if "relevance" in result else {}
     return dict(about, **{f"val_loss_{k}": finite(loss) for k, (loss, _) in groups.items()}, **{f"ppl_{k}": perplexity(loss) for k, (loss, _) in groups.items()},
                 **{f"bits_per_byte_{k}": finite(bits) for k, (_, bits) in groups.items()},
                 sources={s.name: dict(language=s.language, kind=s.kind, val_loss=finite(loss), ppl=perplexity(loss), bits_per_byte=finite(bits))
@@ -787,7 +795,8 @@ def table(result, sources):
     wide = max(len(r[1]) for r in rows)
     lines = [f"{name:<12} {what:<{wide}}  loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):,.1f}  {bits:.3f} bits/byte" for name, what, loss, bits in rows]
     if "relevance" in result:
-        lines.append(f"{'relevance':<12} {result['relevance']:.1%} of replies are likelier under their own prompt than under another's")
+        accuracy, gap = result["relevance"]
+        lines.append(f"{'relevance':<12} {accuracy:.1%} of replies are likelier under their own prompt than under another's, by {gap:.2f} nats/token on average")
     return lines
 
 
@@ -1132,7 +1141,7 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
         if base:
             result["base"] = evaluate(model, base, *args, bytes_per_token, device, world, rank)["mixed"]
         if tuning:
-            result["relevance"] = relevance_accuracy(model, sources, *args, bos, device, world, rank)
+            result["relevance"] = relevance(model, sources, *args, bos, device, world, rank)
         return result
 
     def sample():
@@ -1228,7 +1237,7 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
         model.train()
         record(dict(step=step, tokens=tokens, val_loss={k: split_result(r, 0) for k, r in results.items()},
                     val_bits_per_byte={k: split_result(r, 1) for k, r in results.items()},
-                    **(dict(relevance_accuracy={k: r["relevance"] for k, r in results.items()}) if tuning else {}), elapsed=elapsed))
+                    **relevances(results), elapsed=elapsed))
         return results
 
     def summary(results, winner):
@@ -1236,7 +1245,7 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
         return (f"eval {step:>6,}  {'replies' if tuning else 'validation'} {results['raw']['mixed'][1]:.3f} bits/byte"
                 + (f", EMA {results['ema']['mixed'][1]:.3f}" if "ema" in results else "")
                 + "".join(f"  {name} {bits:.3f}" for name, (_, bits) in by_language.items() if len(by_language) > 1)
-                + (f"  base {results[winner]['base'][1]:.3f}" if base else "") + (f"  relevance {results[winner]['relevance']:.1%}" if tuning else ""))
+                + (f"  base {results[winner]['base'][1]:.3f}" if base else "") + (f"  relevance {results[winner]['relevance'][0]:.1%}" if tuning else ""))
 
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in chip), None)
     model.train()
@@ -1367,7 +1376,7 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
     if is_main:
         xz = None if tuning else xz_bits_per_byte(sources, tokenizer)
         record(dict(step=final["step"], tokens=final["tokens"], final=True, val_loss={kind: split_result(result, 0)},
-                    val_bits_per_byte={kind: split_result(result, 1)}, **(dict(relevance_accuracy={kind: result["relevance"]}) if tuning else {}),
+                    val_bits_per_byte={kind: split_result(result, 1)}, **relevances({kind: result}),
                     xz_bits_per_byte=xz, elapsed=elapsed))
         draw_loss(read_rows(out / "metrics.jsonl"), out / "loss.png", f"{s.model} on {', '.join(x.name for x in sources)}", xz)
         print(f"best         step {final['step']:,}{' (EMA)' * final['use_ema']}: {result['mixed'][1]:.3f} bits/byte over the validation "

@@ -1,14 +1,19 @@
 """bench.py: the formula for memory agrees with what is counted, and the counting with what is there."""
+import json
 import multiprocessing
 import re
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import bench
 import gpt2preln
+import prepare
 import train
+from conftest import ROOT
 
 
 def test_alive_tensors_are_counted_once_each_and_no_longer_than_they_live():
@@ -81,3 +86,34 @@ def test_preparing_is_measured_on_text_without_duplicates(capsys):
     assert bench.main(["prepare", "--megabytes=2"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("2 MB, ") and len(re.findall(r"\d MB/s", shown)) == 3 and "of the speed of encoding alone" in shown
+
+
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(st.integers(0, 2), max_size=40), loop=st.lists(st.integers(0, 2), min_size=3, max_size=9), times=st.integers(0, 4))
+def test_repetition_is_found_where_a_search_finds_it(ids, loop, times):
+    text = ids + loop * times
+    assert bench.repeats_4gram(text) == any(text[i:i + 4] == text[j:j + 4] for i in range(len(text) - 3) for j in range(i + 1, len(text) - 3))
+    tails = [text[-k:] for k in range(1, len(text) + 1)]
+    looping = any(len(t) == 3 * n and t == t[:n] * 3 for t in tails for n in range(3, 20)) or len(text) > 16 and len(set(text[-17:])) == 1
+    assert bench.ends_in_loop(text) == looping
+
+
+def test_the_ablation_trains_each_kind_once_and_prints_what_it_measured(trained, workdir, monkeypatch, capsys):
+    chats = [dict(instruction=f"say {word}", output=f"{word} it is") for word in (ROOT / "train.py").read_text().split()[:400]]
+    (workdir / "chats.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
+    tokenizer = str((workdir / "data/pydocs-hybrid/tokenizer.json").resolve())
+    prepare.prepare(["chats.jsonl"], prepare.Settings(tokenizer=tokenizer, out_dir="mine", name="chats", val_fraction=0.1))
+    monkeypatch.setattr(bench, "KINDS", {"plain": {}, "all": bench.TRICKS})
+    flags = ["ablation", f"--init_from={trained}/best.pt", "--data=mine/chats", "--base_data=data/pydocs-hybrid", "--max_steps=2", "--seeds=2", "--questions=4", "--dtype=float32"]
+    capsys.readouterr()
+    assert bench.main(flags) == 0
+    shown = capsys.readouterr().out.splitlines()
+    measured = [json.loads(line) for line in (workdir / "out/ablation/results.jsonl").read_text().splitlines()]
+    assert [(r["about"]["kind"], r["about"]["seed"]) for r in measured] == [("before tuning", 0), ("plain", 0), ("plain", 1), ("all", 0), ("all", 1)]
+    assert measured[1]["measures"]["replies"] < measured[0]["measures"]["replies"] and measured[1]["measures"] != measured[2]["measures"]
+    values = [r["measures"]["replies"] for r in measured[1:3]]
+    assert re.search(rf"plain +{sum(values) / 2:.3f} ± {abs(values[0] - values[1]) / 2 ** 0.5:.3f} ", shown[3])
+    tuned = train.read_checkpoint(workdir / "out/ablation/run/best.pt")["train"]  # the last one
+    assert {k: tuned[k] for k in bench.TRICKS} == bench.TRICKS and tuned["max_steps"] == 2 and tuned["seed"] == 1338
+    monkeypatch.setattr(train, "main", None)  # nothing is left to do
+    assert bench.main(flags) == 0 and capsys.readouterr().out.splitlines() == shown

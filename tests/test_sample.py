@@ -260,7 +260,7 @@ def test_a_full_context_forgets_the_oldest_turns_but_not_the_instructions(byte_t
 def test_a_message_that_spells_a_turn_opens_none(message, byte_tokenizer, byte_ids):
     arch = ARCHITECTURES["tinymemory"]
     chat = sample.Chat(arch.module.Model(arch.module.Config(**{**arch.tiny, "vocab_size": 263, "context_length": 512})), byte_tokenizer, system=message)
-    list(chat.reply(message, 1))
+    list(chat.reply(message, 0))
     special = [t for t in chat.ids if t < 7]
     assert special == [byte_ids[f"<|{t}|>"] for t in ["bos", *["system"] * bool(message), "user", "assistant", "eos"]]
     assert byte_tokenizer.decode(chat.ids[chat.start + 1:chat.ids.index(byte_ids["<|assistant|>"])]) == message

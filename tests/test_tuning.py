@@ -295,12 +295,13 @@ def test_relevance_accuracy_equals_scoring_each_reply_alone(tune, chat_data):
         first = opened[k % len(opened)] + 1
         end = chat.index(eos, first) + 1
         pairs.append((chat[:first], chat[first:end]))
-    model, right = model.double(), 0
+    model, right, gap = model.double(), 0, 0.0
     for i, (context, reply) in enumerate(pairs):
         prompts = (c[-(129 - len(reply)):] for c in (context, pairs[(i + len(pairs) // 2) % len(pairs)][0]))  # what a row of 128 has room for
         own, wrong = (sum(plain_losses(model, c + reply, len(c))) for c in prompts)
-        right += own < wrong
-    assert train.relevance_accuracy(model, [source], 0, 128, 4, torch.no_grad, bos, torch.device("cpu")) == pytest.approx(right / len(pairs))
+        right, gap = right + (own < wrong), gap + (wrong - own) / len(reply)
+    got = train.relevance(model, [source], 0, 128, 4, torch.no_grad, bos, torch.device("cpu"))
+    assert got == pytest.approx((right / len(pairs), gap / len(pairs)), abs=1e-5)
     assert 0 < right < len(pairs)
 
 
@@ -439,5 +440,5 @@ def test_two_processes_tune_as_one_does(tune, trained, chat_data, workdir):
         else:
             assert all(a["val_loss"][k]["mixed"] == pytest.approx(b["val_loss"][k]["mixed"], abs=1e-5) for k in a["val_loss"])
             assert all(a["val_loss"][k]["base"] == pytest.approx(b["val_loss"][k]["base"], abs=1e-5) for k in a["val_loss"])
-            assert a["relevance_accuracy"] == b["relevance_accuracy"]
+            assert a["relevance_accuracy"] == b["relevance_accuracy"] and all(a["relevance_gap"][k] == pytest.approx(b["relevance_gap"][k], abs=1e-4) for k in a["relevance_gap"])
     assert any(r.get("relevance_loss") for r in rows(workdir / "two"))
