@@ -9,9 +9,9 @@ prepare   the speed of prepare.py on --megabytes of text (this Python's library 
           occurs twice) with a BPE that is there already: reading and cleaning alone, encoding alone, writing alone, and all of it as prepare.py does it.
 
 ablation  a checkpoint tuned on chats plainly, with each trick alone and with all of them: --max_steps steps, --seeds batch orders. Each run's best
-          weights are measured over the whole validation split: bits per byte of replies and of the base data, relevance accuracy and gap (see
-          train.relevance), and, over greedy replies to questions of the validation chats, how many repeat a 4-gram and how many end in
-          a loop. Runs that are done stay in --out, so the command can be stopped and goes on.
+          weights are measured: bits per byte of all validation replies and of 65,536 tokens of the base data's validation text, relevance accuracy and
+          gap over all validation chats (see train.relevance), and, over greedy replies of up to 128 tokens to the first questions of --questions of these chats,
+          how many repeat a 4-gram and how many end in a loop. What was measured stays in --out, so the command can be stopped and goes on.
 
 The timings of the selective scan are in kernels/bench.py.
 """
@@ -282,11 +282,9 @@ def ends_in_loop(ids):
     return any(ids[-n:] == ids[-2 * n:-n] == ids[-3 * n:-2 * n] for n in range(3, len(ids) // 3 + 1))
 
 
-def judge(path, s, device, tokenizer_text, base_data, tokenizer_name):
+def judge(path, questions, device, sources, base):
     """The MEASURES of a checkpoint's chosen weights."""
     model, tokenizer, _ = train.load_checkpoint(path, device)
-    vocab_size = model.cfg.vocab_size
-    sources, base = (train.find_data(spec, tokenizer_name, vocab_size, True, None, tokenizer_text)[0] for spec in (s.data, base_data))
     bos, eos, assistant = (tokenizer.token_to_id(f"<|{t}|>") for t in ("bos", "eos", "assistant"))
     T, byte_counts = min(512, model.cfg.context_length), torch.from_numpy(prepare.token_byte_counts(tokenizer)).float()
     replies = train.evaluate(model, sources, 0, T, 8, contextlib.nullcontext, byte_counts, device, bos=bos, responses=True)["mixed"][1]
@@ -296,7 +294,7 @@ def judge(path, s, device, tokenizer_text, base_data, tokenizer_name):
     for source in (x for x in sources if x.val_mask is not None):
         edges = prepare.document_edges(source.val, bos)
         n = len(edges) - 1
-        take = min(n, -(-s.questions // len(sources)))
+        take = min(n, -(-questions // len(sources)))
         for k in range(take):
             chat = source.val[edges[k * n // take]:edges[k * n // take + 1]].tolist()
             question = chat[:chat.index(assistant) + 1][-T // 2:]
@@ -307,32 +305,39 @@ def judge(path, s, device, tokenizer_text, base_data, tokenizer_name):
 
 
 def ablation(s):
+    if s.seeds < 1 or s.questions < 1 or s.max_steps < 1:
+        raise UserError("--seeds, --questions and --max_steps must be above 0")
     parent = train.read_checkpoint(s.init_from)
     name, before = parent["model_name"], parent["train"]
     module, *_ = train.find_preset(name)
     preset = f"{name}-sft" if f"{name}-sft" in module.PRESETS else name
-    s.data = s.data or module.PRESETS[preset][1]["data"]
+    s.data = s.data or (module.PRESETS[preset][1]["data"] if preset != name else "pydocs-chat")
     base_data, (device, *_) = s.base_data or before.get("base_data") or before["data"], train.pick_device(train.Settings(device=s.device), 0)
+    sources, base = (train.find_data(spec, before["tokenizer"], parent["cfg"]["vocab_size"], True, lambda: None, parent["tokenizer"])[0] for spec in (s.data, base_data))
+    if not any(x.val_mask is not None and len(x.val) for x in sources):
+        raise UserError(f"{s.data} holds no chats to validate on; --data names a set of chats")
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     stamp = hashlib.sha256(Path(s.init_from).read_bytes()).hexdigest()[:16]
 
     def known(kind, seed):
         """The measures of a run, made now or earlier."""
-        about = dict(kind=kind, seed=seed, data=s.data, base_data=base_data, steps=s.max_steps, questions=s.questions, parent=stamp)
+        flags = [f"--model={preset}", f"--init_from={s.init_from}", f"--data={s.data}", f"--base_data={base_data}", "--overwrite", f"--max_steps={s.max_steps}",
+                 f"--eval_every={max(1, s.max_steps // 2)}", "--save_every=0", "--final_eval_tokens=1024", "--sample_tokens=0", f"--seed={1337 + seed}",
+                 f"--device={s.device}", f"--dtype={s.dtype}", *(f"--{k}={v}" for k, v in {**OFF, **KINDS.get(kind, {})}.items())]
+        about = dict(kind=kind, seed=seed, questions=s.questions, flags=flags, recipe=module.PRESETS[preset][1], parent=stamp,
+                     data=[x.fingerprint for x in (*sources, *base)])
         for row in train.read_rows(out / "results.jsonl"):
             if row["about"] == about:
                 return row["measures"]
         path = s.init_from
         if kind != "before tuning":
-            flags = [f"--model={preset}", f"--init_from={s.init_from}", f"--data={s.data}", f"--base_data={base_data}",
-                     f"--out={out / 'run'}", "--overwrite", f"--max_steps={s.max_steps}", f"--eval_every={max(1, s.max_steps // 2)}", "--save_every=0",
-                     "--final_eval_tokens=1024", "--sample_tokens=0", f"--seed={1337 + seed}", f"--device={s.device}", f"--dtype={s.dtype or 'auto'}",
-                     *(f"--{k}={v}" for k, v in {**OFF, **KINDS[kind]}.items())]
             with contextlib.redirect_stdout(io.StringIO()):
-                train.main(flags)
+                train.main([*flags, f"--out={out / 'run'}"])
+            if not train.read_rows(out / "run/metrics.jsonl")[-1].get("final"):
+                raise KeyboardInterrupt  # train.py stops quietly
             path = out / "run/best.pt"
-        measures = judge(path, s, device, parent["tokenizer"], base_data, before["tokenizer"])
+        measures = judge(path, s.questions, device, sources, base)
         with open(out / "results.jsonl", "a") as f:
             f.write(json.dumps(dict(about=about, measures=measures)) + "\n")
         return measures
@@ -353,7 +358,7 @@ def main(argv):
     given, words = parse_flags(argv, Settings(), description=__doc__.split("\n")[0], positional=("WHAT", "memory, prepare or ablation"))
     benchmarks = dict(memory=memory, prepare=preparing, ablation=ablation)
     if len(words) != 1 or words[0] not in benchmarks:
-        raise UserError(f"what is to be measured? {' or '.join(benchmarks)}{', not ' + ' '.join(words) if words else ''}")
+        raise UserError(f"what is to be measured? {', '.join(benchmarks)}{', not ' + ' '.join(words) if words else ''}")
     return benchmarks[words[0]](Settings(**given))
 
 

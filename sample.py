@@ -9,20 +9,24 @@ same seed gives the same text on the same kind of device.
 is full, the oldest turns are forgotten. Ctrl-C ends a reply, /help lists the commands.
 """
 import contextlib
+import importlib
+import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from prepare import UserError, chat_ids, parse_flags, run_tool
+from prepare import UserError, chat_ids, mended, parse_flags, run_tool
 from train import Settings as TrainSettings
-from train import load_checkpoint, pick_device
+from train import load_checkpoint, pick_device, replacing
 
 
 @dataclass
@@ -86,10 +90,10 @@ class SeenNgrams:
 
 @torch.no_grad()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, no_repeat_ngram_size=0, generator=None,
-           cache=None):
+           cache=None, exempt=()):
     """Yields the next token of every row, int64 (B,), max_new_tokens times, continuing idx (B, T).
 
-    Applied in this order: repetition penalty and n-gram ban (both count the prompt), temperature (0: likeliest token), top_k, top_p,
+    Applied in this order: repetition penalty and n-gram ban (both count the prompt, and neither meets the tokens in `exempt`), temperature (0: likeliest token), top_k, top_p,
     min_p. generator: torch.Generator on the model's device. Only the last tokens of idx are read, as many as the model can.
     cache: one that has read the first tokens of idx already and now reads on; idx must fit into it.
     """
@@ -104,10 +108,12 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_
         if cache.length == C:
             cache, new = model.init_cache(idx.size(0)), idx[:, -(C // 2):]
         logits = model(new, cache=cache)[0][:, -1].float()
+        free = logits[:, list(exempt)]
         if repetition_penalty != 1:
             logits = penalize_repetition(logits, seen, repetition_penalty)
         for row, ngram in zip(logits, ngrams):
             row[ngram.banned()] = -math.inf
+        logits[:, list(exempt)] = free
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)
         else:
@@ -179,7 +185,8 @@ class Chat:
     """A conversation: its messages as prepare.py frames them, `<|bos|>[<|system|>text]<|user|>text<|assistant|>text<|eos|><|user|>...`, and a
     cache that has read them. Text never becomes a special token, so no message can open a turn. UserError if the tokenizer has none for the roles.
 
-    When the context is full, the oldest turns are forgotten until the rest fits into half of it; the system's message stays.
+    When the context is full, the oldest turns are forgotten until the rest fits into half of it, or the last turn alone into most of it, or
+    the end of that turn into half; the system's message stays. UserError if it fills half of the context by itself.
     """
 
     def __init__(self, model, tokenizer, system="", **sampling):
@@ -192,43 +199,58 @@ class Chat:
         self.ids = [self.special["<|bos|>"], *([self.special["<|system|>"], *self.encode(self.system)] if self.system else [])]
         self.start = len(self.ids)  # where the first turn begins
         self.cache, self.forgot = self.model.init_cache(1), False
+        if self.start + 2 > self.cache.max_len // 2:
+            raise UserError(f"the system's message has {self.start:,} tokens, the model reads {self.cache.max_len:,}; half of them are for the chat")
 
     def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(mended(text), add_special_tokens=False).ids
 
     def make_room(self):
         """Forgets the oldest turns if the tokens do not fit into the cache."""
-        keep = self.cache.max_len // 2 - self.start
-        if keep < 1:
-            raise UserError(f"the system's message has {self.start:,} tokens, the model reads {self.cache.max_len:,}; half of them are for the chat")
-        if len(self.ids) > self.cache.max_len:
-            turns = [i for i in range(max(self.start, len(self.ids) - keep), len(self.ids)) if self.ids[i] == self.special["<|user|>"]]
-            self.ids = self.ids[:self.start] + self.ids[turns[0] if turns else -keep:]  # a turn longer than that loses its beginning
+        ids, n, C, user, assistant = self.ids, len(self.ids), self.cache.max_len, self.special["<|user|>"], self.special["<|assistant|>"]
+        if n > C:
+            keep, turns = C // 2 - self.start, [i for i in range(self.start, n) if ids[i] == user]
+            begin, who = next((i for i in turns if n - i <= keep), turns[-1] if turns else self.start), []
+            if self.start + n - begin > C * 7 // 8:  # a turn loses its beginning, but not its frame
+                begin = n - keep + 1
+                who = [next(t for t in reversed(ids[:begin]) if t in (user, assistant))]
+            self.ids = ids[:self.start] + who + ids[begin:]
             self.cache, self.forgot = self.model.init_cache(1), True
 
     def reply(self, message, max_new_tokens, stop="", stopped=lambda: False):
         """Yields the reply to `message` in pieces of text. It ends with <|eos|> or another token that belongs to no reply, at `stop`, after
-        max_new_tokens, or as soon as stopped() is true; in each case the chat can go on."""
+        max_new_tokens, or as soon as stopped() is true; in each case, and if the caller leaves or is interrupted, the chat can go on.
+        `cut` says afterwards whether it was max_new_tokens."""
+        eos, device = self.special["<|eos|>"], next(self.model.parameters()).device
         self.messages.append(dict(role="user", content=message))
         self.ids += [self.special["<|user|>"], *self.encode(message), self.special["<|assistant|>"]]
-        text, device, first = Text(self.tokenizer, self.special["<|eos|>"], stop), next(self.model.parameters()).device, len(self.messages)
-        self.messages.append(dict(role="assistant", content=""))
-        while max_new_tokens > 0 and not text.done:
-            self.make_room()
-            n = min(max_new_tokens, self.cache.max_len - len(self.ids) + 1)
-            for token in stream(self.model, torch.tensor([self.ids], device=device), n, cache=self.cache, **self.sampling):
-                token, max_new_tokens = int(token), max_new_tokens - 1
-                if token in self.special.values():
-                    max_new_tokens = 0
-                    break
-                self.ids.append(token)
-                yield text.add(token)
-                if text.done or stopped():
-                    max_new_tokens = 0
-                    break
-        yield text.finish()
-        self.ids.append(self.special["<|eos|>"])  # what was cut off ends here as well
-        self.messages[first]["content"] = text.text
+        text, said, answer, whole, self.cut = Text(self.tokenizer, eos, stop), [], dict(role="assistant", content=""), False, False
+        self.messages.append(answer)
+        try:
+            while not (whole or text.done or self.cut):
+                self.make_room()
+                n = min(max_new_tokens - len(said), self.cache.max_len - len(self.ids) + 1)
+                for token in map(int, stream(self.model, torch.tensor([self.ids], device=device), n, cache=self.cache, exempt=(eos,), **self.sampling)):
+                    if token in self.special.values():
+                        whole = True
+                        break
+                    self.ids.append(token)
+                    said.append(token)
+                    yield text.add(token)
+                    if text.done or stopped():
+                        whole = True
+                        break
+                self.cut = not whole and len(said) >= max_new_tokens
+            yield text.finish()
+            if stop and text.text != self.tokenizer.decode(said):  # the text ends before `stop`, and so do the tokens
+                self.ids = self.ids[:max(self.start, len(self.ids) - len(said))] + self.encode(text.text)
+                self.cache = self.model.init_cache(1)
+        except KeyboardInterrupt:  # perhaps in the middle of a layer: read all anew
+            self.cache = self.model.init_cache(1)
+            raise
+        finally:
+            self.ids.append(eos)  # what was cut off ends here as well
+            answer["content"] = text.text
 
 
 COMMANDS = """/reset         begins a new chat
@@ -239,49 +261,62 @@ A line that ends with a backslash goes on in the next."""
 
 
 def save_chat(path, messages, saved):
-    """Adds the chat as a line to the file, in place of the line that `saved` (path -> its place) says it has there already."""
-    line = (json.dumps(dict(messages=messages), ensure_ascii=False) + "\n").encode()
-    with open(path, "ab") as f:
-        begin, end = saved.get(path, (f.tell(),) * 2)
-        if end != f.tell():  # somebody else wrote behind it
-            begin = f.tell()
-        f.truncate(begin)
-        f.write(line)
-    saved[path] = begin, begin + len(line)
+    """Adds the chat as a line to the file; `saved`, path -> its line of the last time there, which is replaced."""
+    old = Path(path).read_bytes() if os.path.exists(path) else b""
+    old = old.removesuffix(saved.get(path, b""))  # somebody else may have written behind it
+    old += b"\n" * (bool(old) and not old.endswith(b"\n"))
+    line = (json.dumps(dict(messages=messages), ensure_ascii=False) + "\n").encode(errors="replace")
+    with replacing(path) as f:
+        f.write(old + line)
+    saved[path] = line
+
+
+def read_message(live):
+    """The next message, a line or several that end with a backslash; None at the end of the input."""
+    lines = []
+    while not lines or lines[-1].endswith("\\"):
+        try:
+            line = input(("  " if lines else "> ") if live else "")
+        except EOFError:
+            if not lines:
+                return None
+            break
+        lines.append(line.removesuffix("\r"))
+    return "\n".join([line[:-1] for line in lines[:-1]] + lines[-1:])
 
 
 def converse(chat, s, first=None):
     """Reads messages and commands from standard input until it ends, and writes replies to standard output."""
-    live, saved, told = sys.stdin.isatty(), {}, False
+    live, saved, told = bool(sys.stdin and sys.stdin.isatty()), {}, False
 
     def note(text):
         print(text, file=sys.stderr, flush=True)
     if live:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  history and editing of the line, where the system has it
+            importlib.import_module("readline")  # history and editing of the line, where the system has it
         note("Ctrl-D ends the chat, /help lists the commands")
+    elif isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     while True:
         if first is None:
             try:
-                line = input("> " if live else "")
-                while line.endswith("\\"):
-                    line = line[:-1] + "\n" + input("  " if live else "")
-            except EOFError:
-                if live:
-                    print()
-                return 0
+                line = read_message(live) if sys.stdin else None
             except KeyboardInterrupt:
                 if not live:
                     raise
                 print()
                 continue
+            if line is None:
+                if live:
+                    print()
+                return 0
         else:
             line, first = first, None
             if live:
                 print(f"> {line}")
-        command, _, argument = line.strip().partition(" ")
-        if not command:
+        if not line.strip():
             continue
+        command, _, argument = line.strip().partition(" ") if re.fullmatch(r"/[a-z]+( .*)?", line.strip()) else ("", "", "")  # no path
         if command == "/exit":
             return 0
         if command == "/reset":
@@ -296,27 +331,33 @@ def converse(chat, s, first=None):
             try:
                 save_chat(path, chat.messages, saved)
                 note(f"saved {len(chat.messages)} messages to {path}")
-            except OSError as e:
-                note(f"{path}: {e.strerror}; the chat was not saved")
-        elif command.startswith("/"):
+            except (OSError, ValueError) as e:
+                note(f"{path}: {getattr(e, 'strerror', None) or e}; the chat was not saved")
+        elif command:
             note(COMMANDS if command == "/help" else f"there is no command {command}\n{COMMANDS}")
         else:
             stop = []
 
             def on_signal(number, frame):
-                if stop:  # the second time: something hangs
-                    raise KeyboardInterrupt
                 stop.append(number)
+                if len(stop) == 2:  # it does not wait for the next token
+                    raise KeyboardInterrupt
             previous = signal.signal(signal.SIGINT, on_signal)
             try:
                 for piece in chat.reply(line, s.max_new_tokens, s.stop, lambda: bool(stop)):
                     print(piece, end="", flush=True)
+                print(flush=True)
+                if chat.cut:
+                    note(f"(cut after {s.max_new_tokens:,} tokens, see --max_new_tokens)")
+                if chat.forgot and not told:
+                    told = True
+                    note(f"(the model reads {chat.cache.max_len:,} tokens at most: the beginning of this chat is forgotten)")
+            except KeyboardInterrupt:
+                if not live:
+                    raise
+                print()
             finally:
                 signal.signal(signal.SIGINT, previous)
-            print(flush=True)
-            if chat.forgot and not told:
-                told = True
-                note(f"(the model reads {chat.cache.max_len:,} tokens at most: the beginning of this chat is forgotten)")
 
 
 def main(argv):
@@ -340,7 +381,7 @@ def main(argv):
         k: getattr(s, k) for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")}
     if s.chat:
         return converse(Chat(model, tokenizer, s.system, generator=generator, **sampling), s, s.prompt or None)
-    prompt = s.prompt
+    prompt = mended(s.prompt)
     if "prompt" not in given and sys.stdin and not sys.stdin.isatty():
         prompt = sys.stdin.read().removesuffix("\n")
     bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")

@@ -130,7 +130,7 @@ def find_data(spec, tokenizer, vocab_size, is_main, barrier, like=None):
     """
     folders, same = [], []
     if like is not None:
-        there = sorted([*Path("data").glob("*/tokenizer.json"), *Path("data").glob("tokenizer-*.json")], key=lambda p: (len(str(p)), str(p)))
+        there = sorted([*Path("data").glob("[!.]*/tokenizer.json"), *Path("data").glob("tokenizer-*.json")], key=lambda p: (len(str(p)), str(p)))
         same = [p for p in there if p.read_text(encoding="utf-8") == like]
         if not same:  # the data it was trained on is elsewhere
             same = [Path("data") / f"tokenizer-{hashlib.sha256(like.encode()).hexdigest()[:8]}.json"]
@@ -767,7 +767,7 @@ def split_result(result, i):
 def relevances(results):
     """Of {"raw": result, "ema": result} what metrics.jsonl says about relevance."""
     return {name: {k: r["relevance"][i] for k, r in results.items()} for i, name in enumerate(("relevance_accuracy", "relevance_gap"))
-            if all("relevance" in r for r in results.values())}
+            if all("relevance" in r and math.isfinite(r["relevance"][i]) for r in results.values())}
 
 
 def best_validation(result, sources, **about):
@@ -891,8 +891,11 @@ def settings_from(argv):
             raise UserError(f"{out / 'config.json'} is damaged ({e}); start anew with --overwrite") from None
         module, *_ = find_preset(name)
         cfg = module.Config(**cfg)
-        if (out / "ckpt.pt").exists():
-            checkpoint = read_checkpoint(out / "ckpt.pt")
+        if init_from and init_from != base.init_from:
+            raise UserError(f"the run in {out} starts from {base.init_from or 'random weights'}; --resume goes on with it as it is, --out names its folder")
+        latest = next((out / f for f in ("ckpt.pt", "best.pt") if (out / f).exists()), None)  # best.pt holds all that is needed too
+        if latest:
+            checkpoint = read_checkpoint(latest)
         elif base.init_from:
             parent = read_checkpoint(base.init_from)
     else:
@@ -900,17 +903,19 @@ def settings_from(argv):
         base = Settings(model=name, **{k: v for k, v in recipe.items() if k != "model"})
         if base.init_from and not init_from:
             init_from = base.init_from
-            if not os.path.exists(init_from):
+            if not os.path.exists(init_from) and not {"--help", "-h"} & set(argv):
                 raise UserError(f"{name} starts from {init_from}, which is not there: run python train.py --model={name.split('-')[0]} first, or give --init_from")
-            parent = read_checkpoint(init_from)
+            parent = read_checkpoint(init_from) if os.path.exists(init_from) else None
         if parent:
             if parent["model_name"].split("-")[0] != name.split("-")[0]:
                 raise UserError(f"--init_from={init_from} holds a {parent['model_name']}, not a {name}")
             cfg = module.Config(**parent["cfg"])
             if any(prepare.yes_or_no(flag_value(argv, flag) or "false") for flag in ("decay_only", "eval_only")):
-                base = replace(Settings(**parent["train"]), out="", init_from="", overwrite=False, resume=False, decay_only=False)
+                base = replace(Settings(**parent["train"]), out="", init_from=init_from, overwrite=False, resume=False, decay_only=False)
     given, _ = parse_flags(argv, base, cfg, description=f"{__doc__.split(chr(10))[0]} Defaults in brackets are those of --model={name}.")
     given.pop("resume", None)
+    if given.get("loss_on") == "auto":
+        given.pop("loss_on")  # what the recipe or the record says
     shape = {k: given.pop(k) for k in list(given) if k in {f.name for f in fields(cfg)}}
     if resume or parent:
         differs = [f"{k} is {getattr(cfg, k)}" for k, v in shape.items() if getattr(cfg, k) != v]
@@ -950,8 +955,8 @@ def settings_from(argv):
     if s.eval_only and (resume or s.decay_only):
         raise UserError("--eval_only measures one checkpoint and trains nothing: leave --resume and --decay_only away")
     if s.decay_only and not resume:
-        if not s.decay_steps:
-            raise UserError("--decay_only needs --decay_steps")
+        if not s.decay_steps or s.epochs:
+            raise UserError("--decay_only needs --decay_steps" + ", and has no --epochs" * bool(s.epochs))
         s.schedule, s.warmup_steps, s.max_steps = "wsd", 0, parent["step"] + s.decay_steps
     if not s.data:
         raise UserError(f"--model={name} names no data of its own: give --data")
@@ -1020,13 +1025,14 @@ def main(argv):
 
 
 # What fine-tuning on chats does otherwise than the recipe of the model, unless the recipe is one for tuning or flags say something else
-TUNING_EPOCHS, TUNING_RATE = 3, 0.25  # passes over the replies; share of the learning rates
+TUNING_EPOCHS, TUNING_RATE, TUNING_TOKENS = 3, 0.25, 32_768  # passes over the replies; share of the learning rates; most tokens of a step
 
 
 def tuning_settings(s, given):
-    """Settings for fine-tuning on chats: the recipe's, but short, gentle, and with rows of whole chats."""
-    own = dict(pack="document", lr=TUNING_RATE * s.lr, muon_lr=TUNING_RATE * s.muon_lr, order="random", schedule="wsd", decay_fraction=1.0, decay_steps=0,
-               final_lr_fraction=0.0, epochs=0.0 if "max_steps" in given else TUNING_EPOCHS)
+    """Settings for fine-tuning on chats: the recipe's, but short, gentle, in small steps, and with rows of whole chats."""
+    own = dict(loss_on="responses", pack="document", lr=TUNING_RATE * s.lr, muon_lr=TUNING_RATE * s.muon_lr, order="random", schedule="wsd",
+               decay_fraction=1.0, decay_steps=0, final_lr_fraction=0.0, epochs=0.0 if "max_steps" in given else TUNING_EPOCHS,
+               batch_tokens=min(s.batch_tokens, max(1, TUNING_TOKENS // s.block_size) * s.block_size))
     return replace(s, **{k: v for k, v in own.items() if k not in given})
 
 
@@ -1036,38 +1042,43 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
     resumed = checkpoint is not None
     start = checkpoint if resumed else parent  # where weights come from, if from anywhere
 
-    # data: rows of T positions, the same global batch for any number of processes
-    T, rows = s.block_size, s.batch_tokens // s.block_size
-    if rows % world and not s.eval_only:
-        raise UserError(f"the {rows} windows of a step cannot be shared out evenly to {world} processes; change --batch_tokens")
-    micro = s.micro_batch if s.eval_only else next(m for m in range(min(s.micro_batch, rows // world), 0, -1) if rows // world % m == 0)
+    # data, and whether it is chats to be tuned on
     sources, tokenizer_text = find_data(s.data, s.tokenizer, cfg.vocab_size, is_main, barrier, start and start["tokenizer"])
-    chats = any(x.train_mask is not None for x in sources)
+    tokenizer = prepare.load_tokenizer(tokenizer_text)
+    if start and start["tokenizer"] != tokenizer_text:
+        raise UserError(f"the data {s.data} was not encoded with the checkpoint's tokenizer; "
+                        "prepare it with --tokenizer=PATH of the one it was trained with")
+    chats = [x for x in sources if x.train_mask is not None]
     gentle = False
     if s.loss_on == "auto":
-        gentle = chats and bool(s.init_from) and not (s.decay_only or s.eval_only)
-        s = replace(tuning_settings(s, given), loss_on="responses") if gentle else replace(s, loss_on="all")
-    tuning = s.loss_on == "responses" and chats
-    if s.loss_on == "responses" and not (tuning or s.eval_only):
-        raise UserError(f"--loss_on=responses needs a set of chats, and {s.data} holds none")
-    for name, off in dict(replay=0, relevance=0, response_start_weight=1).items():
-        if getattr(s, name) != off and not (tuning or s.eval_only):
-            raise UserError(f"--{name} belongs to tuning on the replies of chats: it needs --loss_on=responses and a set of chats")
+        gentle = bool(chats and s.init_from) and not (s.decay_only or s.eval_only or s.resume)
+        s = tuning_settings(s, given) if gentle else replace(s, loss_on="all")
+    tuning = s.loss_on == "responses" and bool(chats)
+    if s.eval_only:
+        s = replace(s, replay=0.0, relevance=0.0)
+    elif not tuning:
+        if s.loss_on == "responses":
+            raise UserError(f"--loss_on=responses needs a set of chats, and {s.data} holds none")
+        for name, off in dict(replay=0, relevance=0, response_start_weight=1, base_data="").items():
+            if getattr(s, name) != off:
+                raise UserError(f"--{name} belongs to tuning on the replies of chats: it needs --loss_on=responses and a set of chats")
+    if not any(len(x.val) > 1 for x in (chats if tuning else sources)):
+        raise UserError(f"{s.data} has no validation text{' of chats' * tuning}; prepare it with --val_fraction above 0")
     s = replace(s, pack=("document" if tuning else "stream") if s.pack == "auto" else s.pack,
                 out=s.out or f"out/{s.model}" + "-decay" * s.decay_only + "-sft" * (tuning and not s.model.endswith("-sft")))
     if s.relevance and s.pack != "document":
         raise UserError("--relevance compares replies under whole prompts: it needs --pack=document")
     out = Path(s.out)
-    if not (s.resume or s.eval_only) and (out / "ckpt.pt").exists() and not s.overwrite:
-        raise UserError(f"{out} holds a run: --resume goes on with it, --out names another folder, --overwrite deletes it")
+    if not (s.resume or s.eval_only or s.overwrite) and any(out.glob("*.pt")):
+        raise UserError(f"{out} holds a run: --resume --out={out} goes on with it, --out names another folder, --overwrite deletes it")
     base = []
     if tuning:
         before = start["train"] if start else {}
-        spec = s.base_data or before.get("base_data") or before.get("data", "")
+        spec = s.base_data or before.get("base_data") or before.get("data", "") * (before.get("loss_on") != "responses")
         try:
             base, base_tokenizer = find_data(spec, s.tokenizer, cfg.vocab_size, is_main, barrier, tokenizer_text) if spec else ([], tokenizer_text)
         except UserError as e:
-            if s.replay or s.base_data:
+            if s.replay or s.base_data and "base_data" in given:
                 raise
             print(f"no base data, so what is forgotten of it is not measured: {e}")
         else:
@@ -1076,12 +1087,12 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
             s = replace(s, base_data=spec)
         if s.replay and not base:
             raise UserError("--replay needs --base_data")
-    tokenizer = prepare.load_tokenizer(tokenizer_text)
-    if start and start["tokenizer"] != tokenizer_text:
-        raise UserError(f"the data {s.data} was not encoded with the checkpoint's tokenizer; "
-                        "prepare it with --tokenizer=PATH of the one it was trained with")
-    if not any(len(x.val) > 1 for x in sources):
-        raise UserError(f"{s.data} has no validation text; prepare it with --val_fraction above 0")
+
+    # rows of T positions, the same global batch for any number of processes
+    T, rows = s.block_size, s.batch_tokens // s.block_size
+    if rows % world and not s.eval_only:
+        raise UserError(f"the {rows} windows of a step cannot be shared out evenly to {world} processes; change --batch_tokens")
+    micro = s.micro_batch if s.eval_only else next(m for m in range(min(s.micro_batch, rows // world), 0, -1) if rows // world % m == 0)
     bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
     loader = None if s.eval_only else Loader(sources, s.order, T, s.max_steps * rows, s.seed, bos if s.pack == "document" else None, base, s.replay)
     if s.epochs and loader:
@@ -1113,7 +1124,8 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
     torch.manual_seed(s.seed + rank)  # dropout, if a fork has any, differs between processes
     if start and (resumed or s.decay_only):
         if [list(f) for f in start["loader"]["fingerprint"]] != [x.fingerprint for x in loader.sources]:
-            raise UserError(f"the data of {s.data} has changed since the checkpoint, so its place in it is lost; use the data it was trained on")
+            raise UserError(f"the data of {s.data}{' or ' * bool(s.base_data) + s.base_data} has changed since the checkpoint, so its place in it is lost; "
+                            "use the data it was trained on" + ", and as much --replay" * tuning)
         step, tokens, use_ema = start["step"], start["tokens"], start["use_ema"]
         loader.load_state_dict(start["loader"])
         optimizers.load_state_dict(start["optimizer"])
@@ -1148,12 +1160,12 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
         prompt, wide = [bos, *tokenizer.encode(s.sample_prompt, add_special_tokens=False).ids], "\n             "
         if tuning:  # a chat: --sample_prompt or, if there is none, the first question of the validation text
             user, assistant = tokenizer.token_to_id("<|user|>"), tokenizer.token_to_id("<|assistant|>")
-            chat = next(x.val for x in sources if x.val_mask is not None and len(x.val)).tolist()
+            chat = next(x.val for x in chats if len(x.val))[:2 ** 16].tolist()
             prompt = [bos, user, *prompt[1:], assistant] if s.sample_prompt else chat[:chat.index(assistant) + 1]
         ids = model.generate(torch.tensor([prompt], device=device), s.sample_tokens, temperature=0.8, top_p=0.95, stop_token=eos,
                              generator=torch.Generator(device).manual_seed(s.seed))[0].tolist()
         if tuning:
-            progress.done("sample       user: " + tokenizer.decode(prompt).replace("\n", wide))
+            progress.done("sample       user: " + tokenizer.decode(prompt[prompt.index(user):]).replace("\n", wide))
             ids = ids[len(prompt):]
         progress.done("             assistant: " * tuning + "sample       " * (not tuning) + tokenizer.decode(ids).replace("\n", wide))
 
@@ -1204,15 +1216,17 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{s.model:<12} {model.n_params / 1e6:,.2f}M parameters ({Path(module.__file__).name}), "
           f"context {cfg.context_length:,}, training on {'windows' if s.pack == 'stream' else 'rows'} of {T:,}")
-    for i, (x, share, n, fill) in enumerate(zip(loader.sources, loader.share, loader.per_epoch, loader.fill)):
+    for i, (x, n, fill) in enumerate(zip(loader.sources, loader.per_epoch, loader.fill)):
         print(f"{x.name:<12} {x.language}/{x.kind}, {len(x.train):,} training and {len(x.val):,} validation tokens, "
-              + (f"{share:.0%} of the run" if i < loader.own else f"{share * s.replay:.0%} of the rows, replayed")
+              + (f"{loader.share[i]:.0%} of the run" if not s.replay else
+                 f"{loader.row_share[i] * (1 - s.replay):.0%} of the rows" if i < loader.own else f"{loader.row_share[i] * s.replay:.0%} of the rows, replayed")
               + f", whole documents in {n:,} rows, {1 - fill:.2%} of them padding" * (loader.edges[i] is not None))
     if tuning:
         tricks = [f"word boost {s.word_boost:g}"] * (s.word_boost != 1)
         tricks += [f"first {s.response_start_tokens} tokens x {s.response_start_weight:g}"] * (s.response_start_weight != 1)
         tricks += [f"replay {s.replay:g}"] * (s.replay > 0) + [f"relevance {s.relevance:g}, margin {s.relevance_margin:g}"] * (s.relevance > 0)
-        print(f"{'tuning':<12} {s.init_from}, on replies; {', '.join(tricks) or 'nothing else'}" + f"; {TUNING_RATE:g} of the recipe's learning rates" * gentle)
+        print(f"{'tuning':<12} {s.init_from or 'random weights'}, on replies; {', '.join(tricks) or 'no tricks'}; "
+              + f"muon_lr {s.muon_lr:g}, " * (s.optimizer == "muon") + f"lr {s.lr:g}, {s.warmup_steps} steps of warm-up")
     print(f"{device.type:<12} {str(dtype)[6:]}{', compiled' * compiled}, {f'{world} x ' * (world > 1)}{chip}; "
           f"Muon {optimizers.n_matrices} matrices, AdamW {optimizers.n_other} tensors; "
           f"{s.max_steps:,} steps of {s.batch_tokens:,} tokens, {rows // world // micro} x {micro} rows each")
@@ -1245,7 +1259,7 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
         return (f"eval {step:>6,}  {'replies' if tuning else 'validation'} {results['raw']['mixed'][1]:.3f} bits/byte"
                 + (f", EMA {results['ema']['mixed'][1]:.3f}" if "ema" in results else "")
                 + "".join(f"  {name} {bits:.3f}" for name, (_, bits) in by_language.items() if len(by_language) > 1)
-                + (f"  base {results[winner]['base'][1]:.3f}" if base else "") + (f"  relevance {results[winner]['relevance'][0]:.1%}" if tuning else ""))
+                + (f"  base {results[winner]['base'][1]:.3f}" if base else "") + (f"  relevance {results[winner]['relevance'][0]:.1%}" if relevances(results) else ""))
 
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in chip), None)
     model.train()
@@ -1262,7 +1276,8 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
         marks = loader.marks(dealt, s.response_start_tokens) if tuning else None
         if tuning:
             y[marks == 0] = -1
-        targets = y[y >= 0]
+        in_replies = torch.tensor([not tuning or loader.in_replies(source) for source, _ in dealt])
+        targets, shown = y[y >= 0], y[in_replies][y[in_replies] >= 0]  # trained on; whose bits per byte are shown: of replies alone, not of what is replayed
         loss_weights = token_weights(y, marks, boost, s.response_start_weight)
         whole = float(loss_weights.sum()) or 1.0  # over all processes, so that the mean is the same for any number of them
         shares = [float(w.sum()) / whole for w in loss_weights[rank::world].split(micro)]
@@ -1272,27 +1287,31 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
             replies = replies_of(dealt, loader, bos, rng)
             rivals = [wrong_prompts(replies, mine, int(micro * s.relevance + rng.random()), T, rng)  # rounded so that the mean is right
                       for mine in (list(range(rank, rows, world)[i * micro:(i + 1) * micro]) for i in range(len(shares)))]
-            spoken = max(1, sum(int((y[row] >= 0).sum()) for row, (source, _) in enumerate(dealt) if loader.in_replies(source)))
-        x, y, reset, loss_weights = (None if t is None else t[rank::world].to(device) for t in (x, y, reset, loss_weights))
-        loss, contrast = torch.zeros((), device=device), torch.zeros((), device=device)
+            spoken = max(1, int((y[in_replies] >= 0).sum()))
+        replied = in_replies[:, None].expand_as(y)
+        x, y, reset, loss_weights, replied = (None if t is None else t[rank::world].to(device) for t in (x, y, reset, loss_weights, replied))
+        loss, contrast, nats = torch.zeros((), device=device), torch.zeros((), device=device), torch.zeros((), device=device)
         for i, share in enumerate(shares):
             part = slice(i * micro, (i + 1) * micro)
             with contextlib.nullcontext() if i + 1 == len(shares) or world == 1 else run.no_sync():  # gradients travel once a step
-                if rivals[i] is None or not len(rivals[i][0]):
+                batch, part_contrast = [x[part], y[part], None if reset is None else reset[part]], torch.zeros_like(contrast)
+                if not tuning:
                     with autocast():
-                        part_loss = run(x[part], y[part], loss_weights=loss_weights[part] if weighted else None,
-                                        reset=None if reset is None else reset[part])[1]
-                    part_loss, part_contrast = part_loss * share, torch.zeros_like(contrast)
+                        part_loss = run(*batch[:2], loss_weights=loss_weights[part] if weighted else None, reset=batch[2])[1] * share
                 else:
-                    *rival, number, at_home = (t.to(device) for t in rivals[i])
+                    rival = rivals[i] if rivals[i] is not None and len(rivals[i][0]) else None
+                    if rival:
+                        batch = [torch.cat((own, other.to(device))) for own, other in zip(batch, rival)]
                     with autocast():
-                        inputs, aims, begins = (torch.cat(pair) for pair in zip((x[part], y[part], reset[part]), rival))
-                        losses, under_wrong = run(inputs, aims, reduction="none", reset=begins)[1].split((micro, len(number)))
-                    n = int(number.max())
-                    lengths = reply_sums(torch.ones_like(under_wrong), number, n)
-                    own, wrong = reply_sums(losses, at_home, n), reply_sums(under_wrong, number, n)
-                    part_contrast = relevance_loss(own, wrong, lengths, s.relevance_margin) / spoken
+                        losses = run(*batch[:2], reduction="none", reset=batch[2])[1]
+                    if rival:
+                        number, at_home, n = rival[3].to(device), rival[4].to(device), int(rival[3].max())
+                        losses, under_wrong = losses.split((micro, len(number)))
+                        lengths = reply_sums(torch.ones_like(under_wrong), number, n)
+                        own, wrong = reply_sums(losses, at_home, n), reply_sums(under_wrong, number, n)
+                        part_contrast = relevance_loss(own, wrong, lengths, s.relevance_margin) / spoken
                     part_loss = (losses * loss_weights[part]).sum() / whole
+                    nats += (losses.detach() * replied[part]).sum()
                 ((part_loss + part_contrast) * world).backward()  # DDP averages over the processes; the loss is a sum of shares
             loss += part_loss.detach()
             contrast += part_contrast.detach()
@@ -1321,16 +1340,17 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
             if world > 1:
                 dist.all_reduce(loss)
                 dist.all_reduce(contrast)
+                dist.all_reduce(nats)
             seconds = time.monotonic() - mark
             rate = (tokens - mark_tokens) / seconds
             elapsed += seconds
-            per_byte = len(targets) / math.log(2) / (float(bytes_per_token[targets].sum()) or math.nan)  # 0: all are unknown
-            record(dict(step=step, tokens=tokens, train_loss=float(loss), train_bits_per_byte=float(loss) * per_byte, lr=lr,
+            bits = (float(nats) if tuning else float(loss) * len(targets)) / math.log(2) / (float(bytes_per_token[shown].sum()) or math.nan)  # 0: all are unknown
+            record(dict(step=step, tokens=tokens, train_loss=float(loss), train_bits_per_byte=bits, lr=lr,
                         grad_norm=grad_norm, tokens_per_s=rate, elapsed=elapsed) | (dict(relevance_loss=float(contrast)) if s.relevance else {}))
-            line = (f"step {step:>6,}/{s.max_steps:,}  loss {float(loss):.3f}  {float(loss) * per_byte:.2f} bits/byte  "
+            line = (f"step {step:>6,}/{s.max_steps:,}  loss {float(loss):.3f}  {bits:.2f} bits/byte  "
                     + f"relevance {float(contrast):.3f}  " * bool(s.relevance) + f"{rate / 1e3:.1f}k tok/s  "
                     f"{clock((s.max_steps - step) * seconds / (step - mark_step))} left  lr {lr:.2g}  |g| {grad_norm:.2f}"  # the end is cut off in a narrow terminal
-                    + (f"  MFU {rate * flops / peak / world:.0%}" if peak and dtype == torch.bfloat16 else ""))
+                    + (f"  MFU {(1 + s.relevance) * s.batch_tokens * (step - mark_step) / seconds * flops / peak / world:.0%}" if peak and dtype == torch.bfloat16 else ""))
             (progress.show if progress.live else progress.done)(line)
             mark, mark_step, mark_tokens = time.monotonic(), step, tokens
 

@@ -73,7 +73,7 @@ def test_memory_is_measured_in_processes_of_their_own_and_extrapolated(capsys, m
 
 
 def test_what_is_not_to_be_measured_is_one_line():
-    for argv, line in (([], "memory or prepare"), (["speed"], "memory or prepare, not speed"), (["memory", "--micro_batch=one"], "not a list of numbers"),
+    for argv, line in (([], "memory, prepare, ablation"), (["speed"], "memory, prepare, ablation, not speed"), (["memory", "--micro_batch=one"], "not a list of numbers"),
                        (["memory", "--micro_batch=0"], "not a list of numbers"), (["memory", "--dtype=half"], "half is not one of"),
                        (["memory", "--optimizer=sgd"], "sgd is not one of"), (["memory", "--block_size=5000"], "longer than the model's context of 2500")):
         with pytest.raises(bench.UserError, match=re.escape(line)):
@@ -115,5 +115,16 @@ def test_the_ablation_trains_each_kind_once_and_prints_what_it_measured(trained,
     assert re.search(rf"plain +{sum(values) / 2:.3f} ± {abs(values[0] - values[1]) / 2 ** 0.5:.3f} ", shown[3])
     tuned = train.read_checkpoint(workdir / "out/ablation/run/best.pt")["train"]  # the last one
     assert {k: tuned[k] for k in bench.TRICKS} == bench.TRICKS and tuned["max_steps"] == 2 and tuned["seed"] == 1338
-    monkeypatch.setattr(train, "main", None)  # nothing is left to do
-    assert bench.main(flags) == 0 and capsys.readouterr().out.splitlines() == shown
+    with monkeypatch.context() as m:
+        m.setattr(train, "main", None)  # nothing is left to do
+        assert bench.main(flags) == 0 and capsys.readouterr().out.splitlines() == shown
+    # what is stopped half-way, as Ctrl-C does it, is not measured; nor is anything taken for what it is not
+    with monkeypatch.context() as m:
+        m.setattr(train, "main", lambda argv: (workdir / "out/ablation/run/metrics.jsonl").write_text('{"step": 1}\n') and 0)
+        m.setitem(bench.TRICKS, "relevance", 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            bench.main(flags)
+    assert len((workdir / "out/ablation/results.jsonl").read_text().splitlines()) == 5
+    for flag, line in (("--seeds=0", "must be above 0"), ("--data=data/pydocs-hybrid", "holds no chats to validate on")):
+        with pytest.raises(prepare.UserError, match=line):
+            bench.main([*flags, flag])

@@ -251,8 +251,13 @@ def test_a_full_context_forgets_the_oldest_turns_but_not_the_instructions(byte_t
     assert chat.forgot and len(chat.messages) == 17  # what is saved is all of it
     list(chat.reply("x" * 200, 100))  # a message longer than the context, a reply that fills it
     assert len(chat.ids) <= 65 and chat.ids[:len(opening)] == opening
+    assert [t for t in chat.ids if t < 7] == [byte_ids[f"<|{t}|>"] for t in ("bos", "system", "assistant", "eos")]  # cut within, it is still framed
+    chat = sample.Chat(model, byte_tokenizer, temperature=0)
+    list(chat.reply("x" * 20, 3))
+    list(chat.reply("y" * 50, 3))  # fits if all before it is forgotten
+    assert chat.ids[1] == byte_ids["<|user|>"] and byte_tokenizer.decode(chat.ids).startswith("y" * 50)
     with pytest.raises(prepare.UserError, match="the system's message has"):
-        list(sample.Chat(model, byte_tokenizer, system="long " * 20, temperature=0).reply("hi", 3))
+        sample.Chat(model, byte_tokenizer, system="long " * 20)
 
 
 @settings(max_examples=40, deadline=None)
@@ -279,7 +284,67 @@ def test_a_reply_ends_at_any_token_that_belongs_to_none_and_when_it_is_stopped(m
         said.append(piece)
     assert chat.messages[-1]["content"] == "aa" and chat.ids[-1] == byte_ids["<|eos|>"]
     chat.reset()
-    assert "".join(chat.reply("hi", 100, stop="aaaaa")) == ""
+    assert "".join(chat.reply("hi", 100, stop="aaaaa")) == "" and chat.ids[-2:] == [byte_ids["<|assistant|>"], byte_ids["<|eos|>"]]  # no more is read than was shown
+    chat.reset()
+    assert "".join(chat.reply("hi", 3)) == "aaa" and chat.cut
+    chat.reset()
+    for piece in chat.reply("hi", 100):  # whoever leaves in between leaves a chat that can go on
+        break
+    assert chat.messages[-1]["content"] == "a" and chat.ids[-2:] == [a, byte_ids["<|eos|>"]]
+
+
+def test_an_interrupt_within_the_model_leaves_a_chat_that_reads_all_anew(monkeypatch, byte_tokenizer, byte_ids):
+    arch = ARCHITECTURES["i3"]
+    model = randomised(arch.module.Model(arch.module.Config(**{**arch.tiny, "vocab_size": 263}))).eval()
+    chats = [sample.Chat(model, byte_tokenizer, temperature=0) for _ in range(2)]
+    for chat in chats:
+        "".join(chat.reply("hi", 3))
+    block, calls = model.blocks[1], []
+
+    def interrupted(*args, **kw):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return type(block).forward(block, *args, **kw)
+    block.forward = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        list(chats[0].reply("and", 50))
+    del block.forward
+    assert "".join(chats[1].reply("and", len(calls) - 1)) == chats[0].messages[-1]["content"]
+    assert chats[0].ids == chats[1].ids and list(chats[0].reply("so", 6)) == list(chats[1].reply("so", 6)) and chats[0].ids == chats[1].ids
+
+
+def test_neither_penalty_keeps_a_reply_from_ending(byte_tokenizer, byte_ids):
+    """The end token occurs once a turn; counted as a repetition, replies would grow longer and longer."""
+    eos = byte_ids["<|eos|>"]
+
+    class Ending:  # likes the end best, then a letter
+        cfg = tinymemory.Config(vocab_size=263)
+
+        def init_cache(self, n):
+            return tinymemory.Cache(0, (1, 1, 100, 1), torch.float32, "cpu")
+
+        def __call__(self, idx, cache):
+            cache.length += idx.size(1)
+            logits = torch.zeros(1, 1, 263)
+            logits[..., eos], logits[..., 100] = 3, 2.5
+            return logits, None
+    read = torch.tensor([[5, eos, 5, eos, 5]])
+    for rule in (dict(no_repeat_ngram_size=2), dict(repetition_penalty=2.0)):
+        assert int(next(sample.stream(Ending(), read, 1, temperature=0, **rule))) == 100
+        assert int(next(sample.stream(Ending(), read, 1, temperature=0, exempt=(eos,), **rule))) == eos
+
+
+def test_a_saved_chat_replaces_only_its_own_line(tmp_path):
+    path, saved = tmp_path / "chats.jsonl", {}
+    path.write_text('{"messages": 1}')  # without a line end
+    sample.save_chat(path, ["a"], saved)
+    sample.save_chat(path, ["a", "b"], saved)
+    assert path.read_text() == '{"messages": 1}\n{"messages": ["a", "b"]}\n'
+    with open(path, "a") as f:
+        f.write("another's\n")
+    sample.save_chat(path, ["a", "b", "\udce9"], saved)
+    assert path.read_text() == '{"messages": 1}\n{"messages": ["a", "b"]}\nanother\'s\n{"messages": ["a", "b", "?"]}\n'
 
 
 @pytest.fixture
@@ -293,7 +358,7 @@ def chatty(trained, tmp_path):
 
 
 def test_a_chat_through_pipes_answers_each_line_and_saves_what_prepare_reads(chatty, tmp_path, capfd, monkeypatch):
-    lines = "import os\nclass A:\\\n    pass\n/save chat.jsonl\nagain\n/save chat.jsonl\n/nonsense\n/reset\n\nx\n/save chat.jsonl\n/save /no/such/folder/x\n/exit\nnever"
+    lines = "import os\r\nclass A:\\\r\n    pass\n/save chat.jsonl\nagain\n/save chat.jsonl\n/nonsense\n/reset\n\nx\n/save chat.jsonl\n/save /no/such/folder/x\n/exit\nnever"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert sample.main([f"--ckpt={chatty}", "--chat", "--max_new_tokens=6", "--temperature=0", "--system=be brief"]) == 0
