@@ -310,13 +310,13 @@ def converse(chat, s, first=None):
                 if live:
                     print()
                 return 0
+            command, _, argument = line.strip().partition(" ") if re.fullmatch(r"/[a-z]+( .*)?", line.strip()) else ("", "", "")  # no path
         else:
-            line, first = first, None
+            line, first, command = first, None, ""
             if live:
                 print(f"> {line}")
         if not line.strip():
             continue
-        command, _, argument = line.strip().partition(" ") if re.fullmatch(r"/[a-z]+( .*)?", line.strip()) else ("", "", "")  # no path
         if command == "/exit":
             return 0
         if command == "/reset":

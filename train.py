@@ -61,7 +61,7 @@ class Settings:
     base_data: str = ""  # what tuning replays, and on which it measures forgetting; as --data; empty: what the checkpoint was trained on
     replay: float = 0.0  # share of the rows that are windows of the base data; 0: off
     relevance: float = 0.0  # so many more rows, as a share, hold replies under other chats' prompts, where they are to be less likely; 0: off
-    relevance_margin: float = 0.5  # by how much, in nats per token of the reply
+    relevance_margin: float = 1.0  # by how much, in nats per token of the reply
     # optimizer
     optimizer: str = "muon"  # muon: matrices of the blocks by Muon, the rest by AdamW; adamw: everything by AdamW
     muon_lr: float = 0.02  # peak learning rate of Muon
