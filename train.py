@@ -849,7 +849,7 @@ def draw_loss(rows, path, title, xz=None):
         ax.axhline(xz, color="#888888", lw=1, ls="--", label=f"xz -9 on the validation text: {xz:.3f}")
     bits = [r["val_bits_per_byte"][k]["mixed"] for r in val for k in r["val_bits_per_byte"]]
     low = min((b for b in bits if not math.isnan(b)), default=1)  # NaN: every character is unknown
-    ax.set(xlabel="million training tokens", ylabel="bits per byte", title=title, ylim=(0.9 * low, max(3.2 * low, 1.1 * (xz or 0))))
+    ax.set(xlabel="million training tokens", ylabel="bits per byte" + " of replies" * bool(beside), title=title, ylim=(0.9 * low, max(3.2 * low, 1.1 * (xz or 0))))
     ax.grid(alpha=0.25)
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
