@@ -249,6 +249,7 @@ class Chat:
             self.cache = self.model.init_cache(1)
             raise
         finally:
+            text.finish()
             self.ids.append(eos)  # what was cut off ends here as well
             answer["content"] = text.text
 
