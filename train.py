@@ -1231,7 +1231,7 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
           f"Muon {optimizers.n_matrices} matrices, AdamW {optimizers.n_other} tensors; "
           f"{s.max_steps:,} steps of {s.batch_tokens:,} tokens, {rows // world // micro} x {micro} rows each")
     if resumed:
-        print(f"resumed      {out / 'ckpt.pt'} at step {step:,}")
+        print(f"resumed      {out} at step {step:,}")
 
     # Ctrl-C and SIGTERM end the step, save and leave; a second one ends at once
     stop = []

@@ -516,6 +516,16 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(flags, wo
         assert same_tensors(a[key], b[key]), key
 
 
+def test_a_run_that_lost_its_latest_checkpoint_goes_on_from_its_best(workdir):
+    for out, steps in (("whole", 9), ("lost", 6)):
+        run_train("--data=pydocs-hybrid", f"--out={out}", "--save_every=0", f"--max_steps={steps}", "--eval_every=3", "--decay_fraction=0")
+    (workdir / "lost/ckpt.pt").unlink()
+    with pytest.raises(UserError, match="--resume --out=lost goes on with it"):
+        run_train("--data=pydocs-hybrid", "--out=lost")
+    assert train.main(["--resume", "--out=lost", "--max_steps=9"]) == 0
+    assert same_tensors(*(train.read_checkpoint(workdir / out / "ckpt.pt")["model"] for out in ("whole", "lost")))
+
+
 def test_checkpointed_blocks_change_nothing_but_memory(workdir, monkeypatch):
     calls, checkpoint_blocks = [], train.checkpoint_blocks
     monkeypatch.setattr(train, "checkpoint_blocks", lambda model: (calls.append(model), checkpoint_blocks(model)))
