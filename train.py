@@ -849,7 +849,8 @@ def draw_loss(rows, path, title, xz=None):
         ax.axhline(xz, color="#888888", lw=1, ls="--", label=f"xz -9 on the validation text: {xz:.3f}")
     bits = [r["val_bits_per_byte"][k]["mixed"] for r in val for k in r["val_bits_per_byte"]]
     low = min((b for b in bits if not math.isnan(b)), default=1)  # NaN: every character is unknown
-    ax.set(xlabel="million training tokens", ylabel="bits per byte" + " of replies" * bool(beside), title=title, ylim=(0.9 * low, max(3.2 * low, 1.1 * (xz or 0))))
+    least = min((r["train_bits_per_byte"] for r in train if r["train_bits_per_byte"] > 0), default=low) if beside else low  # batches of few replies scatter
+    ax.set(xlabel="million training tokens", ylabel="bits per byte" + " of replies" * bool(beside), title=title, ylim=(0.9 * min(low, least), max(3.2 * low, 1.1 * (xz or 0))))
     ax.grid(alpha=0.25)
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
@@ -960,6 +961,8 @@ def settings_from(argv):
         s.schedule, s.warmup_steps, s.max_steps = "wsd", 0, parent["step"] + s.decay_steps
     if not s.data:
         raise UserError(f"--model={name} names no data of its own: give --data")
+    if not s.init_from:  # else its data decides, see train()
+        s.out = s.out or f"out/{name}"
     return module, cfg, s, parent, checkpoint, set(given)
 
 

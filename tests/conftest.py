@@ -46,6 +46,13 @@ def layouts(hub_root):
     return make_real_layouts(hub_root)
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """A picture takes longer than such a small run; `trained` has one, and so have the tests marked `pictures`."""
+    if not request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr(train, "draw_loss", lambda *args: None)
+
+
 @pytest.fixture
 def workdir(corpora, tmp_path, monkeypatch):
     """An empty current directory that sees the corpora as data/."""

@@ -329,6 +329,7 @@ def test_changing_one_chat_of_a_row_leaves_the_others_logits_alone(name, chat_da
 
 # ---------------------------------------------------------------------------------------------------- whole runs
 
+@pytest.mark.pictures
 def test_a_tuned_run_reports_replies_base_and_relevance_side_by_side(tune, trained, chat_data, capsys):
     out = tune("--data=" + str(chat_data), "--sample_tokens=8", "--max_steps=4", still=False)
     shown, seen = capsys.readouterr().out, rows(out)
