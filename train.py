@@ -2,7 +2,7 @@
 
 Reads top to bottom: settings, data, Muon, schedule and EMA, checkpoints, evaluation, set-up, the loop. An architecture file brings
 its model, its sizes and its recipe (PRESETS); this file brings everything that is the same for all. Each field of Settings and
-of the model's config is a flag, --name=value, and a flag overrides the recipe.
+of the model's config is a flag, --name=value, and a flag overrides the recipe. Where --init_from meets a set of chats, it fine-tunes on their replies.
 
 What a run writes to out/RUN: ckpt.pt (latest, for --resume), best.pt (lowest validation loss) and best_validation.json (what that
 is, by source and language), step_N.pt (--keep_every), metrics.jsonl, loss.png, config.json.
