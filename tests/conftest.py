@@ -20,6 +20,13 @@ SMALL = ["--n_layer=2", "--d_model=32", "--n_head=2", "--d_ff=48", "--context_le
          "--sample_tokens=8", "--dtype=float32", "--compile=off", "--device=cpu"]
 
 
+def pytest_collection_modifyitems(items):
+    """The tests that take long come first for either process, so that neither waits at the end for the other's."""
+    long, short = ([item for item in items if bool(item.get_closest_marker("long")) == yes] for yes in (True, False))
+    half = len(short) // 2
+    items[:] = long[::2] + short[:half] + long[1::2] + short[half:]  # each begins with one half and takes over from the other's end
+
+
 @pytest.fixture(scope="session")
 def corpora(tmp_path_factory):
     """A folder with data/pydocs-hybrid (600 tokens of vocabulary) and data/two-hybrid: two sources, en and it, one tokenizer."""

@@ -55,6 +55,7 @@ train.main(sys.argv[3:])
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compile", ["off", "on"])
 def test_a_run_killed_again_and_again_and_resumed_is_the_uninterrupted_run_to_the_bit(compile, workdir, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workdir / "inductor"))  # compiled once, by the first of these processes
@@ -224,6 +225,7 @@ def test_the_terminal_shows_one_updating_line_and_a_pipe_plain_lines(workdir):
     assert "\r\x1b[Kstep" in shown and "left" in shown and shown.rstrip().splitlines()[-1].startswith("wrote shown")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype, limit", [("bfloat16", 2.4e9), ("float32", 4e9)])
 def test_training_ivme_on_8192_tokens_at_once_fits_in_memory(dtype, limit, workdir):
     """The whole process, in its second step: weights, gradients, Muon, AdamW, EMA, activations, the checkpoint's writing. Large blocks go straight back to

@@ -1,9 +1,11 @@
 """What the README promises: its code runs, its commands are real, its numbers are those of the code."""
+import os
 import re
 import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import bench
@@ -21,12 +23,13 @@ ARCHITECTURES = (gpt2preln, i3, ivme, tinymemory)
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_the_ten_lines_train_and_generate_with_ivme_alone(tmp_path):
     code, = re.findall(r"```python\n(.*?)```", README, re.S)
     shutil.copy(ROOT / "ivme.py", tmp_path)
     (tmp_path / "ten_lines.py").write_text(code)
     done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); exec(open('ten_lines.py').read())"],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=120)
+                          cwd=tmp_path, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"loss (\d\.\d+)", done.stdout)[1]) < 3.0  # 5.5 at the start
     assert len(done.stdout) > 100
