@@ -142,6 +142,8 @@ def run_tool(main):
     """main(argv) with this project's manners: a user's mistake is one line on standard error and exit status 2."""
     tool = Path(sys.argv[0]).name
     try:
+        if sys.version_info < (3, 11):
+            raise UserError(f"this needs Python 3.11 or newer, and {sys.executable} is {platform.python_version()}")
         sys.exit(main(sys.argv[1:]))
     except UserError as e:
         message = str(e)

@@ -123,10 +123,10 @@ class Source:
         return self.packed[T, bos]
 
 
-def find_data(spec, tokenizer, vocab_size, is_main, barrier, like=None):
+def find_data(spec, tokenizer, vocab_size, is_main, barrier, like=None, whose="the checkpoint's"):
     """--data -> (sources, tokenizer.json's text). Prepares a missing embedded corpus; any other is a UserError with the command to type.
 
-    like: text of the tokenizer that a checkpoint was trained with. A bare name then means the folder that was encoded with this one.
+    like: text of the tokenizer that the data must have, `whose` it is, for the error. A bare name then means the folder that was encoded with it.
     """
     folders, same = [], []
     if like is not None:
@@ -134,8 +134,14 @@ def find_data(spec, tokenizer, vocab_size, is_main, barrier, like=None):
         same = [p for p in there if p.read_text(encoding="utf-8") == like]
         if not same:  # the data it was trained on is elsewhere
             same = [Path("data") / f"tokenizer-{hashlib.sha256(like.encode()).hexdigest()[:8]}.json"]
+
+    def keep_tokenizer():  # so that the command that an error names can be typed
+        if is_main and not same[0].exists():
+            same[0].parent.mkdir(exist_ok=True)
+            same[0].write_text(like, encoding="utf-8")
     for item in spec.split(","):
         name, _, weight = item.rpartition(":") if re.fullmatch(r".+:[0-9.]+", item) else (item, "", "1")
+        encoder = tokenizer
         named = Path("data") / prepare.corpus_name([name], tokenizer, vocab_size if tokenizer in prepare.TRAINERS else 0)
         folder = next((f for f in (Path(name), Path("data") / name) if (f / "meta.json").exists()), None)
         if folder is None:
@@ -143,18 +149,17 @@ def find_data(spec, tokenizer, vocab_size, is_main, barrier, like=None):
                                                     if (f / "tokenizer.json").exists() and (f / "tokenizer.json").read_text(encoding="utf-8") == like]
             folder = next((f for f in fitting if (f / "meta.json").exists()), None)
         if folder is None and same:
-            tokenizer, named = str(same[0]), Path("data") / prepare.corpus_name([name], str(same[0]), 0)
-            if is_main and not same[0].exists():
-                same[0].parent.mkdir(exist_ok=True)
-                same[0].write_text(like, encoding="utf-8")
-        command = f"python prepare.py {name} --tokenizer={tokenizer}"
-        if prepare.DEFAULT_VOCAB.get(tokenizer) not in (None, vocab_size):
+            encoder, named = str(same[0]), Path("data") / prepare.corpus_name([name], str(same[0]), 0)
+            keep_tokenizer()
+        text = next((f for f in (name, *(name + end for end in prepare.SUFFIXES)) if os.path.exists(f)), name)  # `chats` may be chats.jsonl
+        command = f"python prepare.py {text} --tokenizer={encoder}"
+        if prepare.DEFAULT_VOCAB.get(encoder) not in (None, vocab_size):
             command += f" --vocab_size={vocab_size}"
-        if folder is None and name in prepare.EMBEDDED and (tokenizer in prepare.TRAINERS or same):
+        if folder is None and name in prepare.EMBEDDED and (encoder in prepare.TRAINERS or same):
             folder = named
             if is_main:
                 print(f"{name}: preparing {folder} (once)", flush=True)
-                prepare.prepare([name], prepare.Settings(tokenizer=tokenizer, vocab_size=0 if same else vocab_size))
+                prepare.prepare([name], prepare.Settings(tokenizer=encoder, vocab_size=0 if same else vocab_size))
             barrier()
         if folder is None and os.path.exists(name):
             raise UserError(f"{name} is not a prepared folder; make one of it: {command}")
@@ -163,6 +168,9 @@ def find_data(spec, tokenizer, vocab_size, is_main, barrier, like=None):
             raise UserError(f"there is no prepared data {name!r}{nearest(name, [*there, *prepare.EMBEDDED])}; prepare it: {command}")
         folders.append((folder, prepare.read_meta(folder), float(weight)))
     first = folders[0]
+    if like is not None and (first[0] / "tokenizer.json").read_text(encoding="utf-8") != like:
+        keep_tokenizer()
+        raise UserError(f"{first[0]} was not encoded with {whose} tokenizer; prepare its text with --tokenizer={same[0]}")
     for folder, meta, _ in folders:
         if meta["tokenizer_sha256"] != first[1]["tokenizer_sha256"]:
             raise UserError(f"{folder} and {first[0]} have different tokenizers; prepare one with --tokenizer={first[0]}/tokenizer.json")
@@ -689,7 +697,7 @@ def evaluate(run, sources, tokens, T, rows, autocast, bytes_per_token, device, w
 
     A source is cut into rows of T targets as in training, the same every time; `tokens` of them, spread evenly, count (0: all). Losses
     are means in nats per token over a group's rows, bits per byte are its nats / ln 2 / UTF-8 bytes. Draws no random numbers.
-    responses: in sets of chats only replies count.
+    responses: of sets of chats only replies count, and "mixed" is over these sets.
     """
     sums = torch.zeros(len(sources), 3, dtype=torch.float64)  # nats, tokens, bytes
     for total, source in zip(sums, sources):
@@ -715,7 +723,7 @@ def evaluate(run, sources, tokens, T, rows, autocast, bytes_per_token, device, w
         nats, n, size = sums[chosen].sum(0).tolist()
         return (nats / n if n else math.nan, nats / math.log(2) / size if size else math.nan)
     languages = sorted({s.language for s in sources})
-    return dict(mixed=result([i for i, _ in enumerate(sources)]),
+    return dict(mixed=result([i for i, s in enumerate(sources) if s.val_mask is not None or not responses]),
                 language={x: result([i for i, s in enumerate(sources) if s.language == x]) for x in languages},
                 source={s.name: result([i]) for i, s in enumerate(sources)})
 
@@ -790,7 +798,7 @@ def table(result, sources):
     """Lines of the terminal: loss, perplexity and bits per byte of each source, of each language, of all."""
     rows = [(s.name, f"{s.language}/{s.kind}", *result["source"][s.name]) for s in sources]
     rows += [(language, "language", *pair) for language, pair in result["language"].items() if len(result["language"]) > 1]
-    rows += [("mixed", "all sources", *result["mixed"])] * (len(sources) > 1)
+    rows += [("mixed", "all replies" if "relevance" in result else "all sources", *result["mixed"])] * (len(sources) > 1)
     rows += [("base", "base data", *result["base"])] if "base" in result else []
     wide = max(len(r[1]) for r in rows)
     lines = [f"{name:<12} {what:<{wide}}  loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):,.1f}  {bits:.3f} bits/byte" for name, what, loss, bits in rows]
@@ -820,31 +828,38 @@ def read_rows(path):
 def draw_loss(rows, path, title, xz=None):
     """loss.png: bits per byte of the training batches and of the validation text, over the tokens trained on. Of tuning (rows with
     relevance_accuracy) the same for replies, and beside it the base data's bits per byte and the relevance accuracy."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no {path}: it is drawn by matplotlib, which is not installed")
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     train, val = [r for r in rows if "train_loss" in r], [r for r in rows if "val_loss" in r and not r.get("final")]
-    beside = [(name, key, f) for name, key, f in (
-        ("bits per byte of the base data", "val_bits_per_byte", lambda x: x.get("base")), ("relevance accuracy", "relevance_accuracy", lambda x: x))
-        if any(key in r and f(r[key]["raw"]) is not None for r in val)]
+    colors = dict(raw="#33658a", ema="#d1495b")
+
+    def curves(value):
+        points = {kind: [(r["tokens"] / 1e6, value(r, kind)) for r in val] for kind in colors}
+        return {kind: [p for p in some if p[1] is not None] for kind, some in points.items()}
+    beside = {"bits per byte of the base data": curves(lambda r, kind: r["val_bits_per_byte"].get(kind, {}).get("base")),
+              "relevance accuracy": curves(lambda r, kind: r.get("relevance_accuracy", {}).get(kind))}
+    beside = {name: drawn for name, drawn in beside.items() if any(drawn.values())}
     fig, axes = plt.subplots(1, 1 + len(beside), figsize=(8 + 2 * len(beside), 4.5), dpi=100, layout="constrained", squeeze=False,
                              width_ratios=[1 + 0.5 * bool(beside)] + [1] * len(beside))
     ax, *others = axes[0]
-    for other, (name, key, f) in zip(others, beside):
-        for kind, color in (("raw", "#33658a"), ("ema", "#d1495b")):
-            points = [(r["tokens"] / 1e6, f(r[key][kind])) for r in val if kind in r[key]]
+    for other, (name, drawn) in zip(others, beside.items()):
+        for kind, points in drawn.items():
             if points:
-                other.plot(*zip(*points), color=color, marker="o", ms=3.5, lw=1.6, label=f"{points[-1][1]:.3f} at the end")
+                other.plot(*zip(*points), color=colors[kind], marker="o", ms=3.5, lw=1.6, label=f"{points[-1][1]:.3f} at the end")
         other.set(xlabel="million training tokens", title=name)
         other.grid(alpha=0.25)
         other.legend(frameon=False)
         other.spines[["top", "right"]].set_visible(False)
     ax.plot([r["tokens"] / 1e6 for r in train], [r["train_bits_per_byte"] for r in train], color="#b9c7d6", lw=1, label="training batches")
-    for kind, color in (("raw", "#33658a"), ("ema", "#d1495b")):
-        points = [(r["tokens"] / 1e6, r["val_bits_per_byte"][kind]["mixed"]) for r in val if kind in r["val_bits_per_byte"]]
+    for kind, points in curves(lambda r, kind: r["val_bits_per_byte"].get(kind, {}).get("mixed")).items():
         if points:
             label = f"validation, {'EMA' if kind == 'ema' else 'raw'} weights: {points[-1][1]:.3f} at the end"
-            ax.plot(*zip(*points), color=color, marker="o", ms=3.5, lw=1.6, label=label)
+            ax.plot(*zip(*points), color=colors[kind], marker="o", ms=3.5, lw=1.6, label=label)
     if xz:
         ax.axhline(xz, color="#888888", lw=1, ls="--", label=f"xz -9 on the validation text: {xz:.3f}")
     bits = [r["val_bits_per_byte"][k]["mixed"] for r in val for k in r["val_bits_per_byte"]]
@@ -871,6 +886,11 @@ def flag_value(argv, name):
     return None
 
 
+def check_rows(s):
+    if s.batch_tokens % s.block_size:
+        raise UserError(f"--batch_tokens={s.batch_tokens} is not a multiple of --block_size={s.block_size}")
+
+
 def settings_from(argv):
     """argv -> (module, config, Settings, checkpoint to start from or None, checkpoint to resume or None, names of the flags given).
 
@@ -894,7 +914,9 @@ def settings_from(argv):
         cfg = module.Config(**cfg)
         if init_from and init_from != base.init_from:
             raise UserError(f"the run in {out} starts from {base.init_from or 'random weights'}; --resume goes on with it as it is, --out names its folder")
-        latest = next((out / f for f in ("ckpt.pt", "best.pt") if (out / f).exists()), None)  # best.pt holds all that is needed too
+        latest = out / "ckpt.pt"
+        if not latest.exists():  # the others hold all that is needed too
+            latest = max((*out.glob("best.pt"), *out.glob("step_*.pt")), key=os.path.getmtime, default=None)
         if latest:
             checkpoint = read_checkpoint(latest)
         elif base.init_from:
@@ -902,10 +924,10 @@ def settings_from(argv):
     else:
         module, cfg, recipe = find_preset(name)
         base = Settings(model=name, **{k: v for k, v in recipe.items() if k != "model"})
-        if base.init_from and not init_from:
+        if base.init_from and init_from is None:
             init_from = base.init_from
             if not os.path.exists(init_from) and not {"--help", "-h"} & set(argv):
-                raise UserError(f"{name} starts from {init_from}, which is not there: run python train.py --model={name.split('-')[0]} first, or give --init_from")
+                raise UserError(f"{name} starts from {init_from}, which is not there: run python train.py --model={Path(init_from).parent.name} first, or give --init_from")
             parent = read_checkpoint(init_from) if os.path.exists(init_from) else None
         if parent:
             if parent["model_name"].split("-")[0] != name.split("-")[0]:
@@ -924,6 +946,8 @@ def settings_from(argv):
             raise UserError(f"{'the run' if resume else init_from} has another shape: {', '.join(differs)}")
     cfg = replace(cfg, **shape)
     s = replace(base, resume=resume, **given)
+    if parent and "tokenizer" not in given:
+        s.tokenizer = parent["train"]["tokenizer"]  # names in its recipe's --data go with it
     if "max_steps" in given and "epochs" not in given:
         s.epochs = 0.0
     if "block_size" not in given:
@@ -948,10 +972,10 @@ def settings_from(argv):
     if s.block_size > cfg.context_length:
         raise UserError(f"--block_size={s.block_size} is longer than the model's context of {cfg.context_length}; "
                         f"--context_length={s.block_size} makes a model that fits")
-    if s.batch_tokens % s.block_size and not s.eval_only:
-        raise UserError(f"--batch_tokens={s.batch_tokens} is not a multiple of --block_size={s.block_size}")
+    if not s.init_from:  # else it depends on the data, see tuning_settings
+        check_rows(s)
     for flag in ("decay_only", "eval_only"):
-        if getattr(s, flag) and not s.init_from:
+        if getattr(s, flag) and not (resume or given.get("init_from")):
             raise UserError(f"--{flag} needs --init_from=CHECKPOINT")
     if s.eval_only and (resume or s.decay_only):
         raise UserError("--eval_only measures one checkpoint and trains nothing: leave --resume and --decay_only away")
@@ -1016,6 +1040,7 @@ def main(argv):
     device, dtype, compiler = pick_device(s, local_rank)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         return train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype, compiler)
     except UserError:
@@ -1023,6 +1048,8 @@ def main(argv):
             raise
         return 2  # every process met the same mistake; one line is enough
     finally:
+        for number, handler in handlers.items():  # for whoever calls this as a function
+            signal.signal(number, handler or signal.SIG_DFL)
         if world > 1:
             dist.destroy_process_group()
 
@@ -1033,9 +1060,11 @@ TUNING_EPOCHS, TUNING_RATE, TUNING_TOKENS = 3, 0.25, 32_768  # passes over the r
 
 def tuning_settings(s, given):
     """Settings for fine-tuning on chats: the recipe's, but short, gentle, in small steps, and with rows of whole chats."""
+    rows = max(1, min(s.batch_tokens, TUNING_TOKENS) // s.block_size)
+    small = s.batch_tokens <= TUNING_TOKENS and s.batch_tokens % s.block_size == 0
     own = dict(loss_on="responses", pack="document", lr=TUNING_RATE * s.lr, muon_lr=TUNING_RATE * s.muon_lr, order="random", schedule="wsd",
                decay_fraction=1.0, decay_steps=0, final_lr_fraction=0.0, epochs=0.0 if "max_steps" in given else TUNING_EPOCHS,
-               batch_tokens=min(s.batch_tokens, max(1, TUNING_TOKENS // s.block_size) * s.block_size))
+               batch_tokens=s.batch_tokens if small else s.block_size << rows.bit_length() - 1)  # a power of two of rows, for any number of GPUs
     return replace(s, **{k: v for k, v in own.items() if k not in given})
 
 
@@ -1048,50 +1077,50 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
     # data, and whether it is chats to be tuned on
     sources, tokenizer_text = find_data(s.data, s.tokenizer, cfg.vocab_size, is_main, barrier, start and start["tokenizer"])
     tokenizer = prepare.load_tokenizer(tokenizer_text)
-    if start and start["tokenizer"] != tokenizer_text:
-        raise UserError(f"the data {s.data} was not encoded with the checkpoint's tokenizer; "
-                        "prepare it with --tokenizer=PATH of the one it was trained with")
     chats = [x for x in sources if x.train_mask is not None]
-    gentle = False
-    if s.loss_on == "auto":
-        gentle = bool(chats and s.init_from) and not (s.decay_only or s.eval_only or s.resume)
-        s = tuning_settings(s, given) if gentle else replace(s, loss_on="all")
+    gentle = bool(chats and s.init_from) and not (s.decay_only or s.eval_only or s.resume) and module.PRESETS[s.model][1].get("loss_on", "auto") == "auto"
+    if gentle:
+        s = tuning_settings(s, given)
+    elif s.loss_on == "auto":
+        s = replace(s, loss_on="all")
     tuning = s.loss_on == "responses" and bool(chats)
     if s.eval_only:
         s = replace(s, replay=0.0, relevance=0.0)
     elif not tuning:
         if s.loss_on == "responses":
             raise UserError(f"--loss_on=responses needs a set of chats, and {s.data} holds none")
-        for name, off in dict(replay=0, relevance=0, response_start_weight=1, base_data="").items():
-            if getattr(s, name) != off:
+        off = dict(replay=0.0, relevance=0.0, response_start_weight=1.0, base_data="")
+        for name in off:
+            if name in given and getattr(s, name) != off[name]:
                 raise UserError(f"--{name} belongs to tuning on the replies of chats: it needs --loss_on=responses and a set of chats")
+        s = replace(s, **off)  # a recipe for tuning has some
     if not any(len(x.val) > 1 for x in (chats if tuning else sources)):
         raise UserError(f"{s.data} has no validation text{' of chats' * tuning}; prepare it with --val_fraction above 0")
     s = replace(s, pack=("document" if tuning else "stream") if s.pack == "auto" else s.pack,
-                out=s.out or f"out/{s.model}" + "-decay" * s.decay_only + "-sft" * (tuning and not s.model.endswith("-sft")))
+                out=s.out or f"out/{s.model}" + "-decay" * s.decay_only + "-sft" * ((tuning or gentle) and not s.model.endswith("-sft")))
     if s.relevance and s.pack != "document":
         raise UserError("--relevance compares replies under whole prompts: it needs --pack=document")
     out = Path(s.out)
     if not (s.resume or s.eval_only or s.overwrite) and any(out.glob("*.pt")):
         raise UserError(f"{out} holds a run: --resume --out={out} goes on with it, --out names another folder, --overwrite deletes it")
     base = []
-    if tuning:
+    if tuning and (s.base_data or "base_data" not in given):
         before = start["train"] if start else {}
         spec = s.base_data or before.get("base_data") or before.get("data", "") * (before.get("loss_on") != "responses")
         try:
-            base, base_tokenizer = find_data(spec, s.tokenizer, cfg.vocab_size, is_main, barrier, tokenizer_text) if spec else ([], tokenizer_text)
+            base = find_data(spec, s.tokenizer, cfg.vocab_size, is_main, barrier, tokenizer_text, "the chats'")[0] if spec else []
         except UserError as e:
-            if s.replay or s.base_data and "base_data" in given:
+            if s.replay or "base_data" in given:
                 raise
             print(f"no base data, so what is forgotten of it is not measured: {e}")
         else:
-            if base_tokenizer != tokenizer_text:
-                raise UserError(f"{s.data} and the base data {spec} have different tokenizers; prepare one with --tokenizer=PATH of the other's tokenizer.json")
             s = replace(s, base_data=spec)
-        if s.replay and not base:
-            raise UserError("--replay needs --base_data")
+    if s.replay and not base:
+        raise UserError("--replay needs --base_data")
 
     # rows of T positions, the same global batch for any number of processes
+    if not s.eval_only:
+        check_rows(s)
     T, rows = s.block_size, s.batch_tokens // s.block_size
     if rows % world and not s.eval_only:
         raise UserError(f"the {rows} windows of a step cannot be shared out evenly to {world} processes; change --batch_tokens")
@@ -1224,11 +1253,11 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
               + (f"{loader.share[i]:.0%} of the run" if not s.replay else
                  f"{loader.row_share[i] * (1 - s.replay):.0%} of the rows" if i < loader.own else f"{loader.row_share[i] * s.replay:.0%} of the rows, replayed")
               + f", whole documents in {n:,} rows, {1 - fill:.2%} of them padding" * (loader.edges[i] is not None))
-    if tuning:
+    if tuning or gentle:
         tricks = [f"word boost {s.word_boost:g}"] * (s.word_boost != 1)
         tricks += [f"first {s.response_start_tokens} tokens x {s.response_start_weight:g}"] * (s.response_start_weight != 1)
         tricks += [f"replay {s.replay:g}"] * (s.replay > 0) + [f"relevance {s.relevance:g}, margin {s.relevance_margin:g}"] * (s.relevance > 0)
-        print(f"{'tuning':<12} {s.init_from or 'random weights'}, on replies; {', '.join(tricks) or 'no tricks'}; "
+        print(f"{'tuning':<12} {s.init_from or 'random weights'}, on {'replies' if tuning else 'all of the chats'}; {', '.join(tricks) or 'no tricks'}; "
               + f"muon_lr {s.muon_lr:g}, " * (s.optimizer == "muon") + f"lr {s.lr:g}, {s.warmup_steps} steps of warm-up")
     print(f"{device.type:<12} {str(dtype)[6:]}{', compiled' * compiled}, {f'{world} x ' * (world > 1)}{chip}; "
           f"Muon {optimizers.n_matrices} matrices, AdamW {optimizers.n_other} tensors; "
@@ -1267,7 +1296,10 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in chip), None)
     model.train()
     if tuning and not step:  # where forgetting begins
-        progress.done(summary(assess(), "raw"))
+        before = assess()
+        if math.isnan(before["raw"]["mixed"][0]):  # long prompts, short replies, few rows
+            raise UserError(f"no reply is in the validation rows that --eval_tokens={s.eval_tokens} takes; raise it, or --block_size")
+        progress.done(summary(before, "raw"))
     mark, mark_step, mark_tokens, saved_step = time.monotonic(), step, tokens, step if resumed else -1
     while step < s.max_steps:
         # one optimizer step

@@ -1,6 +1,7 @@
 """train.py: batches, optimizers, schedules, checkpoints and evaluation against independent references."""
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -519,11 +520,16 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(flags, wo
 def test_a_run_that_lost_its_latest_checkpoint_goes_on_from_its_best(workdir):
     for out, steps in (("whole", 9), ("lost", 6)):
         run_train("--data=pydocs-hybrid", f"--out={out}", "--save_every=0", f"--max_steps={steps}", "--eval_every=3", "--decay_fraction=0")
+    shutil.copytree("lost", "kept")
+    (workdir / "kept/best.pt").rename(workdir / "kept/step_6.pt")
+    (workdir / "kept/ckpt.pt").unlink()
     (workdir / "lost/ckpt.pt").unlink()
     with pytest.raises(UserError, match="--resume --out=lost goes on with it"):
         run_train("--data=pydocs-hybrid", "--out=lost")
-    assert train.main(["--resume", "--out=lost", "--max_steps=9"]) == 0
-    assert same_tensors(*(train.read_checkpoint(workdir / out / "ckpt.pt")["model"] for out in ("whole", "lost")))
+    for out in ("lost", "kept"):  # or from one that --keep_every kept
+        assert train.main(["--resume", f"--out={out}", "--max_steps=9"]) == 0
+        assert same_tensors(*(train.read_checkpoint(workdir / run / "ckpt.pt")["model"] for run in ("whole", out)))
+    assert (workdir / "kept/step_6.pt").exists()
 
 
 def test_checkpointed_blocks_change_nothing_but_memory(workdir, monkeypatch):

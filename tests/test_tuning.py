@@ -1,7 +1,11 @@
 """train.py on chats: what counts, how much it weighs, what is replayed and compared, against plain loops over tokens in float64."""
 import json
 import math
+import os
 import random
+import shutil
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from hypothesis import strategies as st
 
 import prepare
 import train
-from conftest import ROOT, command, same_tensors
+from conftest import command, same_tensors
 from prepare import UserError
 from test_architectures import ARCHITECTURES, randomised
 from test_train import fake_source, rows
@@ -86,14 +90,32 @@ def test_marks_equal_a_loop_over_the_tokens(mask, opening, data):
     assert train.mark_replies(mask, [pieces], T, opening)[0].tolist() == expected
 
 
+def nats(model, tokens, first):
+    """Of tokens[first:], each behind all before it, one forward pass of the whole sequence alone: (n,)."""
+    logp = model(torch.tensor([tokens[:-1]]), all_logits=True)[0][0].log_softmax(-1)
+    return -logp[range(first - 1, len(tokens) - 1), tokens[first:]]
+
+
 def plain_losses(model, tokens, first):
-    """Nats of tokens[first:], each behind all before it, one forward pass of the whole sequence alone, in float64."""
     with torch.no_grad():
-        logp = model(torch.tensor([tokens[:-1]]), all_logits=True)[0][0].log_softmax(-1)
-    return [-float(logp[i - 1, tokens[i]]) for i in range(first, len(tokens))]
+        return nats(model, tokens, first).tolist()
 
 
-def reference(out, chat_data, base, s, steps):
+def compared(dealt, loader, s, step, bos, rank=0, world=1):
+    """(its own context, another chat's, reply), lists of tokens, of each reply that a process compares in this step: drawn as train.py does."""
+    rng = np.random.default_rng([s.seed, step, rank, 1])
+    replies, mine = train.replies_of(dealt, loader, bos, rng), list(range(rank, len(dealt), world))
+    for here in (mine[i:i + s.micro_batch] for i in range(0, len(mine), s.micro_batch)):
+        x, y, reset, number, at_home = train.wrong_prompts(replies, here, int(s.micro_batch * s.relevance + rng.random()), s.block_size, rng)
+        for k in set(number.flatten().tolist()) - {0}:
+            r, at = (int(v[0]) for v in torch.where(number == k))
+            begin = max(int(v) for v in torch.where(reset[r])[0] if v <= at)
+            home, place = (int(v[0]) for v in torch.where(at_home == k))
+            own = next(c for c in replies if c.row == here[home] and c.at == place)
+            yield own.context.tolist(), x[r, begin:at + 1].tolist(), y[r][number[r] == k].tolist()
+
+
+def reference(out, chat_data, base, s, steps, world=1):
     """What each step's loss and relevance loss must be: a loop over rows, chats and tokens, without masks from train.py. The rows, and who
     is compared with whom, are the loader's."""
     model, tokenizer, checkpoint = train.load_checkpoint(out / "best.pt")
@@ -121,21 +143,10 @@ def reference(out, chat_data, base, s, steps):
                         w *= s.response_start_weight if len(past) - last - 1 < s.response_start_tokens else 1.0
                     total, weight = total + w * loss, weight + w
         hinge = 0.0
-        if s.relevance:
-            rng = np.random.default_rng([s.seed, step, 0, 1])
-            replies = train.replies_of(dealt, loader, bos, rng)
-            for i in range(rows // s.micro_batch):
-                more = int(s.micro_batch * s.relevance + rng.random())
-                x, y, reset, number, at_home = train.wrong_prompts(replies, list(range(i * s.micro_batch, (i + 1) * s.micro_batch)), more, T, rng)
-                for k in set(number.flatten().tolist()) - {0}:
-                    r, at = (int(v[0]) for v in torch.where(number == k))
-                    reply = y[r][number[r] == k].tolist()
-                    begin = max(int(v) for v in torch.where(reset[r])[0] if v <= at)
-                    wrong = sum(plain_losses(model, x[r, begin:at + 1].tolist() + reply, at + 1 - begin))
-                    home, place = (int(v[0]) for v in torch.where(at_home == k))
-                    own = next(c for c in replies if c.row == i * s.micro_batch + home and c.at == place)
-                    right = sum(plain_losses(model, own.context.tolist() + reply, len(own.context)))
-                    hinge += max(0, s.relevance_margin - (wrong - right) / len(reply)) * len(reply)
+        for rank in range(world if s.relevance else 0):
+            for own, other, reply in compared(dealt, loader, s, step, bos, rank, world):
+                right, wrong = (sum(plain_losses(model, c + reply, len(c))) for c in (own, other))
+                hinge += max(0, s.relevance_margin - (wrong - right) / len(reply)) * len(reply)
         found.append((total / weight if weight else 0.0, hinge / spoken if spoken else 0.0))
     return found
 
@@ -150,7 +161,7 @@ def reference(out, chat_data, base, s, steps):
     ["--word_boost=1.5", "--response_start_weight=2", "--replay=0.5", "--relevance=1", "--batch_tokens=128", "--block_size=128", "--micro_batch=1", "--max_steps=40"],
 ], ids=["word_boost", "response_start", "replay", "relevance", "all", "single_rows"])
 def test_losses_equal_a_loop_over_the_tokens_in_float64(flags, tune, chat_data, corpora):
-    out = tune(*flags, "--eval_every=0")
+    out = tune("--max_steps=2", *flags, "--eval_every=0")
     s = train.Settings(**train.read_checkpoint(out / "best.pt")["train"])
     logged = [r for r in rows(out) if "train_loss" in r]
     expected = reference(out, chat_data, corpora / "data/pydocs-hybrid", s, s.max_steps)
@@ -198,6 +209,34 @@ def test_with_every_trick_off_it_is_plain_fine_tuning_to_the_bit(tune, trained, 
         torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip, foreach=True)
         optimizers.step(train.lr_factor(step, s))
     assert same_tensors(train.read_checkpoint(out / "ckpt.pt")["model"], model.state_dict())
+
+
+def test_the_relevance_loss_moves_the_weights_as_its_formula_says(tune, trained, chat_data):
+    """A step against the plain gradient of the sum, each compared reply alone behind its own prompt and alone behind the other's. The model's
+    weights are large, so that what stands before a reply makes a difference."""
+    checkpoint = train.read_checkpoint(trained / "best.pt")
+    checkpoint["model"] = randomised(train.load_checkpoint(trained / "best.pt")[0]).state_dict()
+    train.save_checkpoint("start.pt", checkpoint | dict(use_ema=False))
+    flags = ["--init_from=start.pt", "--max_steps=1", "--ema_beta=0", "--relevance_margin=5", "--batch_tokens=1024"]
+    out, without = tune(*OFF, *flags, "--relevance=1", still=False), tune(*OFF, *flags, still=False)
+    s, (model, tokenizer, _), (source,) = train.Settings(**train.read_checkpoint(out / "ckpt.pt")["train"]), train.load_checkpoint("start.pt"), sources_of(chat_data)
+    before, optimizers, bos = {k: v.clone() for k, v in model.state_dict().items()}, train.Optimizers(model, s, torch.float32), tokenizer.token_to_id("<|bos|>")
+    loader = train.Loader([source], "random", 64, 16, s.seed, bos)
+    dealt = [loader.next_row() for _ in range(16)]
+    x, y, reset = loader.tensors(dealt)
+    y[loader.marks(dealt, 0) == 0] = -1
+    hinge = [torch.relu(s.relevance_margin * len(reply) - (nats(model, other + reply, len(other)) - nats(model, own + reply, len(own))).sum())
+             for own, other, reply in compared(dealt, loader, s, 0, bos)]
+    (model(x, y, reset=reset)[1] + sum(hinge) / (y >= 0).sum()).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip, foreach=True)
+    optimizers.step(train.lr_factor(0, s))
+    logged = rows(out)[1]
+    assert len(hinge) > 8 and logged["grad_norm"] == pytest.approx(float(norm), rel=1e-4) and logged["relevance_loss"] == pytest.approx(float(sum(hinge).detach() / (y >= 0).sum()), abs=1e-4)
+    moved, plainly = (train.read_checkpoint(run / "ckpt.pt")["model"] for run in (out, without))
+
+    def distance(a, b):
+        return sum(float((a[k] - b[k]).square().sum()) for k in before) ** 0.5
+    assert distance(moved, model.state_dict()) < 0.01 * distance(moved, before) and distance(plainly, moved) > 0.2 * distance(moved, before)
 
 
 # ---------------------------------------------------------------------------------------------------- replay
@@ -360,13 +399,53 @@ def test_a_tuned_run_reports_replies_base_and_relevance_side_by_side(tune, train
     assert train.read_checkpoint(out / "best.pt")["train"]["base_data"] == "pydocs-hybrid"
 
 
-def test_a_tuned_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(tune):
-    whole = tune("--max_steps=4", "--decay_fraction=0", still=False)
-    parts = tune("--max_steps=2", "--decay_fraction=0", still=False)
-    assert train.main(["--resume", f"--out={parts}", "--max_steps=4"]) == 0
+def test_beside_other_text_it_is_replies_that_count(tune, chat_data, capsys):
+    """In what is called the loss of the replies, by which the best step is chosen; the text has a line of its own."""
+    out = tune(f"--data={chat_data},pydocs-hybrid", "--base_data=", "--replay=0", "--max_steps=1")
+    val = next(r for r in rows(out) if "val_loss" in r)["val_loss"]["raw"]
+    assert val["mixed"] == val["source"]["chats"] != val["source"]["pydocs"] and "base" not in val and "all replies" in capsys.readouterr().out
+
+
+def test_rows_without_a_reply_to_validate_on_are_no_measure(tune, chat_data, workdir):
+    (workdir / "long.jsonl").write_text("".join(json.dumps(dict(instruction=f"{i} {' '.join(WORDS * 40)}", output="yes")) + "\n" for i in range(40)))
+    prepare.prepare(["long.jsonl"], prepare.Settings(tokenizer=f"{chat_data}/tokenizer.json", out_dir="mine", name="long", val_fraction=0.2))
+    with pytest.raises(UserError, match="no reply is in the validation rows that --eval_tokens=64 takes; raise it, or --block_size"):
+        tune("--data=mine/long", "--eval_tokens=64")
+
+
+def test_a_tuned_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(tune, monkeypatch):
+    whole, calls, update = tune("--epochs=0.3", still=False), [], train.ema_update
+
+    def stop_in_the_third_step(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(*args)
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as m:
+        m.setattr(train, "ema_update", stop_in_the_third_step)
+        parts = tune("--epochs=0.3", still=False)
+    assert train.read_checkpoint(parts / "ckpt.pt")["step"] == 3 and signal.getsignal(signal.SIGTERM) == handler
+    assert train.main(["--resume", f"--out={parts}"]) == 0
     a, b = (train.read_checkpoint(out / "ckpt.pt") for out in (whole, parts))
     for key in ("model", "ema", "optimizer", "loader", "step", "tokens"):
         assert same_tensors(a[key], b[key]), key
+    assert a["step"] > 4
+    for x, y in zip(rows(whole), rows(parts), strict=True):
+        assert {k: v for k, v in x.items() if k not in ("tokens_per_s", "elapsed")} == {k: v for k, v in y.items() if k not in ("tokens_per_s", "elapsed")}
+
+
+@pytest.mark.pictures
+def test_the_curve_is_drawn_of_what_was_measured(tmp_path, monkeypatch, capsys):
+    """The base data may have gone in between; matplotlib need not be there."""
+    evaluations = [dict(step=i, tokens=1000 * i, val_loss={}, val_bits_per_byte={k: dict(mixed=3.0 - i, **({"base": 2.0} if i < 1 else {})) for k in ("raw", "ema")[:1 + i]},
+                        **(dict(relevance_accuracy={"raw": 0.5, "ema": 0.6}) if i else {})) for i in range(2)]
+    seen = [*evaluations, dict(step=1, tokens=1000, train_loss=1.0, train_bits_per_byte=2.5)]
+    train.draw_loss(seen, tmp_path / "loss.png", "title")
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    train.draw_loss(seen, tmp_path / "again.png", "title")
+    assert not (tmp_path / "again.png").exists() and "matplotlib, which is not installed" in capsys.readouterr().out
 
 
 SHAPES = {"ivme": ["--n_kv_head=1"], "i3": ["--n_head=2", "--d_state=4", "--delta_rank=4", "--ffn_rank=8", "--head_rank=8"], "gpt2preln": []}
@@ -383,7 +462,8 @@ def test_init_from_and_a_set_of_chats_is_all_that_tuning_needs(model, chat_data,
     assert parent["loss_on"] == "all"
     *common, _ = common
     _, _, given_s, *_ = train.settings_from(["--init_from=parent/best.pt", f"--data={chat_data}"])
-    assert train.tuning_settings(given_s, {"init_from", "data"}).batch_tokens == min(32_768, given_s.batch_tokens)  # a card's million tokens would be half a set
+    small = train.tuning_settings(given_s, {"init_from", "data"}).batch_tokens
+    assert small == min(32_768, given_s.batch_tokens)  # a card's million tokens would be half a set
     common.append("--batch_tokens=2048")
     capsys.readouterr()
     assert train.main(["--init_from=parent/best.pt", f"--data={chat_data}", *common, "--block_size=128"]) == 0
@@ -396,7 +476,8 @@ def test_init_from_and_a_set_of_chats_is_all_that_tuning_needs(model, chat_data,
     assert "base" in val[0]["val_loss"]["raw"] and val[-1]["val_loss"]["raw" if "raw" in val[-1]["val_loss"] else "ema"]["mixed"] < val[0]["val_loss"]["raw"]["mixed"]
     if model == "ivme":  # what is said counts; and the tuned checkpoint is measured as it was trained
         assert train.main(["--init_from=parent/best.pt", f"--data={chat_data}", *common, "--block_size=128", "--loss_on=all", "--max_steps=1", "--out=all"]) == 0
-        assert train.read_checkpoint(workdir / "all/best.pt")["train"]["pack"] == "stream"
+        spoken = train.read_checkpoint(workdir / "all/best.pt")["train"]
+        assert (spoken["loss_on"], spoken["pack"], spoken["lr"]) == ("all", "document", s["lr"])  # as gentle
         assert train.main(["--init_from=parent/best.pt", f"--data={chat_data}", *common, "--block_size=128", "--lr=0.5", "--epochs=0.5", "--out=said"]) == 0
         said = train.read_checkpoint(workdir / "said/best.pt")["train"]
         assert said["lr"] == 0.5 and said["max_steps"] == math.ceil(0.5 * loader.per_epoch[0] / 16)
@@ -416,6 +497,11 @@ def test_init_from_and_a_set_of_chats_is_all_that_tuning_needs(model, chat_data,
         assert (workdir / f"out/{model}-sft/config.json").read_text() == before
 
 
+def test_a_tuning_step_is_whole_rows_that_any_number_of_gpus_can_share():
+    for block, batch, small in ((2500, 240_000, 20_000), (512, 4096, 4096), (1024, 2 ** 20, 32_768), (40_000, 80_000, 40_000), (1024, 24_000, 16_384)):
+        assert train.tuning_settings(train.Settings(block_size=block, batch_tokens=batch), set()).batch_tokens == small
+
+
 def test_a_name_means_the_folder_in_the_checkpoints_tokenizer(trained, chat_data, workdir, monkeypatch):
     """Of two sets of one name, or with the one that is missing, or that can be made on the spot."""
     (workdir / "data").unlink()
@@ -424,7 +510,7 @@ def test_a_name_means_the_folder_in_the_checkpoints_tokenizer(trained, chat_data
     flags = ["--model=tinymemory-sft", f"--init_from={trained}/best.pt", "--data=chats", "--block_size=64", "--batch_tokens=512", "--max_steps=1", "--eval_tokens=256",
              "--final_eval_tokens=256", "--sample_tokens=0", "--compile=off", "--replay=0", "--base_data=", "--tokenizer=hybrid"]
     prepare.prepare(["chats.jsonl"], prepare.Settings(tokenizer="hybrid", vocab_size=600, name="chats-hybrid-600", val_fraction=0.1))  # another tokenizer
-    with pytest.raises(UserError, match=r"no prepared data 'chats'.*python prepare.py chats --tokenizer=data/tokenizer-\w{8}.json"):
+    with pytest.raises(UserError, match=r"no prepared data 'chats'.*python prepare.py chats.jsonl --tokenizer=data/tokenizer-\w{8}.json"):
         train.main([*flags, "--out=missing"])
     tokenizer, = (workdir / "data").glob("tokenizer-*.json")
     assert tokenizer.read_text() == text
@@ -435,15 +521,34 @@ def test_a_name_means_the_folder_in_the_checkpoints_tokenizer(trained, chat_data
     with pytest.raises(UserError, match="enough"):
         train.main([*flags, "--data=pydocs-chat", "--out=embedded"])
     assert made == [(["pydocs-chat"], str(tokenizer.relative_to(workdir)))]
+    # one that is made on the spot leaves the names behind it what they are
+    monkeypatch.setattr(prepare, "prepare", lambda names, s: shutil.copytree(next((workdir / "data").glob("chats-tokenizer-*")), workdir / f"data/pydocs-chat-{tokenizer.stem}"))
+    shutil.copytree(next((workdir / "data").glob("chats-tokenizer-*")), workdir / "data/more-hybrid-600")
+    assert len(train.find_data("pydocs-chat,more", "hybrid", 600, True, lambda: None, text)[0]) == 2
+    # and a checkpoint's own data is looked for as it was
+    assert train.settings_from([f"--init_from={trained}/best.pt", "--model=tinymemory-sft"])[2].tokenizer == train.read_checkpoint(trained / "best.pt")["train"]["tokenizer"]
+
+
+# train.py, and again with what follows "and"; a second process group in one process would not find its peers
+TWICE = """
+import sys, torch.distributed as dist, train
+at, end = sys.argv.index("and"), dist.destroy_process_group
+dist.destroy_process_group = lambda: None
+train.main(sys.argv[1:at])
+dist.init_process_group = lambda *args, **kw: None
+train.main(sys.argv[1:at] + sys.argv[at + 1:])
+end()
+"""
 
 
 def test_two_processes_tune_as_one_does(tune, trained, chat_data, workdir):
-    """Losses, gradients and every figure of the validation are those of one process."""
+    """Losses, gradients and every figure of the validation are those of one process. In a second run relevance, whose pairs are each process's own."""
     alone = tune("--response_start_weight=3", "--replay=0.3", "--relevance=0", "--micro_batch=2", "--max_steps=3", "--eval_every=1", still=False)
     s = train.read_checkpoint(alone / "ckpt.pt")["train"]
     words = [f"--{k}={v}" for k, v in s.items() if k not in ("resume", "overwrite", "decay_only", "eval_only", "out", "epochs", "sample_prompt")]
-    process = command("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", ROOT / "train.py",
-                      *words, "--out=two")
+    (workdir / "twice.py").write_text(TWICE)
+    process = command("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "twice.py",
+                      *words, "--out=two", "and", "--out=pairs", "--relevance=0.5", "--relevance_margin=0.4", "--lr=0", "--muon_lr=0")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     for a, b in zip(rows(alone), rows(workdir / "two"), strict=True):
@@ -455,3 +560,7 @@ def test_two_processes_tune_as_one_does(tune, trained, chat_data, workdir):
             assert a["relevance_accuracy"] == b["relevance_accuracy"] and all(a["relevance_gap"][k] == pytest.approx(b["relevance_gap"][k], abs=1e-4) for k in a["relevance_gap"])
     a, b = (train.read_checkpoint(out / "ckpt.pt")["model"] for out in (alone, workdir / "two"))
     assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
+    s = train.Settings(**train.read_checkpoint(workdir / "pairs/best.pt")["train"])
+    logged = [r for r in rows(workdir / "pairs") if "train_loss" in r]
+    for row, (loss, hinge) in zip(logged, reference(workdir / "pairs", chat_data, s.base_data, s, 3, world=2), strict=True):
+        assert hinge > 0 and row["relevance_loss"] == pytest.approx(hinge, abs=2e-5) and row["train_loss"] == pytest.approx(loss, abs=2e-5)
