@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import bench
 import gpt2preln
 import prepare
+import tinymemory
 import train
 from conftest import ROOT
 
@@ -96,6 +97,14 @@ def test_repetition_is_found_where_a_search_finds_it(ids, loop, times):
     tails = [text[-k:] for k in range(1, len(text) + 1)]
     looping = any(len(t) == 3 * n and t == t[:n] * 3 for t in tails for n in range(3, 20)) or len(text) > 16 and len(set(text[-17:])) == 1
     assert bench.ends_in_loop(text) == looping
+
+
+def test_each_kind_of_the_ablation_is_plain_tuning_with_one_trick_of_the_recipe_or_all():
+    recipe, plain = tinymemory.PRESETS["tinymemory-sft"][1], train.Settings()
+    assert all(getattr(plain, k) == off for k, off in bench.OFF.items()) and {k: recipe[k] for k in bench.OFF} == bench.TRICKS
+    assert [len(tricks) for tricks in bench.KINDS.values()] == [0, 1, 1, 1, 1, 4]
+    assert {k: v for tricks in list(bench.KINDS.values())[1:-1] for k, v in tricks.items()} == bench.TRICKS == bench.KINDS["all"]
+    assert all(f"| {kind.replace('plain', 'plain tuning')} |" in (ROOT / "README.md").read_text() for kind in bench.KINDS)
 
 
 def test_the_ablation_trains_each_kind_once_and_prints_what_it_measured(trained, workdir, monkeypatch, capsys):

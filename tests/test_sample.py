@@ -167,8 +167,13 @@ def test_the_prompt_may_come_from_standard_input(trained, capsys, monkeypatch):
     assert run(capsys, f"--ckpt={trained}/best.pt", "--max_new_tokens=4").startswith("class A")
 
 
-def test_a_prompt_that_spells_a_special_token_is_plain_text(trained, capsys):
-    assert run(capsys, f"--ckpt={trained}/best.pt", "--prompt=<|eos|>", "--max_new_tokens=4", "--temperature=0").startswith("<|eos|>")
+def test_a_prompt_that_spells_a_special_token_is_plain_text(trained, capsys, monkeypatch):
+    read = []
+    monkeypatch.setattr(sample, "stream", lambda model, idx, *args, **kw: iter(read.append(idx) or ()))
+    run(capsys, f"--ckpt={trained}/best.pt", "--prompt=<|eos|>x")
+    bos, *rest = read[0][0].tolist()
+    tokenizer = train.load_checkpoint(trained / "best.pt")[1]
+    assert bos == 1 and min(rest) > 6 and tokenizer.decode(rest) == "<|eos|>x"
 
 
 def test_ema_and_no_ema_choose_the_weights(trained, monkeypatch, capsys):
@@ -195,7 +200,7 @@ def byte_ids(byte_tokenizer):
 
 @pytest.fixture(params=ARCHITECTURES)
 def talker(request):
-    """A small model of each architecture that never says a special token: it writes on until it is stopped."""
+    """A small model of each architecture that hardly ever says a special token: it writes on until it is stopped."""
     arch = ARCHITECTURES[request.param]
     model = randomised(arch.module.Model(arch.module.Config(**{**arch.tiny, "vocab_size": 263, "context_length": 64}))).eval()
     return model
@@ -216,7 +221,7 @@ def plain_reply(model, ids, n, specials):
 def test_a_chat_through_the_cache_equals_reading_all_of_it_anew(talker, byte_tokenizer, byte_ids):
     chat = sample.Chat(talker, byte_tokenizer, system="be brief", temperature=0)
     bos, eos, system, user, assistant = (byte_ids[f"<|{name}|>"] for name in ("bos", "eos", "system", "user", "assistant"))
-    expected, read = [bos, system, *byte_tokenizer.encode("be brief").ids], []
+    expected, read, written = [bos, system, *byte_tokenizer.encode("be brief").ids], [], 0
     forward = talker.forward
     talker.forward = lambda idx, **kw: (read.append(idx.size(1)), forward(idx, **kw))[1]
     for message, n in (("hi", 5), ("and?", 1), ("", 6)):
@@ -229,8 +234,9 @@ def test_a_chat_through_the_cache_equals_reading_all_of_it_anew(talker, byte_tok
         said = plain_reply(talker, expected + new, n, byte_ids.values())
         talker.forward = lambda idx, **kw: (read.append(idx.size(1)), forward(idx, **kw))[1]
         expected += [*new, *said, eos]
+        written += len(said)
         assert chat.ids == expected and "".join(pieces) == chat.messages[-1]["content"]
-    assert [m["role"] for m in chat.messages] == ["system"] + ["user", "assistant"] * 3 and not chat.forgot
+    assert [m["role"] for m in chat.messages] == ["system"] + ["user", "assistant"] * 3 and not chat.forgot and written > 5
     chat.reset()
     list(chat.reply("hi", 5))
     assert chat.ids == expected[:len(chat.ids)] and len(chat.messages) == 3  # as if it were the first
@@ -269,6 +275,18 @@ def test_a_message_that_spells_a_turn_opens_none(message, byte_tokenizer, byte_i
     special = [t for t in chat.ids if t < 7]
     assert special == [byte_ids[f"<|{t}|>"] for t in ["bos", *["system"] * bool(message), "user", "assistant", "eos"]]
     assert byte_tokenizer.decode(chat.ids[chat.start + 1:chat.ids.index(byte_ids["<|assistant|>"])]) == message
+
+
+def test_a_chat_has_the_tokens_that_training_on_it_has(monkeypatch, byte_tokenizer, byte_ids):
+    arch, turns = ARCHITECTURES["tinymemory"], [("hi", "Hello!"), (" two\nlines ", "yes <|eos|>")]
+    chat = sample.Chat(arch.module.Model(arch.module.Config(**{**arch.tiny, "vocab_size": 263, "context_length": 128})), byte_tokenizer, system="be brief")
+    for message, reply in turns:
+        said = [*byte_tokenizer.encode(reply, add_special_tokens=False).ids, byte_ids["<|eos|>"]]
+        monkeypatch.setattr(sample, "stream", lambda *args, said=said, **kw: iter(torch.tensor(said)[:, None]))
+        assert "".join(chat.reply(message, 100)) == reply
+    rows = [("system", "be brief"), *((role, text) for turn in turns for role, text in zip(("user", "assistant"), turn))]
+    (expected, _), = prepare.encode_chats([rows], prepare.fast_encoder(byte_tokenizer), byte_ids)
+    assert chat.ids == expected.tolist() and [tuple(m.values()) for m in chat.messages] == rows
 
 
 def test_a_reply_ends_at_any_token_that_belongs_to_none_and_when_it_is_stopped(monkeypatch, byte_tokenizer, byte_ids):
@@ -329,10 +347,14 @@ def test_neither_penalty_keeps_a_reply_from_ending(byte_tokenizer, byte_ids):
             logits = torch.zeros(1, 1, 263)
             logits[..., eos], logits[..., 100] = 3, 2.5
             return logits, None
+
+        def parameters(self):
+            return iter([torch.zeros(1)])
     read = torch.tensor([[5, eos, 5, eos, 5]])
     for rule in (dict(no_repeat_ngram_size=2), dict(repetition_penalty=2.0)):
         assert int(next(sample.stream(Ending(), read, 1, temperature=0, **rule))) == 100
-        assert int(next(sample.stream(Ending(), read, 1, temperature=0, exempt=(eos,), **rule))) == eos
+        chat = sample.Chat(Ending(), byte_tokenizer, temperature=0, **rule)
+        assert ["".join(chat.reply("hi", 9)) for _ in range(3)] == ["", "", ""]
 
 
 def test_a_saved_chat_replaces_only_its_own_line(tmp_path):
@@ -365,7 +387,7 @@ def test_a_chat_through_pipes_answers_each_line_and_saves_what_prepare_reads(cha
     out, err = capfd.readouterr()
     saved = [json.loads(line)["messages"] for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
     assert [[m["content"] for m in chat if m["role"] == "user"] for chat in saved] == [["import os", "class A:\n    pass", "again"], ["x"]]
-    assert [m["content"] for chat in saved for m in chat if m["role"] == "assistant"] == out.removesuffix("\n").split("\n") or "\n" in saved[0][1]["content"]
+    assert "".join(m["content"] + "\n" for chat in saved for m in chat if m["role"] == "assistant") == out
     assert all(chat[0] == dict(role="system", content="be brief") for chat in saved) and ">" not in out
     assert "saved 7 messages to chat.jsonl" in err and "there is no command /nonsense" in err and "the chat was not saved" in err and "a new chat" in err
     assert [prepare.chat_messages(dict(messages=chat)) for chat in saved]
