@@ -126,14 +126,13 @@ class Source:
 def find_data(spec, tokenizer, vocab_size, is_main, barrier, like=None, whose="the checkpoint's"):
     """--data -> (sources, tokenizer.json's text). Prepares a missing embedded corpus; any other is a UserError with the command to type.
 
-    like: text of the tokenizer that the data must have, `whose` it is, for the error. A bare name then means the folder that was encoded with it.
+    like: text of the tokenizer that the data must have, `whose` it is, for the error; without, the first folder's. A bare name means the
+    folder that was encoded with it.
     """
-    folders, same = [], []
-    if like is not None:
+    def files_of(text):
         there = sorted([*Path("data").glob("[!.]*/tokenizer.json"), *Path("data").glob("tokenizer-*.json")], key=lambda p: (len(str(p)), str(p)))
-        same = [p for p in there if p.read_text(encoding="utf-8") == like]
-        if not same:  # the data it was trained on is elsewhere
-            same = [Path("data") / f"tokenizer-{hashlib.sha256(like.encode()).hexdigest()[:8]}.json"]
+        return [p for p in there if p.read_text(encoding="utf-8") == text] or [Path("data") / f"tokenizer-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"]
+    folders, same = [], files_of(like) if like is not None else []
 
     def keep_tokenizer():  # so that the command that an error names can be typed
         if is_main and not same[0].exists():
@@ -167,8 +166,11 @@ def find_data(spec, tokenizer, vocab_size, is_main, barrier, like=None, whose="t
             there = [p.parent.name for p in Path("data").glob("*/meta.json")]
             raise UserError(f"there is no prepared data {name!r}{nearest(name, [*there, *prepare.EMBEDDED])}; prepare it: {command}")
         folders.append((folder, prepare.read_meta(folder), float(weight)))
+        if like is None:
+            like = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            same = files_of(like)
     first = folders[0]
-    if like is not None and (first[0] / "tokenizer.json").read_text(encoding="utf-8") != like:
+    if (first[0] / "tokenizer.json").read_text(encoding="utf-8") != like:
         keep_tokenizer()
         raise UserError(f"{first[0]} was not encoded with {whose} tokenizer; prepare its text with --tokenizer={same[0]}")
     for folder, meta, _ in folders:
@@ -802,8 +804,8 @@ def table(result, sources):
     rows += [("base", "base data", *result["base"])] if "base" in result else []
     wide = max(len(r[1]) for r in rows)
     lines = [f"{name:<12} {what:<{wide}}  loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):,.1f}  {bits:.3f} bits/byte" for name, what, loss, bits in rows]
-    if "relevance" in result:
-        accuracy, gap = result["relevance"]
+    accuracy, gap = result.get("relevance", (math.nan, math.nan))
+    if math.isfinite(accuracy):  # else there are fewer than two validation chats
         lines.append(f"{'relevance':<12} {accuracy:.1%} of replies are likelier under their own prompt than under another's, by {gap:.2f} nats/token on average")
     return lines
 
@@ -832,6 +834,7 @@ def draw_loss(rows, path, title, xz=None):
         import matplotlib
     except ImportError:
         print(f"no {path}: it is drawn by matplotlib, which is not installed")
+        Path(path).unlink(missing_ok=True)
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -914,11 +917,10 @@ def settings_from(argv):
         cfg = module.Config(**cfg)
         if init_from and init_from != base.init_from:
             raise UserError(f"the run in {out} starts from {base.init_from or 'random weights'}; --resume goes on with it as it is, --out names its folder")
-        latest = out / "ckpt.pt"
-        if not latest.exists():  # the others hold all that is needed too
-            latest = max((*out.glob("best.pt"), *out.glob("step_*.pt")), key=os.path.getmtime, default=None)
-        if latest:
-            checkpoint = read_checkpoint(latest)
+        if (out / "ckpt.pt").exists():
+            checkpoint = read_checkpoint(out / "ckpt.pt")
+        elif there := [*out.glob("best.pt"), *out.glob("step_*.pt")]:  # they hold all that is needed too
+            checkpoint = max(map(read_checkpoint, there), key=lambda c: c["step"])
         elif base.init_from:
             parent = read_checkpoint(base.init_from)
     else:
@@ -1064,7 +1066,7 @@ def tuning_settings(s, given):
     small = s.batch_tokens <= TUNING_TOKENS and s.batch_tokens % s.block_size == 0
     own = dict(loss_on="responses", pack="document", lr=TUNING_RATE * s.lr, muon_lr=TUNING_RATE * s.muon_lr, order="random", schedule="wsd",
                decay_fraction=1.0, decay_steps=0, final_lr_fraction=0.0, epochs=0.0 if "max_steps" in given else TUNING_EPOCHS,
-               batch_tokens=s.batch_tokens if small else s.block_size << rows.bit_length() - 1)  # a power of two of rows, for any number of GPUs
+               batch_tokens=s.batch_tokens if small else s.block_size << rows.bit_length() - 1)  # a power of two of rows, for 2, 4 or 8 GPUs
     return replace(s, **{k: v for k, v in own.items() if k not in given})
 
 
@@ -1104,7 +1106,7 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
     if not (s.resume or s.eval_only or s.overwrite) and any(out.glob("*.pt")):
         raise UserError(f"{out} holds a run: --resume --out={out} goes on with it, --out names another folder, --overwrite deletes it")
     base = []
-    if tuning and (s.base_data or "base_data" not in given):
+    if tuning and (s.base_data or not (s.resume or "base_data" in given)):
         before = start["train"] if start else {}
         spec = s.base_data or before.get("base_data") or before.get("data", "") * (before.get("loss_on") != "responses")
         try:
@@ -1127,10 +1129,11 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
     micro = s.micro_batch if s.eval_only else next(m for m in range(min(s.micro_batch, rows // world), 0, -1) if rows // world % m == 0)
     bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
     loader = None if s.eval_only else Loader(sources, s.order, T, s.max_steps * rows, s.seed, bos if s.pack == "document" else None, base, s.replay)
+    short = gentle or bool(s.epochs)  # its length depends on the data
     if s.epochs and loader:
         s = replace(s, epochs=0.0, max_steps=math.ceil(s.epochs * sum(loader.per_epoch[:loader.own]) / (1 - s.replay) / rows))
         loader.set_length(s.max_steps * rows)
-    if gentle and "warmup_steps" not in given:
+    if short and "warmup_steps" not in given:
         s = replace(s, warmup_steps=min(s.warmup_steps, s.max_steps // 10))
     bytes_per_token = torch.from_numpy(prepare.token_byte_counts(tokenizer)).float()
     boost, weighted = None, s.word_boost != 1 or s.response_start_weight != 1
@@ -1168,7 +1171,7 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
             if device.type == "cuda" and "cuda" in start["rng"][rank]:
                 torch.cuda.set_rng_state(start["rng"][rank]["cuda"])
         if resumed:
-            best, elapsed = start["metrics"]["best"], start["metrics"]["elapsed"]
+            best, elapsed = start["metrics"]["best"] if (out / "best.pt").exists() else best, start["metrics"]["elapsed"]
     flops = model.flops_per_token(T)
     long_enough = device.type == "cpu" and bool(compiler) and flops * s.batch_tokens * s.max_steps > COMPILE_PAYS
     compiled = s.compile == "on" or s.compile == "auto" and (device.type == "cuda" or long_enough)
@@ -1441,7 +1444,8 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
         if s.sample_tokens:
             sample()
         shown = " --chat" if tuning else f' --prompt="{s.sample_prompt}"' if s.sample_prompt else ""
-        print(f"wrote {out}: best.pt best_validation.json ckpt.pt metrics.jsonl loss.png config.json        next: python sample.py --ckpt={out / 'best.pt'}{shown}")
+        picture = " loss.png" * (out / "loss.png").exists()
+        print(f"wrote {out}: best.pt best_validation.json ckpt.pt metrics.jsonl{picture} config.json        next: python sample.py --ckpt={out / 'best.pt'}{shown}")
     barrier()
     return 0
 

@@ -526,10 +526,14 @@ def test_a_run_that_lost_its_latest_checkpoint_goes_on_from_its_best(workdir):
     (workdir / "lost/ckpt.pt").unlink()
     with pytest.raises(UserError, match="--resume --out=lost goes on with it"):
         run_train("--data=pydocs-hybrid", "--out=lost")
+    shutil.copytree("kept", "worse")
     for out in ("lost", "kept"):  # or from one that --keep_every kept
         assert train.main(["--resume", f"--out={out}", "--max_steps=9"]) == 0
         assert same_tensors(*(train.read_checkpoint(workdir / run / "ckpt.pt")["model"] for run in ("whole", out)))
     assert (workdir / "kept/step_6.pt").exists()
+    assert train.main(["--resume", "--out=worse", "--max_steps=9", "--muon_lr=0.5", "--lr=0.5", "--ema_beta=0"]) == 0  # the best there is now is worse than what was lost
+    lost, found = (train.read_checkpoint(workdir / f"{run}/best.pt") for run in ("whole", "worse"))
+    assert found["step"] == 9 and found["metrics"]["best"]["loss"] > lost["metrics"]["best"]["loss"] + 0.1
 
 
 def test_checkpointed_blocks_change_nothing_but_memory(workdir, monkeypatch):

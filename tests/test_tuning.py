@@ -413,6 +413,18 @@ def test_rows_without_a_reply_to_validate_on_are_no_measure(tune, chat_data, wor
         tune("--data=mine/long", "--eval_tokens=64")
 
 
+def test_two_chats_are_enough(tune, chat_data, workdir, capsys):
+    """One to train on, one to validate with. There is none to compare it with, and no time to warm up."""
+    (workdir / "few.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in invented_chats(2, 3)))
+    prepare.prepare(["few.jsonl"], prepare.Settings(tokenizer=f"{chat_data}/tokenizer.json", out_dir="mine", name="few"))
+    out = tune("--data=mine/few", "--epochs=3", "--warmup_steps=10", "--relevance=0.5", still=False)
+    shown, s = capsys.readouterr().out, train.read_checkpoint(out / "ckpt.pt")["train"]
+    assert "nan" not in shown and "likelier" not in shown and s["warmup_steps"] == 10  # as asked
+    assert train.main(["--model=tinymemory-sft", f"--init_from={s['init_from']}", "--data=mine/few", "--base_data=", "--replay=0", "--epochs=3", "--block_size=128",
+                       "--batch_tokens=512", "--sample_tokens=0", "--compile=off", "--out=few"]) == 0
+    assert train.read_checkpoint("few/ckpt.pt")["train"]["warmup_steps"] == 0
+
+
 def test_a_tuned_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(tune, monkeypatch):
     whole, calls, update = tune("--epochs=0.3", still=False), [], train.ema_update
 
@@ -497,7 +509,7 @@ def test_init_from_and_a_set_of_chats_is_all_that_tuning_needs(model, chat_data,
         assert (workdir / f"out/{model}-sft/config.json").read_text() == before
 
 
-def test_a_tuning_step_is_whole_rows_that_any_number_of_gpus_can_share():
+def test_a_tuning_step_is_the_recipes_or_a_power_of_two_of_rows():
     for block, batch, small in ((2500, 240_000, 20_000), (512, 4096, 4096), (1024, 2 ** 20, 32_768), (40_000, 80_000, 40_000), (1024, 24_000, 16_384)):
         assert train.tuning_settings(train.Settings(block_size=block, batch_tokens=batch), set()).batch_tokens == small
 
@@ -525,6 +537,10 @@ def test_a_name_means_the_folder_in_the_checkpoints_tokenizer(trained, chat_data
     monkeypatch.setattr(prepare, "prepare", lambda names, s: shutil.copytree(next((workdir / "data").glob("chats-tokenizer-*")), workdir / f"data/pydocs-chat-{tokenizer.stem}"))
     shutil.copytree(next((workdir / "data").glob("chats-tokenizer-*")), workdir / "data/more-hybrid-600")
     assert len(train.find_data("pydocs-chat,more", "hybrid", 600, True, lambda: None, text)[0]) == 2
+    # without a checkpoint the first name decides
+    assert len(train.find_data("chats-hybrid-600,chats", "hybrid", 600, True, lambda: None)[0]) == 2
+    with pytest.raises(UserError, match=r"no prepared data 'more'.*--tokenizer=data/chats-hybrid-600/tokenizer.json"):
+        train.find_data("chats-hybrid-600,more", "hybrid", 600, True, lambda: None)
     # and a checkpoint's own data is looked for as it was
     assert train.settings_from([f"--init_from={trained}/best.pt", "--model=tinymemory-sft"])[2].tokenizer == train.read_checkpoint(trained / "best.pt")["train"]["tokenizer"]
 
