@@ -20,8 +20,13 @@ SMALL = ["--n_layer=2", "--d_model=32", "--n_head=2", "--d_ff=48", "--context_le
          "--sample_tokens=8", "--dtype=float32", "--compile=off", "--device=cpu"]
 
 
+FIRST = ("test_hub", "test_fake_hub", "test_chats", "test_bench", "test_end_to_end")  # whose set-up is costly, or whose tests are
+
+
 def pytest_collection_modifyitems(items):
-    """The tests that take long come first for either process, so that neither waits at the end for the other's."""
+    """The tests that take long come first for either process, so that neither waits at the end for the other's. Behind them comes what is to stay in
+    one process: the other takes over from the end."""
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
     long, short = ([item for item in items if bool(item.get_closest_marker("long")) == yes] for yes in (True, False))
     half = len(short) // 2
     items[:] = long[::2] + short[:half] + long[1::2] + short[half:]  # each begins with one half and takes over from the other's end
