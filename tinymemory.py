@@ -316,7 +316,7 @@ PRESETS = {
         data="pydocs", tokenizer="hybrid", order="random", block_size=256, batch_tokens=2048, micro_batch=8, max_steps=720,
         optimizer="muon", muon_lr=0.02, lr=3e-3, weight_decay=0.1, grad_clip=1.0, schedule="wsd", warmup_steps=20, decay_fraction=0.45,
         final_lr_fraction=0.0, ema_beta=0.98, eval_every=120, eval_tokens=16_384, save_every=120, log_every=10, sample_prompt="def ")),
-    # Instruction tuning with the card's word boost, response start and replay; its context relevance comes without figures
+    # Instruction tuning with the card's word boost, response start, replay and context relevance; it names them without figures: these are ours
     "tinymemory-sft": (TinyMemoryConfig(), dict(
         data="pydocs-chat", tokenizer="hybrid", init_from="out/tinymemory/best.pt", loss_on="responses", pack="document",
         word_boost=1.5, response_start_tokens=8, response_start_weight=2.0, replay=0.15, relevance=0.25, relevance_margin=1.0,

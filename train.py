@@ -58,7 +58,7 @@ class Settings:
     word_boost: float = 1.0  # weight of target tokens of more than one character; 1: off
     response_start_tokens: int = 8  # so many tokens at the beginning of each reply ...
     response_start_weight: float = 1.0  # ... have this weight; 1: off
-    base_data: str = ""  # what tuning replays, and on which it measures forgetting; as --data; empty: what the checkpoint was trained on
+    base_data: str = ""  # what tuning replays, and on which it measures forgetting; as --data; not given: what the checkpoint was trained on
     replay: float = 0.0  # share of the rows that are windows of the base data; 0: off
     relevance: float = 0.0  # so many more rows, as a share, hold replies under other chats' prompts, where they are to be less likely; 0: off
     relevance_margin: float = 1.0  # by how much, in nats per token of the reply
@@ -167,15 +167,12 @@ def find_data(spec, tokenizer, vocab_size, is_main, barrier, like=None, whose="t
             raise UserError(f"there is no prepared data {name!r}{nearest(name, [*there, *prepare.EMBEDDED])}; prepare it: {command}")
         folders.append((folder, prepare.read_meta(folder), float(weight)))
         if like is None:
-            like = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            like, whose = (folder / "tokenizer.json").read_text(encoding="utf-8"), f"{folder}'s"
             same = files_of(like)
-    first = folders[0]
-    if (first[0] / "tokenizer.json").read_text(encoding="utf-8") != like:
-        keep_tokenizer()
-        raise UserError(f"{first[0]} was not encoded with {whose} tokenizer; prepare its text with --tokenizer={same[0]}")
     for folder, meta, _ in folders:
-        if meta["tokenizer_sha256"] != first[1]["tokenizer_sha256"]:
-            raise UserError(f"{folder} and {first[0]} have different tokenizers; prepare one with --tokenizer={first[0]}/tokenizer.json")
+        if (folder / "tokenizer.json").read_text(encoding="utf-8") != like:
+            keep_tokenizer()
+            raise UserError(f"{folder} was not encoded with {whose} tokenizer; prepare its text with --tokenizer={same[0]}")
         if meta["vocab_size"] > vocab_size:
             raise UserError(f"{folder} has a vocabulary of {meta['vocab_size']:,} tokens, the model of {vocab_size:,}: prepare it with --vocab_size={vocab_size}, "
                             f"or give the model --vocab_size={meta['vocab_size']}")
@@ -185,7 +182,7 @@ def find_data(spec, tokenizer, vocab_size, is_main, barrier, like=None, whose="t
         if len(same) > 1:
             for i, t in enumerate(same):
                 t.name += f"-{i}"
-    return sources, (first[0] / "tokenizer.json").read_text(encoding="utf-8")
+    return sources, like
 
 
 def document_rows(edges, T, rng=None):
@@ -357,7 +354,8 @@ class Loader:
 
 def token_weights(y, marks=None, boost=None, start_weight=1.0):
     """Relative weight of each target, float (rows, T): 0 where y is -1, else 1, times boost[token] (V,), times start_weight where a reply
-    begins (marks is 2, see `mark_replies`). What counts is their ratio: a batch's loss is the sum of weight x loss over the sum of weights."""
+    begins (marks is 2, see `mark_replies`): word boost and response start of TinyMemoryLM's card (CompactAI/TMLM-Haiku-1). What counts is
+    their ratio: a batch's loss is the sum of weight x loss over the sum of weights."""
     w = (y >= 0).float()
     if boost is not None:
         w *= boost[y]  # where y is -1 the last token's, times 0
@@ -454,8 +452,8 @@ def reply_sums(values, number, n):
 
 
 def relevance_loss(own, wrong, lengths, margin):
-    """Sum over replies of max(0, margin - (wrong - own) / length) x length. own, wrong: nats (n,) of each reply's `lengths` tokens under
-    its own prompt and under another chat's."""
+    """Context relevance, which TinyMemoryLM's card names without a formula: sum over replies of max(0, margin - (wrong - own) / length) x length.
+    own, wrong: nats (n,) of each reply's `lengths` tokens under its own prompt and under another chat's."""
     return (margin * lengths - (wrong - own)).clamp(min=0).sum()
 
 
@@ -1080,7 +1078,8 @@ def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype,
     sources, tokenizer_text = find_data(s.data, s.tokenizer, cfg.vocab_size, is_main, barrier, start and start["tokenizer"])
     tokenizer = prepare.load_tokenizer(tokenizer_text)
     chats = [x for x in sources if x.train_mask is not None]
-    gentle = bool(chats and s.init_from) and not (s.decay_only or s.eval_only or s.resume) and module.PRESETS[s.model][1].get("loss_on", "auto") == "auto"
+    begins, for_tuning = not (s.decay_only or s.eval_only or s.resume), module.PRESETS[s.model][1].get("loss_on", "auto") != "auto"
+    gentle = bool(chats and s.init_from) and begins and not for_tuning  # a recipe for pretraining is too strong
     if gentle:
         s = tuning_settings(s, given)
     elif s.loss_on == "auto":
