@@ -39,7 +39,11 @@ from torch.utils._pytree import tree_leaves
 import prepare
 import sample
 import train
-from prepare import UserError, parse_flags, run_tool
+from common import UserError, parse_flags, run_tool
+from corpus.folder import document_edges
+from corpus.pydocs import library, library_texts
+from corpus.text import Seen, clean, local_source
+from corpus.tokenizer import fast_encoder, load_tokenizer, token_byte_counts
 
 
 @dataclass
@@ -211,7 +215,7 @@ def memory(s):
 
 def library_documents(size, length=4000):
     """Documents of `length` characters and `size` bytes in all: the library's text as one string, cut at other places in every round."""
-    text, made, start = "".join(source for _, source in prepare.library_texts(prepare.library())), 0, 0
+    text, made, start = "".join(source for _, source in library_texts(library())), 0, 0
     while made < size:
         for i in range(start, len(text) - length, length):
             made += length  # nearly all of it is ASCII
@@ -228,10 +232,10 @@ def preparing(s):
             f.writelines(json.dumps({"text": text}) + "\n" for text in library_documents(s.megabytes * 10 ** 6))
         prepare.prepare(["pydocs"], prepare.Settings(out_dir=str(folder)))
         tokenizer = folder / "pydocs-bpe/tokenizer.json"
-        encode, source = prepare.fast_encoder(prepare.load_tokenizer(str(tokenizer))), prepare.local_source(str(folder / "text.jsonl"), "")
+        encode, source = fast_encoder(load_tokenizer(str(tokenizer))), local_source(str(folder / "text.jsonl"), "")
 
         begun = time.perf_counter()
-        documents = list(prepare.clean(source.reader(), prepare.Seen()))
+        documents = list(clean(source.reader(), Seen()))
         size = sum(len(d.utf8) for d in documents)
         times = dict(read=time.perf_counter() - begun)
         begun, texts = time.perf_counter(), [d.text for d in documents]
@@ -286,13 +290,13 @@ def judge(path, questions, device, sources, base):
     """The MEASURES of a checkpoint's chosen weights."""
     model, tokenizer, _ = train.load_checkpoint(path, device)
     bos, eos, assistant = (tokenizer.token_to_id(f"<|{t}|>") for t in ("bos", "eos", "assistant"))
-    T, byte_counts = min(512, model.cfg.context_length), torch.from_numpy(prepare.token_byte_counts(tokenizer)).float()
+    T, byte_counts = min(512, model.cfg.context_length), torch.from_numpy(token_byte_counts(tokenizer)).float()
     replies = train.evaluate(model, sources, 0, T, 8, contextlib.nullcontext, byte_counts, device, bos=bos, responses=True)["mixed"][1]
     of_base = train.evaluate(model, base, 65_536, min(256, T), 16, contextlib.nullcontext, byte_counts, device)["mixed"][1]
     accuracy, gap = train.relevance(model, sources, 0, T, 8, contextlib.nullcontext, bos, device)
     answers = []
     for source in (x for x in sources if x.val_mask is not None):
-        edges = prepare.document_edges(source.val, bos)
+        edges = document_edges(source.val, bos)
         n = len(edges) - 1
         take = min(n, -(-questions // len(sources)))
         for k in range(take):

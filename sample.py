@@ -24,9 +24,10 @@ from pathlib import Path
 
 import torch
 
-from prepare import UserError, chat_ids, mended, parse_flags, run_tool
+from common import UserError, mended, parse_flags, replacing, run_tool
+from corpus.chats import chat_ids
 from train import Settings as TrainSettings
-from train import load_checkpoint, pick_device, replacing
+from train import load_checkpoint, pick_device
 
 
 @dataclass

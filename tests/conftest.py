@@ -62,7 +62,7 @@ def layouts(hub_root):
 def no_pictures(request, monkeypatch):
     """A picture takes longer than such a small run; `trained` has one, and so have the tests marked `pictures`."""
     if not request.node.get_closest_marker("pictures"):
-        monkeypatch.setattr(train, "draw_loss", lambda *args: None)
+        monkeypatch.setattr("train.draw_loss", lambda *args: None)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import prepare
 import tinymemory
 import train
 from conftest import ROOT
+from common import UserError
 
 
 def test_alive_tensors_are_counted_once_each_and_no_longer_than_they_live():
@@ -125,15 +126,15 @@ def test_the_ablation_trains_each_kind_once_and_prints_what_it_measured(trained,
     tuned = train.read_checkpoint(workdir / "out/ablation/run/best.pt")["train"]  # the last one
     assert {k: tuned[k] for k in bench.TRICKS} == bench.TRICKS and tuned["max_steps"] == 2 and tuned["seed"] == 1338
     with monkeypatch.context() as m:
-        m.setattr(train, "main", None)  # nothing is left to do
+        m.setattr("train.main", None)  # nothing is left to do
         assert bench.main(flags) == 0 and capsys.readouterr().out.splitlines() == shown
     # what is stopped half-way, as Ctrl-C does it, is not measured; nor is anything taken for what it is not
     with monkeypatch.context() as m:
-        m.setattr(train, "main", lambda argv: (workdir / "out/ablation/run/metrics.jsonl").write_text('{"step": 1}\n') and 0)
+        m.setattr("train.main", lambda argv: (workdir / "out/ablation/run/metrics.jsonl").write_text('{"step": 1}\n') and 0)
         m.setitem(bench.TRICKS, "relevance", 0.3)
         with pytest.raises(KeyboardInterrupt):
             bench.main(flags)
     assert len((workdir / "out/ablation/results.jsonl").read_text().splitlines()) == 5
     for flag, line in (("--seeds=0", "must be above 0"), ("--data=data/pydocs-hybrid", "holds no chats to validate on")):
-        with pytest.raises(prepare.UserError, match=line):
+        with pytest.raises(UserError, match=line):
             bench.main([*flags, flag])

@@ -19,10 +19,17 @@ from tokenizers import Tokenizer, models
 
 import prepare
 from conftest import ROOT, command, run_train
-from prepare import NoChat, Settings, UserError
+from common import UserError
+from corpus.chats import NoChat
+from prepare import Settings
+from corpus.chats import chat_ids, chat_messages, encode_chats, tidy
+from corpus.folder import read_meta
+from corpus.pydocs import described, dialogues, library, library_texts, listing, paragraphs, prose, pydocs, pydocs_chat
+from corpus.text import Document, chat_document, clean, text_hash
+from corpus.tokenizer import SPECIAL_TOKENS, TRAINERS, fast_encoder, load_tokenizer, token_byte_counts
 
 SIZES = {"bpe": 600, "hybrid": 600, "chunk": 600}
-SPECIAL = list(prepare.SPECIAL_TOKENS)
+SPECIAL = list(SPECIAL_TOKENS)
 properties = settings(deadline=None, max_examples=60)
 
 # What trips a chat up: texts that spell special tokens, whole or in halves, that are empty or white space, or that no small vocabulary holds
@@ -39,8 +46,8 @@ def trained():
     """kind -> (tokenizer, its fast encoder, special token -> id)"""
     texts, kinds = [(ROOT / name).read_text() for name in ("train.py", "README.md")], {}
     for kind, size in SIZES.items():
-        t = prepare.load_tokenizer(prepare.TRAINERS[kind](texts, size).to_str())
-        kinds[kind] = t, prepare.fast_encoder(t), prepare.chat_ids(t)
+        t = load_tokenizer(TRAINERS[kind](texts, size).to_str())
+        kinds[kind] = t, fast_encoder(t), chat_ids(t)
     return kinds
 
 
@@ -58,7 +65,7 @@ def kept(tokenizer, text):
 @pytest.mark.parametrize("kind", SIZES)
 def test_the_mask_holds_the_replies_with_their_ends_and_nothing_else(chats, kind, trained):
     tokenizer, encode, ids = trained[kind]
-    encoded = prepare.encode_chats(chats, encode, ids)
+    encoded = encode_chats(chats, encode, ids)
     assert len(encoded) == len(chats)
     for chat, (tokens, mask) in zip(chats, encoded):
         assert (tokens.dtype, mask.dtype, len(tokens)) == (np.uint32, np.uint8, len(mask)) and set(mask.tolist()) <= {0, 1}
@@ -76,21 +83,21 @@ def test_the_mask_holds_the_replies_with_their_ends_and_nothing_else(chats, kind
 def test_a_chat_gives_the_same_ids_alone_and_in_a_batch_of_one_call(chats, trained):
     tokenizer, encode, ids = trained["bpe"]
     calls = []
-    together = prepare.encode_chats(chats, lambda texts: (calls.append(1), encode(texts))[1], ids)
+    together = encode_chats(chats, lambda texts: (calls.append(1), encode(texts))[1], ids)
     assert len(calls) == bool(chats)
     for chat, arrays in zip(chats, together):
         expected, mask = [ids["<|bos|>"]], [0]
         for role, text in chat:
             body, end, m = tokenizer.encode(text, add_special_tokens=False).ids, [ids["<|eos|>"]] * (role == "assistant"), int(role == "assistant")
             expected, mask = [*expected, ids[f"<|{role}|>"], *body, *end], [*mask, 0, *[m] * len(body + end)]
-        alone, = prepare.encode_chats([chat], encode, ids)
+        alone, = encode_chats([chat], encode, ids)
         assert [a.tolist() for a in arrays] == [a.tolist() for a in alone] == [expected, mask]
 
 
 def test_a_tokenizer_without_the_roles_is_refused():
     tokenizer = Tokenizer(models.BPE({"<|bos|>": 0, "<|eos|>": 1, "<|user|>": 2}, []))
     with pytest.raises(UserError, match=r"no <\|system\|> and no <\|assistant\|>, .*take bpe, hybrid or chunk"):
-        prepare.chat_ids(tokenizer)
+        chat_ids(tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -99,11 +106,11 @@ def test_a_tokenizer_without_the_roles_is_refused():
 @given(messages=st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), TEXT), max_size=8))
 def test_any_list_of_messages_is_a_well_formed_chat_or_none(messages):
     try:
-        chat = prepare.tidy(messages)
+        chat = tidy(messages)
     except NoChat:
         return
     assert re.fullmatch("s?(ua)+", "".join(role[0] for role, _ in chat))
-    assert prepare.tidy(chat) == chat
+    assert tidy(chat) == chat
     for wanted in ("system", "assistant"):  # only questions at the end go
         assert "".join(t for r, t in chat if r == wanted).replace("\n", "") == "".join(t for r, t in messages if r == wanted).replace("\n", "")
 
@@ -115,8 +122,8 @@ def test_any_list_of_messages_is_a_well_formed_chat_or_none(messages):
                      st.dictionaries(st.sampled_from(["instruction", "input", "output", "context", "response"]), TEXT)))
 def test_no_row_makes_a_reader_fail_otherwise(messages, row):
     for r in ({"messages": messages}, row):
-        found, = prepare.clean([r], chat=True)
-        assert isinstance(found, (prepare.Document, str))
+        found, = clean([r], chat=True)
+        assert isinstance(found, (Document, str))
 
 
 def said(*messages):
@@ -171,14 +178,14 @@ NO_CHATS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_every_layout_is_read(name):
     row, chat = ROWS[name]
-    assert prepare.chat_messages(row) == chat
+    assert chat_messages(row) == chat
 
 
 @pytest.mark.parametrize("name", NO_CHATS)
 def test_a_row_that_is_no_chat_is_skipped_with_its_reason(name):
     row, reason = NO_CHATS[name]
     with pytest.raises(NoChat, match=reason):
-        prepare.chat_messages(row)
+        chat_messages(row)
 
 
 @properties
@@ -187,14 +194,14 @@ def test_a_tinychat_line_is_read_back(chat):
     bare = [(role, re.sub(r"\[/?INST\]", "", text).strip()) for role, text in chat if role != "system"]
     if any(text for _, text in bare):
         line = " ".join(f"[INST] {text} [/INST]" if role == "user" else text for role, text in bare)
-        assert prepare.chat_messages(line) == [(role, re.sub(r"\[/?INST\]", "", text)) for role, text in bare]
+        assert chat_messages(line) == [(role, re.sub(r"\[/?INST\]", "", text)) for role, text in bare]
 
 
 def test_who_says_what_belongs_to_a_chats_hash():
     chats = [[(U, "a"), (A, "b")], [(U, "b"), (A, "a")], [(U, "ab"), (A, "")], [(S, ""), (U, "a"), (A, "b")], [(U, "a"), (A, "b"), (U, ""), (A, "")]]
-    documents = [prepare.chat_document(c) for c in chats]
+    documents = [chat_document(c) for c in chats]
     assert len({d.hash for d in documents}) == len(chats) and all(d.split_hash == d.hash and len(d.utf8) == 2 for d in documents)
-    module = [prepare.chat_document(c, 5) for c in chats]
+    module = [chat_document(c, 5) for c in chats]
     assert [d.hash for d in module] == [d.hash for d in documents] and {d.split_hash for d in module} == {5}
 
 
@@ -241,7 +248,7 @@ def write(path, rows):
 def run(names, out_dir, **given):
     given = {"vocab_size": 300, "val_fraction": 0.3, **given}
     folder = prepare.prepare([str(n) for n in names], Settings(out_dir=str(out_dir), **given))
-    return folder, prepare.read_meta(folder)
+    return folder, read_meta(folder)
 
 
 def snapshot(folder):
@@ -251,7 +258,7 @@ def snapshot(folder):
 def masked(folder, split, source=0):
     """A chat set's files read without prepare.py's help, cut into chats: [(text of the tokens with mask 1, text of the others)]"""
     entry = json.loads((folder / "meta.json").read_text())["sources"][source][split]
-    tokenizer = prepare.load_tokenizer(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
     ids, mask = np.fromfile(folder / entry["file"], "<u2"), np.fromfile(folder / entry["mask"]["file"], np.uint8)
     assert len(ids) == len(mask) == entry["tokens"] and set(mask.tolist()) <= {0, 1}
     assert hashlib.sha256(mask.tobytes()).hexdigest() == entry["mask"]["sha256"] and entry["mask"]["file_size"] == len(mask)
@@ -274,8 +281,8 @@ LAYOUTS = {"messages.jsonl": dialogue, "messages.jsonl.gz": dialogue, "messages.
 def test_masks_on_the_disk_line_up_with_the_tokens(name, tmp_path):
     rows = [LAYOUTS[name](i) for i in range(60)]
     folder, meta = run([write(tmp_path / name, rows)], tmp_path, name="made")
-    source, chats = meta["sources"][0], [prepare.chat_messages(row) for row in rows]
-    sides = {split: [c for c in chats if (prepare.chat_document(c).hash < 0.3 * 2 ** 64) == (split == "val")] for split in ("train", "val")}
+    source, chats = meta["sources"][0], [chat_messages(row) for row in rows]
+    sides = {split: [c for c in chats if (chat_document(c).hash < 0.3 * 2 ** 64) == (split == "val")] for split in ("train", "val")}
     for split, side in sides.items():
         assert side and masked(folder, split) == expected(side)
         assert source[split]["bytes"] == sum(len(text.encode()) for c in side for _, text in c)
@@ -288,10 +295,10 @@ def test_masks_on_the_disk_line_up_with_the_tokens(name, tmp_path):
 def test_a_chats_bytes_are_what_its_tokens_stand_for(kind, tmp_path):
     rows = [dialogue(i) for i in range(60)] + [said((U, f"\u0130 {i}"), (A, "\u0130vme " * i)) for i in range(9)]
     folder, meta = run([write(tmp_path / "x.jsonl", rows)], tmp_path, tokenizer=kind, vocab_size=400)
-    tokenizer = prepare.load_tokenizer(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
     for split in ("train", "val"):
         entry = meta["sources"][0][split]
-        counted = prepare.token_byte_counts(tokenizer)[np.fromfile(folder / entry["file"], "<u2")].sum()
+        counted = token_byte_counts(tokenizer)[np.fromfile(folder / entry["file"], "<u2")].sum()
         assert counted == entry["bytes"] or entry["unknown"] and counted < entry["bytes"]
         assert kind == "chunk" or not entry["unknown"]
 
@@ -306,7 +313,7 @@ def test_chats_and_texts_may_be_sources_of_one_corpus_and_only_chats_have_masks(
     assert "mask" not in text["train"] and "mask" not in text["val"]
     assert (chats["kind"], chats["language"], chats["train"]["documents"] + chats["val"]["documents"]) == ("web", "it", 60)
     assert sorted(masked(folder, "train", 1) + masked(folder, "val", 1)) == sorted(
-        expected(prepare.chat_messages(row) for row in [*(dialogue(i) for i in range(30)), *(tinychat(i) for i in range(30, 60))]))
+        expected(chat_messages(row) for row in [*(dialogue(i) for i in range(30)), *(tinychat(i) for i in range(30, 60))]))
 
 
 def test_column_takes_rows_of_chats_as_text(tmp_path):
@@ -338,9 +345,9 @@ def test_stopped_again_and_again_a_chat_set_is_made_with_the_same_bytes(tmp_path
     rows = [dialogue(i % 250) if i % 7 else {"messages": []} for i in range(300)]  # with duplicates and rows that are none
     names = [write(tmp_path / f"{n}.jsonl", rows) for n in "ab"]
     whole, _ = run(names, tmp_path / "whole", name="made")
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 2000)
-    monkeypatch.setattr(prepare, "SAVE_SECONDS", -1)
-    save, encoder = prepare.Record.save, prepare.fast_encoder
+    monkeypatch.setattr("prepare.BATCH_BYTES", 2000)
+    monkeypatch.setattr("prepare.SAVE_SECONDS", -1)
+    save, encoder = prepare.Record.save, fast_encoder
     for stop in itertools.count():  # in turn before a batch is encoded, and when it is on the disk but not in the record
         left = 2 + stop // 2 % 4
 
@@ -353,7 +360,7 @@ def test_stopped_again_and_again_a_chat_set_is_made_with_the_same_bytes(tmp_path
                 return f(*args, **kwargs)
             return counted
         monkeypatch.setattr(prepare.Record, "save", countdown(save, stop % 2))
-        monkeypatch.setattr(prepare, "fast_encoder", lambda tokenizer: countdown(encoder(tokenizer), 1 - stop % 2))
+        monkeypatch.setattr("corpus.tokenizer.fast_encoder", lambda tokenizer: countdown(encoder(tokenizer), 1 - stop % 2))
         try:
             folder, _ = run(names, tmp_path / "stopped", name="made")
             break
@@ -369,7 +376,7 @@ def test_a_spoilt_mask_is_refused(spoil, line, tmp_path):
     folder, _ = run([write(tmp_path / "x.jsonl", [dialogue(i) for i in range(20)])], tmp_path)
     spoil(folder / "val.0-x.mask.bin")
     with pytest.raises(UserError, match=line):
-        prepare.read_meta(folder)
+        read_meta(folder)
 
 
 @properties
@@ -378,7 +385,7 @@ def test_texts_come_back_in_order_however_they_are_shared_out_to_threads(lengths
     tokenizer, encode, _ = trained["bpe"]
     texts = [f"{i} " * n for i, n in enumerate(lengths)]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(prepare, "TASK", 50)
+        m.setattr("corpus.tokenizer.TASK", 50)
         assert [ids.tolist() for ids in encode(texts)] == [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
@@ -388,13 +395,13 @@ def test_texts_come_back_in_order_however_they_are_shared_out_to_threads(lengths
 def few_modules(monkeypatch):
     """A library of a few modules."""
     wanted = ("argparse", "ast", "bisect", "calendar", "datetime", "decimal", "difflib", "fractions", "heapq", "random", "statistics", "textwrap")
-    files = prepare.library()
-    monkeypatch.setattr(prepare, "library", lambda: {name: files[name] for name in wanted})
+    files = library()
+    monkeypatch.setattr("corpus.pydocs.library", lambda: {name: files[name] for name in wanted})
 
 
 def test_masks_of_pydocs_chat_line_up_and_modules_keep_their_side(few_modules, tmp_path):
     folder, meta = run(["pydocs-chat"], tmp_path)
-    documents = list(prepare.pydocs_chat().documents())
+    documents = list(pydocs_chat().documents())
     sides = {split: [d for d in documents if (d.split_hash < 0.3 * 2 ** 64) == (split == "val")] for split in ("train", "val")}
     assert meta["sources"][0]["kind"] == "chat" and {d.split_hash for d in sides["train"]} and {d.split_hash for d in sides["val"]}
     for split, side in sides.items():
@@ -402,7 +409,7 @@ def test_masks_of_pydocs_chat_line_up_and_modules_keep_their_side(few_modules, t
 
 
 def test_a_split_too_small_for_a_module_takes_the_lowest_and_the_tokenizer_sees_none_of_it(few_modules):
-    source, documents = prepare.pydocs_chat(), list(prepare.pydocs_chat().documents())
+    source, documents = pydocs_chat(), list(pydocs_chat().documents())
     lowest = min(d.split_hash for d in documents)
     sample, threshold, total, n = prepare.scan(source, 1, 10 ** 9)
     assert {d.split_hash for d in documents if d.split_hash < threshold} == {lowest}
@@ -413,7 +420,7 @@ def test_a_split_too_small_for_a_module_takes_the_lowest_and_the_tokenizer_sees_
 def test_a_budget_takes_the_beginning_of_pydocs_chat(few_modules, tmp_path):
     folder, meta = run(["pydocs-chat:5000"], tmp_path)
     assert 5000 <= meta["sources"][0]["train"]["tokens"] < 7000 and meta["sources"][0]["val"]["tokens"]
-    training = [d.messages for d in prepare.pydocs_chat().documents() if d.split_hash >= 0.3 * 2 ** 64]
+    training = [d.messages for d in pydocs_chat().documents() if d.split_hash >= 0.3 * 2 ** 64]
     found = masked(folder, "train")
     assert found == expected(training[:len(found)])
 
@@ -426,7 +433,7 @@ def test_training_prepares_pydocs_chat_by_itself_and_takes_it_as_text(few_module
 
 @pytest.fixture(scope="session")
 def documents():
-    return list(prepare.pydocs_chat().documents())
+    return list(pydocs_chat().documents())
 
 
 def replies(documents):
@@ -435,7 +442,7 @@ def replies(documents):
 
 DIGEST = """
 import hashlib, prepare
-print(hashlib.sha256(repr([(d.split_hash, d.messages) for d in prepare.pydocs_chat().documents()]).encode()).hexdigest())
+print(hashlib.sha256(repr([(d.split_hash, d.messages) for d in pydocs_chat().documents()]).encode()).hexdigest())
 """
 
 
@@ -449,7 +456,7 @@ def test_pydocs_chat_is_the_same_in_every_process(documents):
 def test_pydocs_chat_is_many_short_chats_without_an_empty_or_a_repeated_reply(documents):
     assert len(documents) > 10_000
     for d in documents:
-        assert prepare.tidy(d.messages) == d.messages
+        assert tidy(d.messages) == d.messages
         assert 1 <= sum(role == "user" for role, _ in d.messages) <= 3
         assert all(text.strip() == text and 0 < len(text) <= 1500 for _, text in d.messages)
     told = replies(documents)
@@ -460,12 +467,12 @@ def test_pydocs_chat_is_many_short_chats_without_an_empty_or_a_repeated_reply(do
 
 
 def test_a_chat_is_split_as_its_module_in_pydocs(documents):
-    texts = list(prepare.library_texts(prepare.library()))
-    assert [text for _, text in texts] == list(prepare.pydocs().documents())[:len(texts)]  # the topics follow
+    texts = list(library_texts(library()))
+    assert [text for _, text in texts] == list(pydocs().documents())[:len(texts)]  # the topics follow
     facts = collections.defaultdict(set)  # two modules may be copies of each other
     for module, text in texts[::6]:
-        facts[prepare.text_hash(text.encode())].update(fact for thing in prepare.described(module, ast.parse(text)) for fact in thing["facts"].values())
-    assert {d.split_hash for d in documents} <= {prepare.text_hash(text.encode()) for _, text in texts}
+        facts[text_hash(text.encode())].update(fact for thing in described(module, ast.parse(text)) for fact in thing["facts"].values())
+    assert {d.split_hash for d in documents} <= {text_hash(text.encode()) for _, text in texts}
     assert all(facts[d.split_hash].issuperset(replies([d])) for d in documents if d.split_hash in facts)
 
 
@@ -480,7 +487,7 @@ def test_no_reply_of_a_validation_module_is_in_a_training_chat(fraction, documen
     told, known = set(replies(val)), {text for d in train for _, text in d.messages}
     assert told and not told & known
     # Nor do validation documents say elsewhere what training chats reply; now and then two docstrings have a sentence in common
-    texts = squeezed("\n".join(t for t in prepare.pydocs().documents() if prepare.text_hash(t.encode()) < threshold))
+    texts = squeezed("\n".join(t for t in pydocs().documents() if text_hash(t.encode()) < threshold))
     sample = replies(train[::20])
     assert sum(squeezed(reply) in texts for reply in sample) < len(sample) / 500
 
@@ -522,7 +529,7 @@ def _hidden(): """lower case"""
 
 
 def test_what_is_told_of_a_module():
-    told = list(prepare.described("plane", SOURCE))
+    told = list(described("plane", SOURCE))
     assert [(t["name"], t["noun"], t["owner"]) for t in told] == [
         ("plane", "module", "the standard library"), ("plane.Circle", "class", "plane"),
         *[("plane.Circle.area", "property", "plane.Circle")] * 2,
@@ -546,8 +553,8 @@ def test_what_is_told_of_a_module():
 
 
 def test_each_fact_is_told_once_and_never_given_away_before():
-    things = [thing for thing in prepare.described("plane", SOURCE) if "Never told of." not in thing["facts"].values()]
-    chats = prepare.dialogues(things)
+    things = [thing for thing in described("plane", SOURCE) if "Never told of." not in thing["facts"].values()]
+    chats = dialogues(things)
     told = [reply for chat in chats for _, reply in chat]
     assert len(told) == len(set(told)) and all(1 <= len(chat) <= 3 for chat in chats)
     assert "{" not in "".join(question for chat in chats for question, _ in chat)
@@ -561,27 +568,27 @@ def test_each_fact_is_told_once_and_never_given_away_before():
     ("Word.", ""), ("lower case", ""), ("Usage:\n  x.py -h", ""), ("A " + "very " * 60 + "long one.", ""), ("A fact. " + "Very " * 60 + "long.", "A fact."),
     (">>> f(1)\n2", ""), ("Takes a, b, etc. and c.", "Takes a, b, etc. and c.")])
 def test_a_summary_is_whole_sentences(docstring, summary):
-    assert prepare.prose(docstring) == summary
+    assert prose(docstring) == summary
 
 
 @pytest.mark.parametrize("docstring, shown", [("One.", ""), ("One.\n\nTwo.", "One.\n\nTwo."), ("", ""),
                                               ("One.\n \nTwo:\n\n" + "x" * 500, ""), ("One.\n\nTwo.\n\n" + "x" * 500, "One.\n\nTwo.")])
 def test_a_docstring_is_shown_up_to_a_paragraphs_end(docstring, shown):
-    assert prepare.paragraphs(docstring) == shown
+    assert paragraphs(docstring) == shown
 
 
 @pytest.mark.parametrize("n, text", [(0, "f takes no arguments."), (1, "f takes one argument: a0."),
                                      (2, "f takes 2 arguments: a0 and a1."), (3, "f takes 3 arguments: a0, a1 and a2.")])
 def test_names_are_listed_in_english(n, text):
-    assert prepare.listing("f", "arguments", [f"a{i}" for i in range(n)]) == text
+    assert listing("f", "arguments", [f"a{i}" for i in range(n)]) == text
 
 
 def test_a_long_list_is_cut_and_says_so():
-    assert prepare.listing("m", "classes", list("abcdefghijklmn")) == "m has 14 classes, among them a, b, c, d, e, f, g, h, i, j, k and l."
-    assert prepare.listing("m", "classes", ["A"]) == "m has one class: A."
+    assert listing("m", "classes", list("abcdefghijklmn")) == "m has 14 classes, among them a, b, c, d, e, f, g, h, i, j, k and l."
+    assert listing("m", "classes", ["A"]) == "m has one class: A."
 
 
 def test_a_python_without_its_sources_is_a_mistake_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(UserError, match="no library sources"):
-        prepare.pydocs_chat()
+        pydocs_chat()

@@ -13,6 +13,7 @@ import torch
 
 import prepare
 import train
+from corpus.loader import Loader
 from conftest import ROOT, SMALL, command, same_tensors
 
 TIMES = ("tokens_per_s", "elapsed")  # what a clock says is all that may differ between two equal runs
@@ -298,7 +299,7 @@ def test_prepared_languages_and_kinds_are_drawn_as_the_order_says(order, pack, b
     monkeypatch.chdir(bilingual)
     sources, _ = train.find_data("mix-bpe-500", "bpe", 500, True, None)
     drawn, turns = np.zeros(4), []
-    loader = train.Loader(sources, order, 128, 2000, seed=0, bos=1 if pack == "document" else None)
+    loader = Loader(sources, order, 128, 2000, seed=0, bos=1 if pack == "document" else None)
     for _ in range(2000):
         before = list(loader.taken)
         y = loader.batch(1)[1]

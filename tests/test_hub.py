@@ -16,12 +16,17 @@ import pytest
 import prepare
 from conftest import ROOT
 from fake_hub import FakeHub, Fault
+from corpus.chats import chat_messages
+from corpus.folder import read_meta
+from corpus.hub import HUB, MIXES
+from corpus.tokenizer import load_tokenizer
 from test_prepare import snapshot, texts_of
 
 # Every name in turn, in one process: importing `datasets` takes longer than all of them. Blocks are small, so that there are several
 PREPARE = """
 import json, sys, prepare
-prepare.HubReader.BLOCK, prepare.HubReader.TRIES, prepare.BATCH_BYTES, prepare.SAVE_SECONDS = 7, 3, 3000, -1
+from corpus.hub import HubReader
+HubReader.BLOCK, HubReader.TRIES, prepare.BATCH_BYTES, prepare.SAVE_SECONDS = 7, 3, 3000, -1
 prepare.SAMPLE_BYTES, prepare.HUB_SCAN = 20_000, 3000
 for words in json.load(sys.stdin):
     prepare.main(words)
@@ -61,7 +66,7 @@ def prepared(hub_root, layouts, tmp_path_factory):
     """data/NAME of every set and mix, prepared through the stand-in; the hub, for what it was asked."""
     data = tmp_path_factory.mktemp("prepared")
     with FakeHub(hub_root) as hub:
-        child(hub, data / "home", [[name, *SMALL, f"--out_dir={data}", f"--name={name}"] for name in (*prepare.HUB, *prepare.MIXES)])
+        child(hub, data / "home", [[name, *SMALL, f"--out_dir={data}", f"--name={name}"] for name in (*HUB, *MIXES)])
     return data, hub
 
 
@@ -71,7 +76,7 @@ def documents(folder, i=0):
 
 def expected(name, layouts):
     """The documents of a set in file order, made from the rows that were written."""
-    spec, found = prepare.HUB[name], []
+    spec, found = HUB[name], []
     for config, _ in spec.configs:
         rows = next(rows for (repo, c, split), rows in layouts.items() if repo == spec.repo and (config is None or c == config) and split == "train")
         found += [row[spec.columns[0] if spec.columns else "text"] for row in rows if "quality_score" not in row or name != "fineweb-hq" or row["quality_score"] > 0.8]
@@ -83,18 +88,18 @@ def expected(name, layouts):
     return found
 
 
-TEXTS, CHATS = ([name for name, spec in prepare.HUB.items() if spec.chat == chat] for chat in (False, True))
+TEXTS, CHATS = ([name for name, spec in HUB.items() if spec.chat == chat] for chat in (False, True))
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_set_is_read_whole_with_its_filter_columns_and_cleaning(name, prepared, layouts):
     data, hub = prepared
-    texts, meta = documents(data / name), prepare.read_meta(data / name)["sources"][0]
+    texts, meta = documents(data / name), read_meta(data / name)["sources"][0]
     assert sorted(texts) == sorted(set(expected(name, layouts))) and len(texts) >= 10
     assert not any("_START_" in t or "_NEWLINE_" in t or t.startswith("b'") for t in texts)
     origin = meta["origin"]
-    assert (origin["dataset"], origin["revision"]) == (prepare.HUB[name].repo, hub.sha(prepare.HUB[name].repo))
-    assert (meta["language"], meta["kind"]) == (prepare.HUB[name].language, prepare.HUB[name].kind)
+    assert (origin["dataset"], origin["revision"]) == (HUB[name].repo, hub.sha(HUB[name].repo))
+    assert (meta["language"], meta["kind"]) == (HUB[name].language, HUB[name].kind)
     if name not in ("wikitext",):  # in blocks of seven, each in an order of its own
         order = [t for t in expected(name, layouts) if t in set(texts_of(data / name, "train"))]
         assert texts_of(data / name, "train") != order
@@ -103,7 +108,7 @@ def test_every_set_is_read_whole_with_its_filter_columns_and_cleaning(name, prep
 @pytest.mark.parametrize("name", CHATS)
 def test_every_chat_set_is_its_chats_with_their_masks(name, prepared, layouts):
     folder = prepared[0] / name
-    entry, tokenizer = prepare.read_meta(folder)["sources"][0], prepare.load_tokenizer(str(folder / "tokenizer.json"))
+    entry, tokenizer = read_meta(folder)["sources"][0], load_tokenizer(str(folder / "tokenizer.json"))
     bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
     chats, replies = [], []
     for split in ("train", "val"):
@@ -112,8 +117,8 @@ def test_every_chat_set_is_its_chats_with_their_masks(name, prepared, layouts):
         for chat in np.split(ids, np.flatnonzero(ids == bos))[1:]:
             chats.append(tokenizer.decode(chat.tolist(), skip_special_tokens=False))
         replies += [tokenizer.decode(r.tolist()) for r in np.split(ids[mask == 1], np.flatnonzero(ids[mask == 1] == eos) + 1)[:-1]]
-    rows = next(rows for (repo, config, split), rows in layouts.items() if repo == prepare.HUB[name].repo and split == "train")
-    messages = [prepare.chat_messages(row["text"] if name == "tinychat" else row) for row in rows]
+    rows = next(rows for (repo, config, split), rows in layouts.items() if repo == HUB[name].repo and split == "train")
+    messages = [chat_messages(row["text"] if name == "tinychat" else row) for row in rows]
     expected = {"<|bos|>" + "".join(f"<|{role}|>{text}" + "<|eos|>" * (role == "assistant") for role, text in m) for m in messages}
     assert sorted(chats) == sorted(expected) and len(chats) >= 30
     assert sorted(replies) == sorted(text for m in {tuple(m) for m in messages} for role, text in m if role == "assistant")
@@ -124,30 +129,30 @@ def test_only_the_named_configs_and_splits_are_downloaded(prepared):
     assert not [n for n in names if any(x in n for x in ("deu_Latn", "finemath-3plus", "wikitext-2-raw", "validation", "test", "fineweb-edu/data"))]
 
 
-@pytest.mark.parametrize("mix", prepare.MIXES)
+@pytest.mark.parametrize("mix", MIXES)
 def test_mixes_are_their_sources_in_order(mix, prepared, layouts):
     data, _ = prepared
-    meta = prepare.read_meta(data / mix)
-    assert [x["name"] for x in meta["sources"]] == [name for name, _ in prepare.MIXES[mix][1]]
-    for i, (name, _) in enumerate(prepare.MIXES[mix][1]):
+    meta = read_meta(data / mix)
+    assert [x["name"] for x in meta["sources"]] == [name for name, _ in MIXES[mix][1]]
+    for i, (name, _) in enumerate(MIXES[mix][1]):
         if name in TEXTS:
             assert sorted(documents(data / mix, i)) == sorted(set(expected(name, layouts)))
 
 
 def test_mixes_have_their_cards_budgets():
-    assert [n for _, n in prepare.MIXES["ivme"][1]] == [710e6, 160e6, 235e6, 395e6, 80e6] and sum(n for _, n in prepare.MIXES["ivme"][1]) == 1.58e9
-    assert [round(100 * n / 1.58e9) for _, n in prepare.MIXES["ivme"][1]] == [45, 10, 15, 25, 5]  # the card's shares, in ascending quality
-    assert [[name for name, _ in prepare.MIXES[mix][1]] for mix in ("i3", "i3-80m", "i3-200m")] == [
+    assert [n for _, n in MIXES["ivme"][1]] == [710e6, 160e6, 235e6, 395e6, 80e6] and sum(n for _, n in MIXES["ivme"][1]) == 1.58e9
+    assert [round(100 * n / 1.58e9) for _, n in MIXES["ivme"][1]] == [45, 10, 15, 25, 5]  # the card's shares, in ascending quality
+    assert [[name for name, _ in MIXES[mix][1]] for mix in ("i3", "i3-80m", "i3-200m")] == [
         ["tinychat"], ["tinystories", "tinychat", "hq-sentences"], ["tinystories", "tinychat", "hq-sentences", "wikitext"]]
-    assert sum(n for _, n in prepare.MIXES["i3-80m"][1]) == 3e6
-    languages = {x: sum(n for name, n in prepare.MIXES["gpt2preln"][1] if prepare.HUB[name].language == x) for x in ("en", "it")}
+    assert sum(n for _, n in MIXES["i3-80m"][1]) == 3e6
+    languages = {x: sum(n for name, n in MIXES["gpt2preln"][1] if HUB[name].language == x) for x in ("en", "it")}
     assert abs(languages["en"] - 3_593_711_492) < 2 and abs(languages["it"] - 3_305_883_508) < 2
 
 
 def test_the_list_shows_every_name_with_its_figures(capsys):
     assert prepare.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name, spec in prepare.HUB.items():
+    for name, spec in HUB.items():
         line, = (x for x in lines if x.startswith(f"{name} "))
         assert all(x in line for x in (spec.about, spec.licence, spec.rows, spec.tokens, spec.disk, spec.language))
     assert any(x.startswith("ivme: ") and "1,580M" in x for x in lines)
@@ -157,9 +162,9 @@ def test_default_budgets_of_large_sets_and_budgets_of_mixes_are_what_is_asked_fo
     with FakeHub(hub_root) as hub:
         child(hub, tmp_path / "home", [["finemath", "python-stack", "wikipedia:2K", "--vocab_size=300", f"--out_dir={tmp_path}", "--name=a"],
                                        ["ivme", "--vocab_size=300", f"--out_dir={tmp_path}", "--name=b"]])
-    assert [x["budget"] for x in prepare.read_meta(tmp_path / "a")["sources"]] == [200_000_000, 0, 2000]
-    assert prepare.read_meta(tmp_path / "a")["sources"][2]["train"]["tokens"] < 2600
-    assert [x["budget"] for x in prepare.read_meta(tmp_path / "b")["sources"]] == [n for _, n in prepare.MIXES["ivme"][1]]
+    assert [x["budget"] for x in read_meta(tmp_path / "a")["sources"]] == [200_000_000, 0, 2000]
+    assert read_meta(tmp_path / "a")["sources"][2]["train"]["tokens"] < 2600
+    assert [x["budget"] for x in read_meta(tmp_path / "b")["sources"]] == [n for _, n in MIXES["ivme"][1]]
 
 
 def test_dropped_connections_and_busy_servers_change_nothing(hub_root, good, tmp_path):
@@ -175,7 +180,7 @@ def test_dropped_connections_and_busy_servers_change_nothing(hub_root, good, tmp
                                          ("down", r"cosmopedia: the connection to the Hugging Face Hub is lost .*the same command goes on")))
 def test_what_cannot_be_mended_is_one_line_and_the_work_goes_on_later(fault, line, own_root, good, tmp_path):
     """The broken file lies behind what the first pass reads, so that half of the work is done when it is met."""
-    tool = PREPARE.replace("    prepare.main(words)", "    sys.argv = ['prepare.py', *words]\n    prepare.run_tool(prepare.main)")
+    tool = PREPARE.replace("    prepare.main(words)", "    sys.argv = ['prepare.py', *words]\n    run_tool(prepare.main)")
     job, later = [*JOB, f"--out_dir={tmp_path}/data"], own_root / "HuggingFaceTB/cosmopedia/data/stanford/train-00001-of-00002.parquet"
     whole = later.read_bytes()
     with FakeHub(own_root) as hub:
@@ -230,7 +235,7 @@ def test_a_copy_of_the_repository_gives_the_same_text_without_a_network(hub_root
                        for name, source in (("cosmopedia", hub_root), ("wiki40b-it", hub_root / "google"), ("hq-sentences", hub_root / "agentlans/high-quality-english-sentences"))], **nowhere)
     for name in ("cosmopedia", "wiki40b-it", "hq-sentences"):
         assert documents(tmp_path / name) == documents(prepared[0] / name)
-        assert "revision" not in prepare.read_meta(tmp_path / name)["sources"][0]["origin"]
+        assert "revision" not in read_meta(tmp_path / name)["sources"][0]["origin"]
 
 
 @pytest.mark.parametrize("spoil", ("another", "changed"))

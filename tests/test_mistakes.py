@@ -12,6 +12,7 @@ import prepare
 import sample
 import train
 from conftest import ROOT, SMALL, command
+from common import run_tool
 
 TRAIN = [*SMALL, "--vocab_size=600", "--data=mine"]  # a sound command, to which a case adds its mistake
 
@@ -194,7 +195,7 @@ def test_a_mistake_is_one_line_status_2_and_nothing_written_over(what, corpora, 
         argv = ["--data=mine", *flags]  # the shape is the checkpoint's
     monkeypatch.setattr("sys.argv", [f"{tool.__name__}.py", *argv])
     with pytest.raises(SystemExit) as end:
-        prepare.run_tool(tool.main)
+        run_tool(tool.main)
     err = capsys.readouterr().err
     assert end.value.code == 2
     assert err.count("\n") == 1 and err.startswith(f"{tool.__name__}.py: ") and "Traceback" not in err

@@ -24,12 +24,18 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import prepare
 from conftest import ROOT, command, run_train
-from prepare import Settings, UserError
+from common import UserError
+from prepare import Settings
+from common import number, parse_flags
+from corpus.folder import read_meta
+from corpus.pydocs import pydocs
+from corpus.text import Seen, Source, clean, local_source, text_documents
+from corpus.tokenizer import CHUNKS, SPECIAL_TOKENS, TRAINERS, TRIGRAMS, added_tokens, byte_of_character, fast_encoder, load_tokenizer, token_byte_counts, train_bpe, train_chunk
 
 KINDS = {"bpe": 1000, "hybrid": 900, "chunk": 1100}  # tokenizer -> size of its vocabulary here
 LOSSLESS = ["bpe", "hybrid"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-SPECIAL = list(prepare.SPECIAL_TOKENS)
+SPECIAL = list(SPECIAL_TOKENS)
 properties = settings(deadline=None, max_examples=150)
 
 # Any Unicode text, mixed with what trips tokenizers up: special tokens spelled out, contractions, every kind of white space and line
@@ -58,7 +64,7 @@ def run(names, out_dir, **given):
     """prepare() with a small vocabulary; returns (folder, meta)."""
     given = {"vocab_size": 300, **given} if given.get("tokenizer", "bpe") in KINDS else given
     folder = prepare.prepare([str(n) for n in ([names] if isinstance(names, (str, Path)) else names)], Settings(out_dir=str(out_dir), **given))
-    return folder, prepare.read_meta(folder)
+    return folder, read_meta(folder)
 
 
 def split_ids(folder, split, source=0):
@@ -66,7 +72,7 @@ def split_ids(folder, split, source=0):
     meta = json.loads((folder / "meta.json").read_text())
     path = folder / meta["sources"][source][split]["file"]
     ids = np.fromfile(path, dtype={"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
-    tokenizer = prepare.load_tokenizer(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
     starts = np.flatnonzero(ids == tokenizer.token_to_id("<|bos|>"))
     documents = np.split(ids, starts)
     assert len(documents.pop(0)) == 0  # nothing before the first <|bos|>
@@ -106,8 +112,8 @@ def prepared(request, corpus):
 @pytest.fixture(scope="session")
 def tokenizers(corpus):
     """Each kind's tokenizer and its fast encoder."""
-    trained = {kind: prepare.load_tokenizer(str(corpus[0] / "data" / kind / "tokenizer.json")) for kind in KINDS}
-    return {kind: (tokenizer, prepare.fast_encoder(tokenizer)) for kind, tokenizer in trained.items()}
+    trained = {kind: load_tokenizer(str(corpus[0] / "data" / kind / "tokenizer.json")) for kind in KINDS}
+    return {kind: (tokenizer, fast_encoder(tokenizer)) for kind, tokenizer in trained.items()}
 
 
 @pytest.fixture(scope="session")
@@ -135,12 +141,12 @@ def byte_level(merges, alphabet=ALPHABET, words=(), **options):
         vocab.setdefault(token, len(vocab))
     tokenizer = Tokenizer(models.BPE(vocab, merges, **options))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens(prepare.added_tokens())
+    tokenizer.add_special_tokens(added_tokens())
     return tokenizer
 
 
 def loaded(tokenizer):
-    return prepare.load_tokenizer(tokenizer.to_str())
+    return load_tokenizer(tokenizer.to_str())
 
 
 def library_ids(tokenizer, text):
@@ -171,10 +177,10 @@ def test_fast_ids_are_the_librarys(texts, tokenizer, fast):
 @pytest.fixture(scope="session")
 def boundaries():
     """A tokenizer that merges every two neighbouring bytes of one word, at least at characters' ends: its ids show where words are cut."""
-    char = {b: c for c, b in prepare.byte_of_character().items()}
+    char = {b: c for c, b in byte_of_character().items()}
     last, first = [*range(0x80), *range(0x80, 0xC0)], [*range(0x80), *range(0xC2, 0xF5)]  # a character's last and first byte
     tokenizer = loaded(byte_level([(char[a], char[b]) for a, b in itertools.product(last, first)]))
-    return tokenizer, prepare.fast_encoder(tokenizer)
+    return tokenizer, fast_encoder(tokenizer)
 
 
 def test_fast_ids_are_the_librarys_for_every_code_point(boundaries):
@@ -210,7 +216,7 @@ def test_fast_encoder_cuts_words_where_the_library_does(text, boundaries):
 def test_trained_bpe_and_only_that_goes_through_tiktoken(kind, corpus, monkeypatch):
     built, encoding = [], tiktoken.Encoding
     monkeypatch.setattr(tiktoken, "Encoding", lambda *a, **k: built.append(1) or encoding(*a, **k))
-    prepare.fast_encoder(prepare.load_tokenizer(str(corpus[0] / "data" / kind / "tokenizer.json")))(["some text"])
+    fast_encoder(load_tokenizer(str(corpus[0] / "data" / kind / "tokenizer.json")))(["some text"])
     assert bool(built) == (kind == "bpe")
 
 
@@ -241,7 +247,7 @@ NOT_PLAIN = {
 def test_fast_encoder_gives_the_librarys_ids_for_other_tokenizers_too(case):
     tokenizer = loaded(NOT_PLAIN[case])
     texts = ["The the abc ab bc abcbc foo dog the dog é 12 <|bos|>\U0001f600", "", "foo", " the"]
-    assert [a.tolist() for a in prepare.fast_encoder(tokenizer)(texts)] == [library_ids(tokenizer, t) for t in texts]
+    assert [a.tolist() for a in fast_encoder(tokenizer)(texts)] == [library_ids(tokenizer, t) for t in texts]
 
 
 def test_truncation_and_padding_in_a_tokenizer_file_do_not_cut_or_pad_documents(prepared):
@@ -249,26 +255,26 @@ def test_truncation_and_padding_in_a_tokenizer_file_do_not_cut_or_pad_documents(
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=20, pad_token="<|pad|>")
     tokenizer, texts = loaded(tokenizer), [document(0), "a", document(1)]
-    decoded = [tokenizer.decode(a.tolist(), skip_special_tokens=False) for a in prepare.fast_encoder(tokenizer)(texts)]
+    decoded = [tokenizer.decode(a.tolist(), skip_special_tokens=False) for a in fast_encoder(tokenizer)(texts)]
     assert decoded == [normalized(tokenizer, t) for t in texts]
 
 
 def test_bpe_learns_from_a_document_without_spaces_in_seconds():
     started = time.process_time()
-    prepare.train_bpe(["ab" * 150_000, "some text"], 300)  # one word; 35 s where time grows with the square of its length
+    train_bpe(["ab" * 150_000, "some text"], 300)  # one word; 35 s where time grows with the square of its length
     assert time.process_time() - started < 8
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_vocabulary_has_special_tokens_then_bytes_and_the_size_asked_for(kind, corpus):
-    vocab = prepare.load_tokenizer(str(corpus[0] / "data" / kind / "tokenizer.json")).get_vocab()
+    vocab = load_tokenizer(str(corpus[0] / "data" / kind / "tokenizer.json")).get_vocab()
     tokens = sorted(vocab, key=vocab.get)
     assert sorted(vocab.values()) == list(range(KINDS[kind]))
     assert tokens[:7] == SPECIAL and tokens[7:7 + 256] == ALPHABET
 
 
 def test_hybrid_spells_every_word_that_is_not_in_its_vocabulary(corpus):
-    tokenizer = prepare.load_tokenizer(str(corpus[0] / "data/hybrid/tokenizer.json"))
+    tokenizer = load_tokenizer(str(corpus[0] / "data/hybrid/tokenizer.json"))
     assert tokenizer.token_to_id("Ġself") and len(library_ids(tokenizer, " self")) == 1
     assert not tokenizer.token_to_id("Ġselfesteem") and len(library_ids(tokenizer, " selfesteem")) == len(" selfesteem")
 
@@ -280,7 +286,7 @@ def greedy(text):
     i = 0
     while i < len(text):
         three = text[i:i + 3]
-        whole = len(three) == 3 and (three in prepare.TRIGRAMS or three[0] == " " or three[2] == " ")
+        whole = len(three) == 3 and (three in TRIGRAMS or three[0] == " " or three[2] == " ")
         yield three if whole else three[:2]
         i += 3 if whole else 2
 
@@ -297,24 +303,24 @@ def cut(tokenizer, text):
 @pytest.fixture(scope="session")
 def few(corpus):
     """A chunk tokenizer of 300 tokens: it knows 75 characters."""
-    tokenizer = loaded(prepare.train_chunk([(ROOT / "prepare.py").read_text()], 300))
-    return tokenizer, prepare.fast_encoder(tokenizer), prepare.token_byte_counts(tokenizer)
+    tokenizer = loaded(train_chunk([(ROOT / "prepare.py").read_text()], 300))
+    return tokenizer, fast_encoder(tokenizer), token_byte_counts(tokenizer)
 
 
-CHUNKY = st.lists(st.sampled_from([*prepare.TRIGRAMS, *TRICKY, *"thei  \n"]), max_size=30).map("".join)
+CHUNKY = st.lists(st.sampled_from([*TRIGRAMS, *TRICKY, *"thei  \n"]), max_size=30).map("".join)
 
 
 @properties
 @given(text=st.one_of(TEXT, CHUNKY))
 @example(text="\r\n the\n  \n\n x\u2028y")
 def test_chunks_are_what_a_greedy_loop_cuts(text, few):
-    assert cut(few[0], text) == re.findall(prepare.CHUNKS, text) == list(greedy(text))
+    assert cut(few[0], text) == re.findall(CHUNKS, text) == list(greedy(text))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.name)
 def test_chunks_of_real_text_are_what_a_greedy_loop_cuts(path, few):
     text = path.read_text().lower()
-    assert cut(few[0], text) == re.findall(prepare.CHUNKS, text) == list(greedy(text))
+    assert cut(few[0], text) == re.findall(CHUNKS, text) == list(greedy(text))
     assert len(list(greedy(text))) < len(text) / 2.2
 
 
@@ -347,8 +353,8 @@ def test_chunk_spells_what_looks_like_a_special_token(text, tokenizers):
 
 
 def test_chunk_counts_each_tokens_own_bytes():
-    tokenizer = loaded(prepare.train_chunk(["Ġab Ċ Ã© <0x0A> \\n ▁x ##y '' \"\" \x00\t\r\n  Łódź 中文 \U0001f600"], 300))
-    counts, vocab = prepare.token_byte_counts(tokenizer), tokenizer.get_vocab()
+    tokenizer = loaded(train_chunk(["Ġab Ċ Ã© <0x0A> \\n ▁x ##y '' \"\" \x00\t\r\n  Łódź 中文 \U0001f600"], 300))
+    counts, vocab = token_byte_counts(tokenizer), tokenizer.get_vocab()
     assert any(t[0] == " " for t in vocab) and any(t[-1] == " " for t in vocab) and len(counts) == len(vocab)
     for token, i in vocab.items():
         assert (counts[i], tokenizer.decode([i])) == ((0, "") if token in SPECIAL else (len(token.encode()), token))
@@ -364,20 +370,20 @@ def test_chunk_vocabulary_is_special_tokens_the_commonest_characters_and_the_com
     def rank(counts):
         return sorted(counts, key=lambda k: (-counts[k], k))
     for n in (400, 700):
-        tokenizer = prepare.train_chunk(texts, n)
+        tokenizer = train_chunk(texts, n)
         vocab = tokenizer.get_vocab()
         assert sorted(vocab, key=vocab.get) == [*SPECIAL, *rank(characters)[:n // 4], *rank(chunks)][:n]
-        assert tokenizer.to_str() == prepare.train_chunk(texts, n).to_str()
-    everything = prepare.train_chunk(texts, 35_560).get_vocab()  # more than there is
+        assert tokenizer.to_str() == train_chunk(texts, n).to_str()
+    everything = train_chunk(texts, 35_560).get_vocab()  # more than there is
     assert everything.keys() == {*SPECIAL, *characters, *chunks} and sorted(everything.values()) == list(range(len(everything)))
 
 
 def test_chunk_counts_in_bounded_memory_and_still_finds_what_is_frequent(monkeypatch):
-    monkeypatch.setattr(prepare, "COUNTED_CHUNKS", 2000)
+    monkeypatch.setattr("corpus.tokenizer.COUNTED_CHUNKS", 2000)
     rng = random.Random(0)
     texts = [t for _ in range(100) for t in (" some words again", "".join(chr(rng.randrange(0x4e00, 0x9fff)) for _ in range(3000)))]
     tracemalloc.start()
-    vocab = prepare.train_chunk(texts, 400).get_vocab()
+    vocab = train_chunk(texts, 400).get_vocab()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert {*greedy(" some words again")} <= vocab.keys() and len(vocab) == 400
@@ -388,7 +394,7 @@ def test_unknown_characters_are_counted_and_shown(tmp_path, capsys):
     texts = [document(i) + chr(0x4e00 + i) for i in range(200)]  # more characters than a vocabulary of 300 takes
     folder, meta = run(write_jsonl(tmp_path / "x.jsonl", texts), tmp_path / "data", tokenizer="chunk", val_fraction=0.3)
     source, unknown, tokens = meta["sources"][0], 0, 0
-    tokenizer = prepare.load_tokenizer(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
     for split in ("train", "val"):
         ids = np.fromfile(folder / source[split]["file"], "<u2")
         assert source[split]["unknown"] == np.count_nonzero(ids == tokenizer.token_to_id("<|unk|>")) > 0
@@ -402,7 +408,7 @@ def test_unknown_characters_are_counted_and_shown(tmp_path, capsys):
 
 def test_a_run_on_text_of_unknown_characters_alone_ends_well(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    loaded(prepare.train_chunk(["a b c"], 300)).save("few.json")
+    loaded(train_chunk(["a b c"], 300)).save("few.json")
     run(write_jsonl(Path("x.jsonl"), [chr(0x4e00 + i) * 100 for i in range(30)]), "data", tokenizer="few.json", name="unknown")
     assert run_train("--data=unknown", "--out=run") == 0  # no bytes: bits per byte are not a number
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
@@ -414,9 +420,9 @@ def test_a_run_on_text_of_unknown_characters_alone_ends_well(tmp_path, monkeypat
 def test_a_tokenizer_learns_from_training_text_alone(tmp_path):
     for i in range(10):  # two documents: here the split moves up to the lower hash, and the sample must follow
         texts = [f"{w}{i} " * 50 for w in ("left", "right")]
-        source = prepare.local_source(write_jsonl(tmp_path / f"{i}.jsonl", texts), "")
+        source = local_source(write_jsonl(tmp_path / f"{i}.jsonl", texts), "")
         sample, threshold, *_ = prepare.scan(source, int(0.05 * 2 ** 64), 10 ** 6)
-        assert sample == [d.text for d in prepare.clean(source.reader()) if d.hash >= threshold]
+        assert sample == [d.text for d in clean(source.reader()) if d.hash >= threshold]
 
 
 @properties
@@ -424,7 +430,7 @@ def test_a_tokenizer_learns_from_training_text_alone(tmp_path):
 def test_sample_fits_its_budget_and_does_not_depend_on_the_order_of_documents(sizes, seed, budget):
     texts = [f"{i} " * n for i, n in enumerate(sizes)]
     shuffled = random.Random(seed).sample(texts, len(texts))
-    one, other = (prepare.scan(prepare.Source("s", "en", "text", {}, lambda: iter(t)), 2 ** 62, budget)[0] for t in (texts, shuffled))
+    one, other = (prepare.scan(Source("s", "en", "text", {}, lambda: iter(t)), 2 ** 62, budget)[0] for t in (texts, shuffled))
     assert one == other
     assert sum(map(len, one)) <= budget or len(one) == 1
 
@@ -459,7 +465,7 @@ def test_meta_counts_are_those_of_the_files(prepared, tokenizer):
     assert {p.name for p in prepared.iterdir()} == {"tokenizer.json", "meta.json", "train.0-pydocs.bin", "val.0-pydocs.bin", "train.1-books.bin", "val.1-books.bin"}
     assert meta["dtype"] == "uint16" and meta["vocab_size"] == tokenizer.get_vocab_size()
     assert meta["tokenizer_sha256"] == hashlib.sha256((prepared / "tokenizer.json").read_bytes()).hexdigest()
-    counts = prepare.token_byte_counts(tokenizer)
+    counts = token_byte_counts(tokenizer)
     for i, s in enumerate(meta["sources"]):
         for split in ("train", "val"):
             raw = (prepared / s[split]["file"]).read_bytes()
@@ -472,7 +478,7 @@ def test_meta_counts_are_those_of_the_files(prepared, tokenizer):
 
 def test_files_hold_what_the_library_encodes_in_the_sources_order(corpus):
     root, names = corpus
-    texts = list(prepare.local_source(names[1], "").documents())
+    texts = list(local_source(names[1], "").documents())
     for kind in KINDS:
         tokenizer, _, train = split_ids(root / "data" / kind, "train", 1)
         val = split_ids(root / "data" / kind, "val", 1)[2]
@@ -481,7 +487,7 @@ def test_files_hold_what_the_library_encodes_in_the_sources_order(corpus):
             ids = [tokenizer.token_to_id("<|bos|>"), *library_ids(tokenizer, text), tokenizer.token_to_id("<|eos|>")]
             assert ids == (train if train and train[0] == ids else val).popleft()
         assert not train and not val
-        source = prepare.read_meta(root / "data" / kind)["sources"][1]
+        source = read_meta(root / "data" / kind)["sources"][1]
         assert source["train"]["bytes"] + source["val"]["bytes"] == size(normalized(tokenizer, t) for t in texts)
 
 
@@ -493,7 +499,7 @@ def test_nanogpts_loader_reads_the_files(prepared, tokenizer):
     y = np.stack([data[i + 1:i + 1 + 64].astype(np.int64) for i in ix])
     ids = split_ids(prepared, "train")[1]
     assert all(np.array_equal(row, ids[i:i + 64]) for i, row in zip(ix, x)) and np.array_equal(x[:, 1:], y[:, :-1])
-    assert "".join(texts_of(prepared, "train")).startswith(normalized(tokenizer, next(prepare.pydocs().documents())[:1000]))
+    assert "".join(texts_of(prepared, "train")).startswith(normalized(tokenizer, next(pydocs().documents())[:1000]))
 
 
 # ---------------------------------------------------------------------------------------------------- the split
@@ -537,7 +543,7 @@ def test_a_text_that_occurs_often_is_taken_once(tmp_path):
 @properties
 @given(hashes=st.lists(st.integers(0, 60), max_size=300), limit=st.integers(1, 20), cut=st.integers(0, 300))
 def test_hashes_are_remembered_for_a_while_in_bounded_memory(hashes, limit, cut):
-    seen = prepare.Seen()
+    seen = Seen()
     seen.LIMIT = limit
     new = []
     for i, h in enumerate(hashes):
@@ -546,7 +552,7 @@ def test_hashes_are_remembered_for_a_while_in_bounded_memory(hashes, limit, cut)
         else:
             assert h in hashes[:i]  # nothing is called a duplicate that is none
         assert len(seen.new) + len(seen.old) <= 2 * limit and set(new[-limit:]) <= seen.new | seen.old
-    again = prepare.Seen()
+    again = Seen()
     again.LIMIT = limit
     for h in new:  # what resuming does: the hashes of what was kept are enough to go on
         again.add(h)
@@ -657,8 +663,8 @@ def scratch(tmp_path_factory):
 def test_pieces_of_a_long_file_are_its_text_and_at_most_the_limit(text, limit, read, scratch):
     scratch.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(prepare, "PIECE", read)  # the amount read at a time
-        pieces = list(prepare.text_documents(scratch, limit))
+        m.setattr("corpus.tokenizer.PIECE", read)  # the amount read at a time
+        pieces = list(text_documents(scratch, limit))
     assert "".join(pieces) == text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     assert all(len(p) <= limit for p in pieces) and all(pieces[:-1])
 
@@ -668,7 +674,7 @@ def test_pieces_of_a_long_file_are_its_text_and_at_most_the_limit(text, limit, r
                          ids=["paragraph", "line", "word", "nowhere"])
 def test_a_piece_ends_behind_a_paragraph_else_a_line_else_a_word(text, first, scratch):
     scratch.write_text(text)
-    assert next(prepare.text_documents(scratch, 20)) == first
+    assert next(text_documents(scratch, 20)) == first
 
 
 # ---------------------------------------------------------------------------------------------------- settings
@@ -701,7 +707,7 @@ def test_an_id_far_behind_the_others_keeps_its_value(tmp_path):
     folder, meta = run(write_jsonl(tmp_path / "x.jsonl", ["at last", "the last"]), tmp_path, tokenizer=str(tmp_path / "gaps.json"))
     tokenizer, ids, _ = split_ids(folder, "train")
     assert ids.max() == 70_000 and meta["vocab_size"] == 70_001
-    assert prepare.token_byte_counts(tokenizer)[ids].sum() == meta["sources"][0]["train"]["bytes"]
+    assert token_byte_counts(tokenizer)[ids].sum() == meta["sources"][0]["train"]["bytes"]
 
 
 @pytest.mark.parametrize("budget", [1, 700, 5000])
@@ -749,9 +755,9 @@ def test_every_source_may_have_a_budget_of_its_own(tmp_path):
 
 def test_the_joint_tokenizer_learns_equally_much_from_every_source(tmp_path, monkeypatch):
     """A source ten times as large as the others does not crowd them out of the vocabulary."""
-    monkeypatch.setattr(prepare, "SAMPLE_BYTES", 60_000)
-    seen, trained = [], prepare.train_bpe
-    monkeypatch.setitem(prepare.TRAINERS, "bpe", lambda texts, size: (seen.extend(texts), trained(texts, size))[1])
+    monkeypatch.setattr("prepare.SAMPLE_BYTES", 60_000)
+    seen, trained = [], train_bpe
+    monkeypatch.setitem(TRAINERS, "bpe", lambda texts, size: (seen.extend(texts), trained(texts, size))[1])
     letters = {"a": 10_000, "b": 1000, "c": 1000}
     names = [write_jsonl(tmp_path / f"{x}.jsonl", (f"{x * 5} " * 6 + str(i) for i in range(n))) for x, n in letters.items()]
     run(names, tmp_path / "data")
@@ -762,7 +768,7 @@ WIKI40B = "\n_START_ARTICLE_\nFiume è perché\n_START_SECTION_\nStoria\n_START_
 
 
 def test_an_article_without_text_is_empty():
-    assert list(prepare.clean(["\n_START_ARTICLE_\n", "_START_ARTICLE_\n_START_PARAGRAPH_"])) == ["empty", "empty"]
+    assert list(clean(["\n_START_ARTICLE_\n", "_START_ARTICLE_\n_START_PARAGRAPH_"])) == ["empty", "empty"]
 
 
 @pytest.mark.parametrize("text", (WIKI40B, repr(WIKI40B.encode()), repr(WIKI40B.replace("Fiume", "L'").encode()).replace("L'", "Fiume")), ids=("text", "repr", "quotes"))
@@ -835,7 +841,7 @@ def test_other_settings_are_refused_by_name_and_change_nothing(change, made, tmp
 # Dies as it encodes the second of two sources: the first one's files are written, and files beside them that no later run makes
 DIE = """
 import os, pathlib, signal, sys, prepare
-fast_encoder, calls = prepare.fast_encoder, []
+fast_encoder, calls = fast_encoder, []
 def deadly(tokenizer):
     encode = fast_encoder(tokenizer)
     def one_and_no_more(texts):
@@ -848,7 +854,7 @@ def deadly(tokenizer):
             raise MemoryError
         return encode(texts)
     return one_and_no_more
-prepare.fast_encoder = deadly
+fast_encoder = deadly
 prepare.main(sys.argv[2:])
 """
 
@@ -943,7 +949,7 @@ def test_a_large_file_is_prepared_whole_in_less_memory_than_its_size(tmp_path, m
     process = command("-c", "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', *sys.argv[1:]]))", MEASURE, 60)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    source = prepare.read_meta("data/large-bpe-1000")["sources"][0]
+    source = read_meta("data/large-bpe-1000")["sources"][0]
     assert source["train"]["bytes"] + source["val"]["bytes"] == os.path.getsize("large.txt")
     for split in ("train", "val"):  # many batches are counted and summed up as one is
         raw = Path("data/large-bpe-1000", source[split]["file"]).read_bytes()
@@ -972,7 +978,7 @@ def test_show_tells_what_a_folder_holds(tmp_path, capsys):
         assert sum(bars.values()) == len(lengths) and all(n == sum(low <= k <= high for k in lengths) for (low, high), n in bars.items())
         assert texts_of(folder, "train", i)[0][:40] in shown
     assert prepare.main([f"--show={folder}", "--plot"]) == 0
-    assert (folder / "lengths.png").read_bytes().startswith(b"\x89PNG") and prepare.read_meta(folder) == meta
+    assert (folder / "lengths.png").read_bytes().startswith(b"\x89PNG") and read_meta(folder) == meta
 
 
 # ---------------------------------------------------------------------------------------------------- flags
@@ -990,49 +996,49 @@ class Example:
 @example(n=2010)  # 2.01 * 1000 is 2009.9999999999998
 @example(n=2 ** 53 + 1)
 def test_number_reads_any_whole_number_exactly(n):
-    assert prepare.number(f"{n}") == prepare.number(f"{n:,}") == prepare.number(f" {n:_} ") == n
-    assert prepare.number(f"{n}B") == n * 10 ** 9
+    assert number(f"{n}") == number(f"{n:,}") == number(f" {n:_} ") == n
+    assert number(f"{n}B") == n * 10 ** 9
     if n >= 0:
-        assert prepare.number(f"{n // 1000}.{n % 1000:03}K") == n
-        assert prepare.number(f"{n // 10 ** 6}.{n % 10 ** 6:06}m") == n
+        assert number(f"{n // 1000}.{n % 1000:03}K") == n
+        assert number(f"{n // 10 ** 6}.{n % 10 ** 6:06}m") == n
 
 
 @pytest.mark.parametrize("text, value", [("235M", 235_000_000), ("1_000", 1000), ("1.5K", 1500), ("1,024", 1024), ("2b", 2 * 10 ** 9), ("-3", -3)])
 def test_flags_take_numbers_as_people_write_them(text, value):
-    assert prepare.parse_flags([f"--steps={text}"], Example()) == ({"steps": value}, [])
+    assert parse_flags([f"--steps={text}"], Example()) == ({"steps": value}, [])
 
 
 @pytest.mark.parametrize("text", ["1.5", "abc", "", "_", "1.0005K", "1e3", "5 M", "M", "0x10", "nan", "inf"])
 def test_what_is_no_whole_number_is_refused_with_the_flags_name(text):
     with pytest.raises(UserError, match="--steps"):
-        prepare.parse_flags([f"--steps={text}"], Example())
+        parse_flags([f"--steps={text}"], Example())
 
 
 def test_flags_and_words_come_in_any_order_and_only_what_was_typed_is_given():
     flags = ["--loud", "--rate=2", "--title", "a b"]
     for argv in ([*flags, "x", "y"], ["x", "y", *flags], ["x", *flags, "y"]):
-        assert prepare.parse_flags(argv, Example(), positional=("NAME", "names")) == ({"rate": 2.0, "title": "a b", "loud": True}, ["x", "y"])
-    assert prepare.parse_flags([], Example()) == ({}, [])
+        assert parse_flags(argv, Example(), positional=("NAME", "names")) == ({"rate": 2.0, "title": "a b", "loud": True}, ["x", "y"])
+    assert parse_flags([], Example()) == ({}, [])
     for off in ("--loud=false", "--no-loud"):
-        assert prepare.parse_flags([off], Example()) == ({"loud": False}, [])
+        assert parse_flags([off], Example()) == ({"loud": False}, [])
 
 
 @pytest.mark.parametrize("flag, answer", [("--stepz=3", "there is no flag --stepz .did you mean steps"), ("--vocabsize=3", "--vocabsize .did you mean vocab_size"),
                                           ("--step=3", "--step .did you mean steps"), ("--xyzzy", "there is no flag --xyzzy; --help lists them")])
 def test_unknown_flags_are_answered_with_the_nearest(flag, answer):
     with pytest.raises(UserError, match=answer):
-        prepare.parse_flags([flag], Example(), Settings())
+        parse_flags([flag], Example(), Settings())
 
 
 def test_a_word_where_none_belongs_is_refused():
     with pytest.raises(UserError, match="what is 'x'"):
-        prepare.parse_flags(["--steps=3", "x"], Example())
+        parse_flags(["--steps=3", "x"], Example())
 
 
 def test_help_explains_each_flag_with_its_default(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "300")  # no line is broken
     with pytest.raises(SystemExit) as e:
-        prepare.parse_flags(["--help"], Example(), Settings(), description="What it does.", positional=("NAME", "what to read"))
+        parse_flags(["--help"], Example(), Settings(), description="What it does.", positional=("NAME", "what to read"))
     out = capsys.readouterr().out
     assert e.value.code == 0 and "What it does." in out and "what to read" in out
     for line in ("how many; 100% of them [1,200]", "how fast [0.5]", "what it is called [none]", "whether it shouts [False]"):

@@ -16,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ivme
-import prepare
 import sample
 import tinymemory
 import train
 from conftest import ROOT
 from test_architectures import ARCHITECTURES, randomised
+from common import UserError
+from corpus.chats import chat_ids, chat_messages, encode_chats
+from corpus.tokenizer import SPECIAL_TOKENS, fast_encoder, load_tokenizer, train_hybrid
 
 TINY = dict(n_layer=2, d_model=16, n_head=2, d_ff=16, vocab_size=40, context_length=16)
 
@@ -128,7 +130,7 @@ def test_rows_end_at_the_stop_token_and_are_filled_up_with_it(model):
 
 @pytest.fixture(scope="module")
 def byte_tokenizer():
-    return prepare.load_tokenizer(prepare.train_hybrid(["a b"], 263).to_str())
+    return load_tokenizer(train_hybrid(["a b"], 263).to_str())
 
 
 @settings(max_examples=100, deadline=None)
@@ -196,7 +198,7 @@ def test_generation_ends_before_the_stop_text(trained, capsys):
 
 @pytest.fixture(scope="module")
 def byte_ids(byte_tokenizer):
-    return prepare.chat_ids(byte_tokenizer)
+    return chat_ids(byte_tokenizer)
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -263,12 +265,12 @@ def test_a_full_context_forgets_the_oldest_turns_but_not_the_instructions(byte_t
     list(chat.reply("x" * 20, 3))
     list(chat.reply("y" * 50, 3))  # fits if all before it is forgotten
     assert chat.ids[1] == byte_ids["<|user|>"] and byte_tokenizer.decode(chat.ids).startswith("y" * 50)
-    with pytest.raises(prepare.UserError, match="the system's message has"):
+    with pytest.raises(UserError, match="the system's message has"):
         sample.Chat(model, byte_tokenizer, system="long " * 20)
 
 
 @settings(max_examples=40, deadline=None)
-@given(message=st.lists(st.sampled_from([*prepare.SPECIAL_TOKENS, "<|", "|>", "assistant", "yes", " ", "\n"]), max_size=6).map("".join))
+@given(message=st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|", "|>", "assistant", "yes", " ", "\n"]), max_size=6).map("".join))
 def test_a_message_that_spells_a_turn_opens_none(message, byte_tokenizer, byte_ids):
     arch = ARCHITECTURES["tinymemory"]
     chat = sample.Chat(arch.module.Model(arch.module.Config(**{**arch.tiny, "vocab_size": 263, "context_length": 512})), byte_tokenizer, system=message)
@@ -286,7 +288,7 @@ def test_a_chat_has_the_tokens_that_training_on_it_has(monkeypatch, byte_tokeniz
         monkeypatch.setattr(sample, "stream", lambda *args, said=said, **kw: iter(torch.tensor(said)[:, None]))
         assert "".join(chat.reply(message, 100)) == reply
     rows = [("system", "be brief"), *((role, text) for turn in turns for role, text in zip(("user", "assistant"), turn))]
-    (expected, _), = prepare.encode_chats([rows], prepare.fast_encoder(byte_tokenizer), byte_ids)
+    (expected, _), = encode_chats([rows], fast_encoder(byte_tokenizer), byte_ids)
     assert chat.ids == expected.tolist() and [tuple(m.values()) for m in chat.messages] == rows
 
 
@@ -391,7 +393,7 @@ def test_a_chat_through_pipes_answers_each_line_and_saves_what_prepare_reads(cha
     assert "".join(m["content"] + "\n" for chat in saved for m in chat if m["role"] == "assistant") == out
     assert all(chat[0] == dict(role="system", content="be brief") for chat in saved) and ">" not in out
     assert "saved 7 messages to chat.jsonl" in err and "there is no command /nonsense" in err and "the chat was not saved" in err and "a new chat" in err
-    assert [prepare.chat_messages(dict(messages=chat)) for chat in saved]
+    assert [chat_messages(dict(messages=chat)) for chat in saved]
 
 
 def test_ctrl_c_ends_a_reply_and_the_chat_goes_on(chatty, tmp_path):

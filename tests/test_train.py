@@ -17,7 +17,10 @@ import prepare
 import tinymemory
 import train
 from conftest import SMALL, run_train, same_tensors
-from prepare import UserError
+from common import UserError
+from corpus.folder import read_meta
+from corpus.loader import Loader, Source, document_rows
+from corpus.tokenizer import load_tokenizer
 
 
 def rows(out):
@@ -26,7 +29,7 @@ def rows(out):
 
 # ---------------------------------------------------------------------------------------------------- batches
 
-class fake_source(train.Source):
+class fake_source(Source):
     def __init__(self, tokens, weight=1.0, budget=None, val=()):
         self.name, self.language, self.kind, self.fingerprint, self.packed = "s", "en", "code", ["s", ""], {}
         self.train_mask = self.val_mask = None
@@ -38,7 +41,7 @@ class fake_source(train.Source):
 def test_an_epoch_trains_on_each_token_once(size, T, seed):
     if size < T + 1:
         return
-    loader = train.Loader([fake_source(range(size))], "random", T, 100, seed)
+    loader = Loader([fake_source(range(size))], "random", T, 100, seed)
     per_epoch = (size - 1) // T
     for epoch in range(3):
         targets = loader.batch(per_epoch)[1].flatten().tolist()
@@ -49,16 +52,16 @@ def test_an_epoch_trains_on_each_token_once(size, T, seed):
 
 def test_windows_are_contiguous_and_shuffled_and_the_seed_decides():
     source = fake_source(range(10_000))
-    batch = train.Loader([source], "random", 16, 100, seed=1).batch(300)[0].numpy()
+    batch = Loader([source], "random", 16, 100, seed=1).batch(300)[0].numpy()
     assert (np.diff(batch, axis=1) == 1).all()
     assert not (np.diff(batch[:, 0]) > 0).all()
-    x, y, reset = train.Loader([source], "random", 16, 100, seed=1).batch(300)
+    x, y, reset = Loader([source], "random", 16, 100, seed=1).batch(300)
     assert (batch == x.numpy()).all() and torch.equal(y, x + 1) and reset is None
-    assert not (batch == train.Loader([source], "random", 16, 100, seed=2).batch(300)[0].numpy()).all()
+    assert not (batch == Loader([source], "random", 16, 100, seed=2).batch(300)[0].numpy()).all()
 
 
 def test_later_epochs_cut_the_text_elsewhere():
-    loader = train.Loader([fake_source(range(1000))], "random", 10, 100, seed=3)
+    loader = Loader([fake_source(range(1000))], "random", 10, 100, seed=3)
     first, second = (set(loader.batch(99)[0][:, 0].tolist()) for _ in range(2))
     assert first != second
 
@@ -66,7 +69,7 @@ def test_later_epochs_cut_the_text_elsewhere():
 @pytest.mark.parametrize("order,shares", [("random", (0.1, 0.6, 0.3)), ("balanced", (1 / 3, 1 / 3, 1 / 3)), ("sequential", (0.1, 0.6, 0.3))])
 def test_each_order_gives_every_source_its_share(order, shares):
     sources = [fake_source([i] * n) for i, n in enumerate((1000, 6000, 3000))]
-    drawn = train.Loader(sources, order, 10, 900, seed=0).batch(900)[0][:, 0].numpy()
+    drawn = Loader(sources, order, 10, 900, seed=0).batch(900)[0][:, 0].numpy()
     for i, share in enumerate(shares):
         assert abs((drawn == i).mean() - share) < 0.01
     if order == "sequential":
@@ -78,21 +81,21 @@ def test_each_order_gives_every_source_its_share(order, shares):
 
 def test_sequential_spends_the_whole_run_in_proportion_to_budgets_without_cutting_a_source_off():
     sources = [fake_source([i] * 5000, budget=b) for i, b in enumerate((710, 160, 235, 395, 80))]
-    drawn = train.Loader(sources, "sequential", 10, 1447, seed=0).batch(1447)[0][:, 0]
+    drawn = Loader(sources, "sequential", 10, 1447, seed=0).batch(1447)[0][:, 0]
     assert np.allclose(np.bincount(drawn) / 1447, np.array([710, 160, 235, 395, 80]) / 1580, atol=1 / 1447)
 
 
 def test_data_weights_multiply_shares():
     sources = [fake_source([0] * 1000, weight=3.0), fake_source([1] * 1000)]
-    assert train.Loader(sources, "random", 10, 0, 0).batch(400)[0][:, 0].float().mean() == 0.25
+    assert Loader(sources, "random", 10, 0, 0).batch(400)[0][:, 0].float().mean() == 0.25
 
 
 def test_the_loader_goes_on_from_its_counts():
     sources = [fake_source(range(500)), fake_source(range(1000, 1300))]
-    whole, first = train.Loader(sources, "random", 7, 500, 5), train.Loader(sources, "random", 7, 500, 5)
+    whole, first = Loader(sources, "random", 7, 500, 5), Loader(sources, "random", 7, 500, 5)
     everything = whole.batch(300)[0]
     first.batch(137)
-    second = train.Loader(sources, "random", 7, 500, 5)
+    second = Loader(sources, "random", 7, 500, 5)
     second.load_state_dict(first.state_dict())
     assert torch.equal(second.batch(163)[0], everything[137:])
 
@@ -106,7 +109,7 @@ def test_packed_rows_lose_no_token_and_keep_documents_whole(lengths, T, seed):
     tokens[begins] = 1
     if len(tokens) <= T:
         return
-    loader = train.Loader([fake_source(tokens)], "random", T, 100, seed, bos=1)
+    loader = Loader([fake_source(tokens)], "random", T, 100, seed, bos=1)
     n = loader.per_epoch[0]
     assert loader.fill[0] == pytest.approx((len(tokens) - len(lengths)) / (n * T))
     for epoch in range(3):
@@ -136,7 +139,7 @@ def test_later_epochs_cut_long_documents_elsewhere_and_mix_the_rows_anew():
     lengths = [25] * 40 + [7, 3, 5] * 40
     tokens = np.arange(1000, 1000 + sum(lengths))
     tokens[np.cumsum([0, *lengths[:-1]])] = 1
-    loader = train.Loader([fake_source(tokens)], "random", 10, 100, 0, bos=1)
+    loader = Loader([fake_source(tokens)], "random", 10, 100, 0, bos=1)
     first, second = (loader.batch(loader.per_epoch[0]) for _ in range(2))
     cuts = [set(x[reset & (y >= 0) & (x != 1)].tolist()) for x, y, reset in (first, second)]
     assert cuts[0] != cuts[1] and len(cuts[0]) == len(cuts[1])
@@ -145,7 +148,7 @@ def test_later_epochs_cut_long_documents_elsewhere_and_mix_the_rows_anew():
 
 def test_packing_documents_of_real_lengths_leaves_little_padding():
     lengths = np.random.default_rng(0).lognormal(5, 1.2, 5000).astype(int) + 2  # a median of 150 tokens, as web pages have, some of thousands
-    first, pieces = train.document_rows(np.concatenate([[0], np.cumsum(lengths)]), 1024)
+    first, pieces = document_rows(np.concatenate([[0], np.cumsum(lengths)]), 1024)
     assert 1 - pieces[:, 1].sum() / (1024 * (len(first) - 1)) < 0.002
     assert pieces[:, 1].sum() == (lengths - 1).sum()
 
@@ -158,7 +161,7 @@ def test_each_order_gives_packed_sources_their_share_of_the_tokens(order):
         tokens = np.full(length * n, 10 + i)
         tokens[::length] = 1
         sources.append(fake_source(tokens))
-    loader = train.Loader(sources, order, 100, 3000, seed=0, bos=1)
+    loader = Loader(sources, order, 100, 3000, seed=0, bos=1)
     _, y, _ = loader.batch(3000)
     drawn = np.array([(y == 10 + i).sum() for i in range(4)])
     sizes = np.array([len(s.train) for s in sources])
@@ -169,9 +172,9 @@ def test_each_order_gives_packed_sources_their_share_of_the_tokens(order):
 
 def test_a_loader_with_other_rows_goes_on_at_the_same_share_of_the_epoch():
     sources = [fake_source(range(5001)), fake_source(range(2001))]
-    before = train.Loader(sources, "random", 10, 0, 5)
+    before = Loader(sources, "random", 10, 0, 5)
     before.batch(1050)  # one and a half epochs
-    after = train.Loader(sources, "random", 20, 0, 5)
+    after = Loader(sources, "random", 20, 0, 5)
     after.load_state_dict(before.state_dict())
     assert after.taken == [375, 150]
 
@@ -368,12 +371,12 @@ def test_accumulation_does_not_change_the_losses(workdir):
 def test_word_boost_weighs_tokens_of_several_characters(workdir):
     """The logged loss of the first step is the weighted mean over the batch, computed here from the untrained model's token losses."""
     run_train("--data=pydocs-hybrid", "--out=boost", "--word_boost=3", "--max_steps=1", "--seed=5")
-    tokenizer = prepare.load_tokenizer(str(workdir / "data/pydocs-hybrid/tokenizer.json"))
+    tokenizer = load_tokenizer(str(workdir / "data/pydocs-hybrid/tokenizer.json"))
     cfg = tinymemory.Config(**train.read_checkpoint(workdir / "boost/ckpt.pt")["cfg"])
     torch.manual_seed(5)
     model = tinymemory.Model(cfg)
     sources, _ = train.find_data("pydocs-hybrid", "hybrid", 600, True, None)
-    x, y, _ = train.Loader(sources, "random", 64, 8, 5).batch(8)
+    x, y, _ = Loader(sources, "random", 64, 8, 5).batch(8)
     losses = model(x, y, reduction="none")[1].detach().double()
     w = torch.tensor([3.0 if len(tokenizer.decode([t])) > 1 else 1.0 for t in y.flatten().tolist()]).view_as(losses)
     assert w.min() == 1 and w.max() == 3
@@ -386,11 +389,11 @@ def test_packed_documents_do_not_see_each_other_in_training(workdir):
     (workdir / "short.jsonl").write_text("".join(json.dumps({"text": " ".join(words[i:i + 1 + i % 7])}) + "\n" for i in range(0, 2000, 5)))
     prepare.prepare(["short.jsonl"], prepare.Settings(tokenizer="data/pydocs-hybrid/tokenizer.json", out_dir=".", name="short"))
     run_train("--data=./short", "--out=packed", "--pack=document", "--word_boost=3", "--max_steps=1", "--seed=5", "--micro_batch=2", "--block_size=128", "--batch_tokens=1024")
-    tokenizer = prepare.load_tokenizer("short/tokenizer.json")
+    tokenizer = load_tokenizer("short/tokenizer.json")
     torch.manual_seed(5)
     model = tinymemory.Model(tinymemory.Config(**train.read_checkpoint(workdir / "packed/ckpt.pt")["cfg"]))
     sources, _ = train.find_data("./short", "hybrid", 600, True, None)
-    x, y, reset = train.Loader(sources, "random", 128, 8, 5, bos=tokenizer.token_to_id("<|bos|>")).batch(8)
+    x, y, reset = Loader(sources, "random", 128, 8, 5, bos=tokenizer.token_to_id("<|bos|>")).batch(8)
     total, weight, pieces = 0.0, 0.0, 0
     for row, targets, begins in zip(x, y, reset):
         edges = [*begins.nonzero().flatten().tolist(), 128]
@@ -411,7 +414,7 @@ def test_validation_losses_equal_a_direct_computation_per_source_language_and_mi
     (kind, loss), = final["val_loss"].items()
     model, tokenizer, _ = train.load_checkpoint(workdir / "two/best.pt", ema=kind == "ema")
     nats, count, size, T = {}, {}, {}, 64
-    meta = prepare.read_meta("data/two-hybrid")
+    meta = read_meta("data/two-hybrid")
     for entry in meta["sources"]:
         val, total = torch.from_numpy(np.fromfile(f"data/two-hybrid/{entry['val']['file']}", dtype="<u2").astype(np.int64)), 0.0
         for i in range(0, len(val) - 1, T):
@@ -435,7 +438,7 @@ def test_losses_of_packed_documents_equal_a_direct_computation_document_by_docum
     loss = rows(workdir / "packed")[-1]["val_loss"]["raw"]
     model, tokenizer, _ = train.load_checkpoint(workdir / "packed/best.pt")
     nats, count = {}, {}
-    for entry in prepare.read_meta("data/two-hybrid")["sources"]:
+    for entry in read_meta("data/two-hybrid")["sources"]:
         val, total, n = torch.from_numpy(np.fromfile(f"data/two-hybrid/{entry['val']['file']}", dtype="<u2").astype(np.int64)), 0.0, 0
         begins = (val == tokenizer.token_to_id("<|bos|>")).nonzero().flatten().tolist()
         for a, b in zip(begins, [*begins[1:], len(val)]):
@@ -538,7 +541,7 @@ def test_a_run_that_lost_its_latest_checkpoint_goes_on_from_its_best(workdir):
 
 def test_checkpointed_blocks_change_nothing_but_memory(workdir, monkeypatch):
     calls, checkpoint_blocks = [], train.checkpoint_blocks
-    monkeypatch.setattr(train, "checkpoint_blocks", lambda model: (calls.append(model), checkpoint_blocks(model)))
+    monkeypatch.setattr("train.checkpoint_blocks", lambda model: (calls.append(model), checkpoint_blocks(model)))
     for flag in ("--grad_checkpoint", "--no-grad_checkpoint"):
         run_train("--data=pydocs-hybrid", f"--out={flag.strip('-')}", flag, "--max_steps=3")
     a, b = (train.read_checkpoint(workdir / p / "ckpt.pt") for p in ("grad_checkpoint", "no-grad_checkpoint"))

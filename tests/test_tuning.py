@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 import prepare
 import train
 from conftest import command, same_tensors
-from prepare import UserError
+from common import UserError
 from test_architectures import ARCHITECTURES, randomised
 from test_train import fake_source, rows
+from corpus.folder import document_edges
+from corpus.loader import Loader, mark_replies
 
 WORDS = "alpha beta gamma delta epsilon zeta theta kappa lambda sigma return def self import os the of in".split()
 OFF = ["--word_boost=1", "--response_start_weight=1", "--replay=0", "--relevance=0"]
@@ -87,7 +89,7 @@ def test_marks_equal_a_loop_over_the_tokens(mask, opening, data):
     expected = [0] * T
     for at, i in enumerate(i for start, n in pieces for i in range(start + 1, start + n + 1)):
         expected[at] = 0 if not place[i] else 2 if place[i] <= opening else 1
-    assert train.mark_replies(mask, [pieces], T, opening)[0].tolist() == expected
+    assert mark_replies(mask, [pieces], T, opening)[0].tolist() == expected
 
 
 def nats(model, tokens, first):
@@ -123,7 +125,7 @@ def reference(out, chat_data, base, s, steps, world=1):
     bos, assistant, eos = (tokenizer.token_to_id(t) for t in ("<|bos|>", "<|assistant|>", "<|eos|>"))
     sources, base = sources_of(chat_data), sources_of(base)
     rows, T = s.batch_tokens // s.block_size, s.block_size
-    loader = train.Loader(sources, "random", T, steps * rows, s.seed, bos, base, s.replay)
+    loader = Loader(sources, "random", T, steps * rows, s.seed, bos, base, s.replay)
     found = []
     for step in range(steps):
         dealt, total, weight, spoken = [loader.next_row() for _ in range(rows)], 0.0, 0.0, 0
@@ -177,10 +179,10 @@ def test_losses_equal_a_loop_over_the_tokens_in_float64(flags, tune, chat_data, 
 def test_doubled_weights_change_nothing(tune, monkeypatch):
     once = tune(still=False)
     weights = train.token_weights
-    monkeypatch.setattr(train, "token_weights", lambda *args: 2 * weights(*args))
+    monkeypatch.setattr("train.token_weights", lambda *args: 2 * weights(*args))
     twice = tune(still=False)
     assert same_tensors(*(train.read_checkpoint(out / "ckpt.pt")["model"] for out in (once, twice)))
-    monkeypatch.setattr(train, "token_weights", lambda y, *args: (y >= 0).float())
+    monkeypatch.setattr("train.token_weights", lambda y, *args: (y >= 0).float())
     plain = tune(still=False)
     assert not same_tensors(*(train.read_checkpoint(out / "ckpt.pt")["model"] for out in (once, plain)))  # they do weigh
 
@@ -192,7 +194,7 @@ def test_with_every_trick_off_it_is_plain_fine_tuning_to_the_bit(tune, trained, 
     model, tokenizer, _ = train.load_checkpoint(trained / "best.pt")
     model.train()
     optimizers, (source,) = train.Optimizers(model, s, torch.float32), sources_of(chat_data)
-    loader = train.Loader([source], "random", 64, 32, s.seed, tokenizer.token_to_id("<|bos|>"))
+    loader = Loader([source], "random", 64, 32, s.seed, tokenizer.token_to_id("<|bos|>"))
     for step in range(4):
         dealt = [loader.next_row() for _ in range(8)]
         x, y, reset = loader.tensors(dealt)
@@ -221,7 +223,7 @@ def test_the_relevance_loss_moves_the_weights_as_its_formula_says(tune, trained,
     out, without = tune(*OFF, *flags, "--relevance=1", still=False), tune(*OFF, *flags, still=False)
     s, (model, tokenizer, _), (source,) = train.Settings(**train.read_checkpoint(out / "ckpt.pt")["train"]), train.load_checkpoint("start.pt"), sources_of(chat_data)
     before, optimizers, bos = {k: v.clone() for k, v in model.state_dict().items()}, train.Optimizers(model, s, torch.float32), tokenizer.token_to_id("<|bos|>")
-    loader = train.Loader([source], "random", 64, 16, s.seed, bos)
+    loader = Loader([source], "random", 64, 16, s.seed, bos)
     dealt = [loader.next_row() for _ in range(16)]
     x, y, reset = loader.tensors(dealt)
     y[loader.marks(dealt, 0) == 0] = -1
@@ -252,7 +254,7 @@ def chats_and_base(seed=0):
 @given(replay=st.floats(0.01, 0.95), rows=st.integers(1, 12))
 def test_replay_gives_its_share_of_the_rows_of_each_batch(replay, rows):
     own, base = chats_and_base()
-    loader, taken = train.Loader(own, "random", 24, 40 * rows, 0, 1, base, replay), 0
+    loader, taken = Loader(own, "random", 24, 40 * rows, 0, 1, base, replay), 0
     for step in range(40):
         dealt = [loader.next_row() for _ in range(rows)]
         marks, (_, y, reset) = loader.marks(dealt, 2), loader.tensors(dealt)
@@ -269,13 +271,13 @@ def test_replay_gives_its_share_of_the_rows_of_each_batch(replay, rows):
 
 def test_without_replay_the_loader_deals_what_it_always_did():
     own, base = chats_and_base()
-    for a, b in zip(train.Loader(own, "random", 24, 100, 0, 1).batch(100), train.Loader(own, "random", 24, 100, 0, 1, base, 0.0).batch(100)):
+    for a, b in zip(Loader(own, "random", 24, 100, 0, 1).batch(100), Loader(own, "random", 24, 100, 0, 1, base, 0.0).batch(100)):
         assert torch.equal(a, b)
 
 
 def test_sequential_spends_its_turns_on_what_replay_leaves():
     own = [fake_source(np.arange(1000)), fake_source(np.arange(1000) + 1000)]
-    loader = train.Loader(own, "sequential", 10, 400, 0, None, [fake_source(np.arange(1000) + 5000)], 0.25)
+    loader = Loader(own, "sequential", 10, 400, 0, None, [fake_source(np.arange(1000) + 5000)], 0.25)
     drawn = [loader.next_row()[0] for _ in range(400)]
     assert drawn.count(2) == 100 and [d for d in drawn if d != 2] == [0] * 150 + [1] * 150
 
@@ -351,7 +353,7 @@ def test_changing_one_chat_of_a_row_leaves_the_others_logits_alone(name, chat_da
     module, tiny = ARCHITECTURES[name].module, ARCHITECTURES[name].tiny
     model = randomised(module.Model(module.Config(**{**tiny, "vocab_size": 600, "context_length": 128}))).eval()
     source, = sources_of(chat_data)
-    loader = train.Loader([source], "random", 96, 10, 0, bos=1)
+    loader = Loader([source], "random", 96, 10, 0, bos=1)
     dealt = [next(d for d in (loader.next_row() for _ in range(50)) if len(d[1]) >= 3)]
     x, y, reset = loader.tensors(dealt)
     begins = torch.where(reset[0])[0].tolist()
@@ -386,7 +388,7 @@ def test_a_tuned_run_reports_replies_base_and_relevance_side_by_side(tune, train
     model, tokenizer, _ = train.load_checkpoint(out / "best.pt")
     chats, = sources_of(chat_data)
     total, n, model = 0.0, 0, model.double()
-    edges = prepare.document_edges(chats.val, 1)
+    edges = document_edges(chats.val, 1)
     for a, b in zip(edges, edges[1:]):
         piece = chats.val[a:b].tolist()
         for start in range(0, len(piece) - 1, 64):  # a long chat is cut
@@ -435,7 +437,7 @@ def test_a_tuned_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(tun
         update(*args)
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as m:
-        m.setattr(train, "ema_update", stop_in_the_third_step)
+        m.setattr("train.ema_update", stop_in_the_third_step)
         parts = tune("--epochs=0.3", still=False)
     assert train.read_checkpoint(parts / "ckpt.pt")["step"] == 3 and signal.getsignal(signal.SIGTERM) == handler
     assert train.main(["--resume", f"--out={parts}"]) == 0
@@ -479,7 +481,7 @@ def test_init_from_and_a_set_of_chats_is_all_that_tuning_needs(model, chat_data,
     s, shown = train.read_checkpoint(workdir / f"out/{model}-sft/best.pt")["train"], capsys.readouterr().out
     assert s["loss_on"] == "responses" and s["pack"] == "document" and s["base_data"] == "data/pydocs-hybrid" and s["warmup_steps"] <= s["max_steps"] // 10
     assert s["lr"] == train.TUNING_RATE * parent["lr"] and s["muon_lr"] == train.TUNING_RATE * parent["muon_lr"] and f"lr {s['lr']:g}" in shown
-    loader = train.Loader(sources_of(chat_data), "random", 128, 1, s["seed"], 1)
+    loader = Loader(sources_of(chat_data), "random", 128, 1, s["seed"], 1)
     assert s["max_steps"] == math.ceil(train.TUNING_EPOCHS * loader.per_epoch[0] / 16)
     val = [r for r in rows(workdir / f"out/{model}-sft") if "val_loss" in r]
     assert "base" in val[0]["val_loss"]["raw"] and val[-1]["val_loss"]["raw" if "raw" in val[-1]["val_loss"] else "ema"]["mixed"] < val[0]["val_loss"]["raw"]["mixed"]
@@ -526,12 +528,12 @@ def test_a_name_means_the_folder_in_the_checkpoints_tokenizer(trained, chat_data
     prepare.prepare(["chats.jsonl"], prepare.Settings(tokenizer=str(tokenizer), val_fraction=0.1))
     assert train.main([*flags, "--out=found"]) == 0
     made = []
-    monkeypatch.setattr(prepare, "prepare", lambda names, s: made.append((names, s.tokenizer)) or (_ for _ in ()).throw(UserError("enough")))
+    monkeypatch.setattr("prepare.prepare", lambda names, s: made.append((names, s.tokenizer)) or (_ for _ in ()).throw(UserError("enough")))
     with pytest.raises(UserError, match="enough"):
         train.main([*flags, "--data=pydocs-chat", "--out=embedded"])
     assert made == [(["pydocs-chat"], str(tokenizer.relative_to(workdir)))]
     # one that is made on the spot leaves the names behind it what they are
-    monkeypatch.setattr(prepare, "prepare", lambda names, s: shutil.copytree(next((workdir / "data").glob("chats-tokenizer-*")), workdir / f"data/pydocs-chat-{tokenizer.stem}"))
+    monkeypatch.setattr("prepare.prepare", lambda names, s: shutil.copytree(next((workdir / "data").glob("chats-tokenizer-*")), workdir / f"data/pydocs-chat-{tokenizer.stem}"))
     shutil.copytree(next((workdir / "data").glob("chats-tokenizer-*")), workdir / "data/more-hybrid-600")
     assert len(train.find_data("pydocs-chat,more", "hybrid", 600, True, lambda: None, text)[0]) == 2
     # without a checkpoint the first name decides
