@@ -1,4 +1,7 @@
-"""What every tool needs: flags, one-line errors, the progress line, files that are replaced as a whole."""
+"""What every tool needs: flags, one-line errors, the progress line, tables, and files that are replaced as a whole.
+
+This file is the bottom of the import order. It imports no torch, so that `--help` and a mistyped flag answer at once.
+"""
 import argparse
 import contextlib
 import dataclasses
@@ -16,23 +19,28 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake or a broken input that the user can mend: shown as one line on standard error, exit status 2."""
+    """A mistake or a broken input that the user can mend: one line on standard error, exit status 2."""
 
+
+# ---------------------------------------------------------------------------------------------------- flags
 
 def number(text):
-    """'235M' -> 235000000: an int, with _ or , between digits and K, M or B (10^3, 10^6, 10^9) behind it."""
-    m = re.fullmatch(r"(-?\d[\d_,]*(?:\.\d+)?)([KMB]?)", text.strip(), re.I)
-    value = Fraction(re.sub("[_,]", "", m[1])) * {"": 1, "K": 10 ** 3, "M": 10 ** 6, "B": 10 ** 9}[m[2].upper()] if m else 0.5
+    """'235M' -> 235000000: a whole number, with _ or , between its digits and K, M or B (10^3, 10^6, 10^9) at its end."""
+    match = re.fullmatch(r"(-?\d[\d_,]*(?:\.\d+)?)([KMB]?)", text.strip(), re.I)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    unit = {"": 1, "K": 10 ** 3, "M": 10 ** 6, "B": 10 ** 9}[match[2].upper()]
+    value = Fraction(re.sub("[_,]", "", match[1])) * unit
     if value != int(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(value)
 
 
 def yes_or_no(text):
-    try:
-        return {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}[text.lower()]
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
+    words = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return words[text.lower()]
 
 
 def nearest(word, words):
@@ -41,11 +49,37 @@ def nearest(word, words):
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
-def parse_flags(argv, *settings, description="", positional=None):
-    """Reads --name=value flags, one for each field of the dataclass instances in `settings`; a field's comment is its help.
+def field_notes(settings):
+    """Field name -> the comment behind it in the source of the dataclass, or of the dataclass that it extends."""
+    notes = {}
+    for kind in reversed(type(settings).__mro__):
+        if dataclasses.is_dataclass(kind):
+            notes |= re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(kind), re.M)
+    return notes
 
-    Returns (given, words): the flags that were typed, name -> value, and the words without dashes (allowed if `positional`
-    names them). Raises UserError for an unknown flag or a value of the wrong type.
+
+def add_flag(parser, name, value, note):
+    """Adds --name to the parser. The type of its default `value` says how the flag is read."""
+    switch = value is None or isinstance(value, bool)  # None: neither yes nor no until the user says
+    if switch:
+        parser.add_argument(f"--no-{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
+        how = dict(type=yes_or_no, metavar="BOOL", nargs="?", const=True)
+        default = "unset" if value is None else value
+    elif isinstance(value, int):
+        how = dict(type=number, metavar="INT")
+        default = f"{value:,}"
+    else:
+        how = dict(type=type(value), metavar=type(value).__name__.upper())
+        default = value
+    parser.add_argument(f"--{name}", help=f"{note} [{default}]".replace("%", "%%"), **how)
+
+
+def parse_flags(argv, *settings, description="", positional=None):
+    """Reads --name=value flags, one for each field of the dataclass instances in `settings`.
+
+    The comment behind a field explains it to the reader of the code and, in --help, to the user.
+    Returns (given, words): the flags that were typed, name -> value, and the words without dashes, which are allowed
+    if `positional` (their name and help text) is given. Raises UserError for an unknown flag or a wrong value.
     """
     class Parser(argparse.ArgumentParser):
         def error(self, message):
@@ -55,22 +89,13 @@ def parse_flags(argv, *settings, description="", positional=None):
     if positional:
         parser.add_argument("words", nargs="*", metavar=positional[0], help=positional[1])
     flags = set()
-    for s in settings:
-        # the comment behind a field explains it to the reader of the code and, here, to the reader of --help
-        notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(type(s)), re.M))
-        for f in dataclasses.fields(s):
-            if f.name in flags:
-                continue
-            flags.add(f.name)
-            value = getattr(s, f.name)
-            switch = value is None or isinstance(value, bool)  # None: neither yes nor no until the user says
-            kind = yes_or_no if switch else number if isinstance(value, int) else type(value)
-            extra = dict(nargs="?", const=True) if switch else {}
-            if switch:
-                parser.add_argument(f"--no-{f.name}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
-            shown = f"{value:,}" if kind is number else "unset" if value is None else value
-            parser.add_argument(f"--{f.name}", type=kind, metavar={yes_or_no: "BOOL", number: "INT"}.get(kind, kind.__name__.upper()),
-                                help=f"{notes.get(f.name, '')} [{shown}]".replace("%", "%%"), **extra)
+    for instance in settings:
+        notes = field_notes(instance)
+        for field in dataclasses.fields(instance):
+            if field.name not in flags:
+                flags.add(field.name)
+                add_flag(parser, field.name, getattr(instance, field.name), notes.get(field.name, ""))
+
     namespace, unknown = parser.parse_known_args(argv)
     for word in unknown:
         if word.startswith("-"):
@@ -79,17 +104,32 @@ def parse_flags(argv, *settings, description="", positional=None):
         if not positional:
             raise UserError(f"what is {word!r}? flags are written --name=value")
     given = vars(namespace)
-    return given, [*given.pop("words", []), *unknown]  # argparse leaves the words behind a flag to us
+    words = given.pop("words", [])
+    return given, [*words, *unknown]  # argparse leaves the words behind a flag to us
 
+
+def flag_value(argv, name):
+    """The value of --name in argv before it is parsed, or None. Some flags decide which other flags there are."""
+    value = None
+    for i, word in enumerate(argv):
+        if word.startswith(f"--{name}="):
+            value = word.split("=", 1)[1]
+        elif word == f"--{name}":
+            follows = i + 1 < len(argv) and not argv[i + 1].startswith("--")
+            value = argv[i + 1] if follows else "true"
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------- errors
 
 def run_tool(main):
-    """main(argv) with this project's manners: a user's mistake is one line on standard error and exit status 2."""
+    """Runs main(argv) and exits. A user's mistake becomes one line on standard error and exit status 2."""
     tool = Path(sys.argv[0]).name
     try:
         if sys.version_info < (3, 11):
             raise UserError(f"this needs Python 3.11 or newer, and {sys.executable} is {platform.python_version()}")
         sys.exit(main(sys.argv[1:]))
-    except UserError as e:
+    except (UserError, argparse.ArgumentTypeError) as e:
         message = str(e)
     except KeyboardInterrupt:
         print(f"\n{tool}: stopped", file=sys.stderr)
@@ -98,35 +138,52 @@ def run_tool(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as e:
-        full = e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        message = f"{e.filename or 'the output'}: {'no space left on the disk; nothing was written over' if full else e.strerror or e}"
+        reason = e.strerror or e
+        if e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            reason = "no space left on the disk; nothing was written over"
+        message = f"{e.filename or 'the output'}: {reason}"
     print(f"{tool}: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 
 
+# ---------------------------------------------------------------------------------------------------- the terminal
+
 def clock(seconds):
     """125 -> '02:05', 7265 -> '2:01:05'."""
-    m, s = divmod(round(seconds), 60)
-    return f"{m:02d}:{s:02d}" if m < 60 else f"{m // 60}:{m % 60:02d}:{s:02d}"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m:02d}:{s:02d}"
+
+
+def columns(rows):
+    """Rows of strings as lines of a table whose columns are aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 class Progress:
     """One line that updates itself on a terminal. Elsewhere only `done` prints, so that logs stay short."""
 
     def __init__(self):
-        self.live, self.last = sys.stdout.isatty(), 0.0
+        self.live = sys.stdout.isatty()
+        self.shown_at = 0.0
 
     def show(self, text):
-        if self.live and time.monotonic() - self.last > 0.1:
-            self.last = time.monotonic()
+        """Replaces the line, ten times a second at most."""
+        if self.live and time.monotonic() - self.shown_at > 0.1:
+            self.shown_at = time.monotonic()
             print(f"\r\x1b[K{text[:shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
     def done(self, text):
-        print(("\r\x1b[K" if self.live else "") + text, flush=True)
+        """Prints a line that stays."""
+        erase = "\r\x1b[K" if self.live else ""
+        print(erase + text, flush=True)
 
+
+# ---------------------------------------------------------------------------------------------------- text and files
 
 def mended(text):
-    """The text as UTF-8 can hold it: halves of surrogate pairs out of JSON escapes are joined, those without a partner become U+FFFD."""
+    """The text as UTF-8 can hold it: halves of surrogate pairs are joined, and a half without its partner is U+FFFD."""
     try:
         text.encode()
         return text
@@ -136,7 +193,7 @@ def mended(text):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write to, which takes path's place when all is written: a crash leaves the old file or the new one, never half of either."""
+    """A file to write to. It takes path's place once all is written: a crash leaves the old file or the new one whole."""
     part = Path(path).with_name(Path(path).name + ".part")
     with open(part, "wb") as f:
         yield f

@@ -26,8 +26,8 @@ import torch
 
 from common import UserError, mended, parse_flags, replacing, run_tool
 from corpus.chats import chat_ids
-from train import Settings as TrainSettings
-from train import load_checkpoint, pick_device
+
+from run import load_checkpoint, pick_device
 
 
 @dataclass
@@ -377,7 +377,7 @@ def main(argv):
     for name, good in sound.items():
         if not good:
             raise UserError(f"--{name}={getattr(s, name)} makes no sense; --help says what it does")
-    device, *_ = pick_device(TrainSettings(device=s.device), 0)
+    device = pick_device(s.device).device
     model, tokenizer, checkpoint = load_checkpoint(s.ckpt, device, s.ema)
     generator, sampling = torch.Generator(device).manual_seed(s.seed), {
         k: getattr(s, k) for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")}

@@ -1,87 +1,71 @@
-"""Training, for every architecture: `python train.py` (quick start), `python train.py --model=ivme`, `torchrun --nproc_per_node=8 train.py ...`.
+"""Pretraining, for every architecture: `python train.py` (quick start), `python train.py --model=ivme`,
+`torchrun --nproc_per_node=8 train.py --model=ivme` (one process for each GPU).
 
-Reads top to bottom: settings, data, Muon, schedule and EMA, checkpoints, evaluation, set-up, the loop. An architecture file brings
-its model, its sizes and its recipe (PRESETS); this file brings everything that is the same for all. Each field of Settings and
-of the model's config is a flag, --name=value, and a flag overrides the recipe. Where --init_from meets a set of chats, it fine-tunes on their replies.
+The file reads top to bottom: settings, Muon and AdamW, schedules and EMA, evaluation, what pretraining trains on, the
+loop. An architecture file brings its model and, in PRESETS, its sizes and its recipe. Each field of Settings and of the
+model's config is a flag, --name=value, and a flag overrides the recipe. Fine-tuning on chats is finetune.py, which calls
+the same loop. Runs on disk, checkpoints and devices are in run.py, the order of the data in corpus/loader.py.
 
-What a run writes to out/RUN: ckpt.pt (latest, for --resume), best.pt (lowest validation loss) and best_validation.json (what that
-is, by source and language), step_N.pt (--keep_every), metrics.jsonl, loss.png, config.json.
+A run writes out/RUN: ckpt.pt (the latest state, for --resume), best.pt (lowest validation loss), best_validation.json,
+step_N.pt (--keep_every), metrics.jsonl, loss.png, config.json, tokenizer.json.
 """
 import contextlib
-import errno
 import functools
-import hashlib
-import importlib
 import json
-import lzma
 import math
-import os
-import re
-import shutil
-import signal
-import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 
-import prepare
-from common import Progress, UserError, clock, nearest, parse_flags, replacing, run_tool, yes_or_no
-from corpus.folder import corpus_name, document_edges, read_meta
-from corpus.loader import Loader, Source, fill_rows, mark_replies
-from corpus.pydocs import EMBEDDED
-from corpus.text import SUFFIXES
-from corpus.tokenizer import DEFAULT_VOCAB, TRAINERS, load_tokenizer, token_byte_counts
+import report
+import run
+from common import UserError, flag_value, run_tool
+from corpus.loader import Loader, fill_rows
+from corpus.tokenizer import bos_eos, load_tokenizer, token_byte_counts
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
-    model: str = "tinymemory"  # preset of an architecture file: tinymemory, ivme, i3, i3-80m, gpt2preln, ..., or one of your own
+    model: str = "tinymemory"  # preset of an architecture file: tinymemory, ivme, i3, gpt2preln, ..., or one of your own
     data: str = ""  # prepared folders, or names under data/, as NAME or NAME:WEIGHT,NAME:WEIGHT; empty: the recipe's
     tokenizer: str = "bpe"  # tokenizer that a bare name in --data means: pydocs with hybrid is data/pydocs-hybrid
     out: str = ""  # folder of the run; empty: out/MODEL
     resume: bool = False  # go on from the run's ckpt.pt with its recorded settings
-    overwrite: bool = False  # start anew in a folder that holds a run, deleting that run
+    overwrite: bool = False  # start anew in a folder that holds a run, and delete that run
     init_from: str = ""  # start from this checkpoint's weights
     decay_only: bool = False  # with --init_from: keep optimizer, EMA and data position too, and run --decay_steps of decay
-    eval_only: bool = False  # with --init_from: only measure that checkpoint's validation losses, over --final_eval_tokens
+
     # batches
     order: str = "random"  # random: windows of all sources; sequential: source after source; balanced: equal shares
-    pack: str = "auto"  # stream: rows are windows of the token stream; document: whole documents that do not see each other; auto: document for tuning
+    pack: str = "stream"  # stream: rows are windows of the token stream; document: whole documents, which do not see each other
     block_size: int = 256  # tokens in a training row; at most the model's context
     batch_tokens: int = 4096  # tokens in an optimizer step, over all processes
-    micro_batch: int = 16  # rows that a process computes at once; the rest of a step is accumulated
+    micro_batch: int = 16  # rows that a process computes at once; the other rows of a step are accumulated
     grad_checkpoint: bool = False  # keep only the blocks' inputs for the backward pass: less memory, a third more work
     max_steps: int = 600  # optimizer steps of the run
     epochs: float = 0.0  # in place of --max_steps: passes over the training data
-    # what counts in the loss; weights are relative, their mean is 1
-    loss_on: str = "auto"  # all: every token; responses: of chats their replies alone; auto: responses where --init_from meets a set of chats
-    word_boost: float = 1.0  # weight of target tokens of more than one character; 1: off
-    response_start_tokens: int = 8  # so many tokens at the beginning of each reply ...
-    response_start_weight: float = 1.0  # ... have this weight; 1: off
-    base_data: str = ""  # what tuning replays, and on which it measures forgetting; as --data; not given: what the checkpoint was trained on
-    replay: float = 0.0  # share of the rows that are windows of the base data; 0: off
-    relevance: float = 0.0  # so many more rows, as a share, hold replies under other chats' prompts, where they are to be less likely; 0: off
-    relevance_margin: float = 1.0  # by how much, in nats per token of the reply
+    word_boost: float = 1.0  # weight in the loss of target tokens of more than one character; 1: off
+
     # optimizer
-    optimizer: str = "muon"  # muon: matrices of the blocks by Muon, the rest by AdamW; adamw: everything by AdamW
+    optimizer: str = "muon"  # muon: matrices of the blocks by Muon, all else by AdamW; adamw: everything by AdamW
     muon_lr: float = 0.02  # peak learning rate of Muon
     lr: float = 3e-4  # peak learning rate of AdamW
-    weight_decay: float = 0.1  # decoupled; not on vectors
+    weight_decay: float = 0.1  # decoupled from the gradient; not for vectors
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no limit
     schedule: str = "wsd"  # learning rate: wsd (warm-up, stable, linear decay), cosine, constant
     warmup_steps: int = 20  # steps of linear warm-up, for every schedule
-    decay_fraction: float = 0.2  # share of the steps that decay (wsd)
-    decay_steps: int = 0  # number of steps that decay (wsd); 0: decay_fraction says it
-    final_lr_fraction: float = 0.0  # learning rate at the end, as a share of the peak (wsd, cosine)
+    decay_fraction: float = 0.2  # fraction of the steps that decay (wsd)
+    decay_steps: int = 0  # number of steps that decay (wsd); 0: --decay_fraction says it
+    final_lr_fraction: float = 0.0  # learning rate at the end, as a fraction of the peak (wsd, cosine)
     ema_beta: float = 0.999  # decay of the weights' moving average; 0: none is kept
+
     # evaluation, saving, showing
     eval_every: int = 100  # steps between evaluations; 0: only at the end
-    eval_tokens: int = 32_768  # validation tokens per source in each of them, spread evenly; 0: all
+    eval_tokens: int = 32_768  # validation tokens of each source in an evaluation, spread evenly; 0: all
     final_eval_tokens: int = 4_000_000  # the same for the last evaluation, of best.pt; 0: all
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     keep_every: int = 0  # steps between checkpoints that stay, as step_N.pt; 0: none
@@ -89,189 +73,13 @@ class Settings:
     sample_every: int = 0  # steps between samples; 0: only at the end
     sample_prompt: str = ""  # text that a sample continues; empty: a new document
     sample_tokens: int = 200  # length of a sample; 0: none
+
     # machine
     seed: int = 1337  # of initial weights and batch order
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
-    dtype: str = "auto"  # compute type: bfloat16, float32; auto: bfloat16 where the hardware is fast at it
-    compile: str = "auto"  # torch.compile: on, off; auto: on CUDA, and on a CPU for runs long enough to repay it
+    dtype: str = "auto"  # compute type: bfloat16, float32; auto: bfloat16 if the hardware is fast at it
+    compile: str = "auto"  # torch.compile: on, off; auto: on CUDA, and on a CPU for runs that are long enough to repay it
     deterministic: bool = False  # repeatable to the bit on CUDA as well; a CPU always is
-
-
-CHOICES = dict(order=("random", "sequential", "balanced"), pack=("auto", "stream", "document"),
-               loss_on=("auto", "all", "responses"), optimizer=("muon", "adamw"), schedule=("wsd", "cosine", "constant"),
-               dtype=("auto", "bfloat16", "float32"), compile=("auto", "on", "off"))
-
-
-# ---------------------------------------------------------------------------------------------------- data
-
-
-def find_data(spec, tokenizer, vocab_size, is_main, barrier, like=None, whose="the checkpoint's"):
-    """--data -> (sources, tokenizer.json's text). Prepares a missing embedded corpus; any other is a UserError with the command to type.
-
-    like: text of the tokenizer that the data must have, `whose` it is, for the error; without, the first folder's. A bare name means the
-    folder that was encoded with it.
-    """
-    def files_of(text):
-        there = sorted([*Path("data").glob("[!.]*/tokenizer.json"), *Path("data").glob("tokenizer-*.json")], key=lambda p: (len(str(p)), str(p)))
-        return [p for p in there if p.read_text(encoding="utf-8") == text] or [Path("data") / f"tokenizer-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"]
-    folders, same = [], files_of(like) if like is not None else []
-
-    def keep_tokenizer():  # so that the command that an error names can be typed
-        if is_main and not same[0].exists():
-            same[0].parent.mkdir(exist_ok=True)
-            same[0].write_text(like, encoding="utf-8")
-    for item in spec.split(","):
-        name, _, weight = item.rpartition(":") if re.fullmatch(r".+:[0-9.]+", item) else (item, "", "1")
-        encoder = tokenizer
-        named = Path("data") / corpus_name([name], tokenizer, vocab_size if tokenizer in TRAINERS else 0)
-        folder = next((f for f in (Path(name), Path("data") / name) if (f / "meta.json").exists()), None)
-        if folder is None:
-            fitting = [named] if like is None else [f for f in (named, *(Path("data") / corpus_name([name], str(p), 0) for p in same))
-                                                    if (f / "tokenizer.json").exists() and (f / "tokenizer.json").read_text(encoding="utf-8") == like]
-            folder = next((f for f in fitting if (f / "meta.json").exists()), None)
-        if folder is None and same:
-            encoder, named = str(same[0]), Path("data") / corpus_name([name], str(same[0]), 0)
-            keep_tokenizer()
-        text = next((f for f in (name, *(name + end for end in SUFFIXES)) if os.path.exists(f)), name)  # `chats` may be chats.jsonl
-        command = f"python prepare.py {text} --tokenizer={encoder}"
-        if DEFAULT_VOCAB.get(encoder) not in (None, vocab_size):
-            command += f" --vocab_size={vocab_size}"
-        if folder is None and name in EMBEDDED and (encoder in TRAINERS or same):
-            folder = named
-            if is_main:
-                print(f"{name}: preparing {folder} (once)", flush=True)
-                prepare.prepare([name], prepare.Settings(tokenizer=encoder, vocab_size=0 if same else vocab_size))
-            barrier()
-        if folder is None and os.path.exists(name):
-            raise UserError(f"{name} is not a prepared folder; make one of it: {command}")
-        if folder is None:
-            there = [p.parent.name for p in Path("data").glob("*/meta.json")]
-            raise UserError(f"there is no prepared data {name!r}{nearest(name, [*there, *EMBEDDED])}; prepare it: {command}")
-        folders.append((folder, read_meta(folder), float(weight)))
-        if like is None:
-            like, whose = (folder / "tokenizer.json").read_text(encoding="utf-8"), f"{folder}'s"
-            same = files_of(like)
-    for folder, meta, _ in folders:
-        if (folder / "tokenizer.json").read_text(encoding="utf-8") != like:
-            keep_tokenizer()
-            raise UserError(f"{folder} was not encoded with {whose} tokenizer; prepare its text with --tokenizer={same[0]}")
-        if meta["vocab_size"] > vocab_size:
-            raise UserError(f"{folder} has a vocabulary of {meta['vocab_size']:,} tokens, the model of {vocab_size:,}: prepare it with --vocab_size={vocab_size}, "
-                            f"or give the model --vocab_size={meta['vocab_size']}")
-    sources = [Source(folder, entry, meta["dtype"], weight) for folder, meta, weight in folders for entry in meta["sources"]]
-    for s in sources:  # two folders may bring sources of one name
-        same = [t for t in sources if t.name == s.name]
-        if len(same) > 1:
-            for i, t in enumerate(same):
-                t.name += f"-{i}"
-    return sources, like
-
-
-# ---------------------------------------------------------------------------------------------------- loss weights, context relevance
-
-def token_weights(y, marks=None, boost=None, start_weight=1.0):
-    """Relative weight of each target, float (rows, T): 0 where y is -1, else 1, times boost[token] (V,), times start_weight where a reply
-    begins (marks is 2, see `mark_replies`): word boost and response start of TinyMemoryLM's card (CompactAI/TMLM-Haiku-1). What counts is
-    their ratio: a batch's loss is the sum of weight x loss over the sum of weights."""
-    w = (y >= 0).float()
-    if boost is not None:
-        w *= boost[y]  # where y is -1 the last token's, times 0
-    if start_weight != 1:
-        w[marks == 2] *= start_weight
-    return w
-
-
-@dataclass
-class Reply:
-    """A reply in a batch's rows: where it is, `at` being the position of its first target, what comes before it in its chat, and its tokens."""
-    row: int
-    at: int
-    context: np.ndarray
-    tokens: np.ndarray
-
-
-def find_reply(mask, k, T):
-    """(first, last + 1) of the reply number k, counted around, in a chat with this mask, or None if it has none. At most T / 2 tokens
-    of it, so that there is room for a prompt in a row of T."""
-    begins = np.flatnonzero((mask == 1) & (np.concatenate([[0], mask[:-1]]) == 0))
-    if not len(begins):
-        return None
-    first = int(begins[k % len(begins)])
-    beyond = np.flatnonzero(mask[first:] == 0)
-    return first, first + min(int(beyond[0]) if len(beyond) else len(mask) - first, T // 2)
-
-
-def replies_of(dealt, loader, bos, rng):
-    """One reply, drawn by rng, of each chat that begins in the rows `dealt` (see `Loader.next_row`): list of Reply."""
-    replies = []
-    for row, (source, pieces) in enumerate(dealt):
-        tokens, mask, at = loader.sources[source].train, loader.sources[source].train_mask, 0
-        for start, n in pieces if loader.in_replies(source) else ():
-            found = find_reply(mask[start:start + n + 1], int(rng.integers(2 ** 32)), loader.T) if tokens[start] == bos else None
-            if found:
-                first, end = found
-                replies.append(Reply(row, at + first - 1, tokens[start:start + first], tokens[start + first:start + end]))
-            at += n
-    return replies
-
-
-def pack_replies(pairs, T, n_rows=None):
-    """(context, reply) token arrays -> x, y, reset as `fill_rows`, of which only the replies' tokens are targets, and number, int64 (rows, T):
-    i + 1 where the target is part of the reply of pairs[i], else 0.
-
-    Each goes to the first row that has room; a context that does not fit into a row loses its beginning. n_rows: so many rows, and what
-    finds no room there is left out.
-    """
-    rows, marks, used = [[] for _ in range(n_rows or 0)], [], [0] * (n_rows or 0)
-    pairs = [(context[max(0, len(context) + len(reply) - 1 - T):], reply) for context, reply in pairs]
-    ends = np.cumsum([0] + [len(c) + len(r) for c, r in pairs])
-    for i, (context, reply) in enumerate(pairs):
-        n = len(context) + len(reply) - 1
-        row = next((k for k, there in enumerate(used) if there + n <= T), None)
-        if row is None and n_rows is None:
-            row = len(rows)
-            rows.append([])
-            used.append(0)
-        if row is not None:
-            first = used[row] + len(context) - 1
-            marks.append((row, slice(first, first + len(reply)), i + 1))
-            rows[row].append((int(ends[i]), n))
-            used[row] += n
-    x, y, reset = fill_rows(np.concatenate([np.empty(0, np.int64), *(a for pair in pairs for a in pair)]), rows, T)
-    number = torch.zeros_like(y)
-    for row, span, i in marks:
-        number[row, span] = i
-    return x, torch.where(number > 0, y, -1), reset, number
-
-
-def wrong_prompts(replies, rows, n_rows, T, rng):
-    """The replies in `rows` of a batch under other chats' prompts: (x, y, reset, number) of n_rows more rows, see `pack_replies`, and
-    number (len(rows), T) of the same replies where they are under their own."""
-    at_home = torch.zeros(len(rows), T, dtype=torch.int64)
-    here = [replies[k] for k in rng.permutation([k for k, reply in enumerate(replies) if reply.row in rows]).astype(int)]
-    pairs = []
-    for reply in here if len(replies) > 1 else ():
-        other = replies[int(rng.integers(len(replies)))]
-        while other is reply:
-            other = replies[int(rng.integers(len(replies)))]
-        pairs.append((other.context, reply.tokens))
-    *packed, number = pack_replies(pairs, T, n_rows)
-    for i in number.unique().tolist():
-        if i:
-            reply = here[i - 1]
-            at_home[rows.index(reply.row), reply.at:reply.at + len(reply.tokens)] = i
-    return *packed, number, at_home
-
-
-def reply_sums(values, number, n):
-    """Sums of values (rows, T) over the positions of each reply: number (rows, T) -> (n,)."""
-    return values.new_zeros(n + 1).index_add(0, number.flatten(), values.flatten())[1:]
-
-
-def relevance_loss(own, wrong, lengths, margin):
-    """Context relevance, which TinyMemoryLM's card names without a formula: sum over replies of max(0, margin - (wrong - own) / length) x length.
-    own, wrong: nats (n,) of each reply's `lengths` tokens under its own prompt and under another chat's."""
-    return (margin * lengths - (wrong - own)).clamp(min=0).sum()
 
 
 # ---------------------------------------------------------------------------------------------------- optimizers
@@ -280,9 +88,10 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic's coefficients: steep at ze
 
 
 def orthogonalize(stack, dtype):
-    """Newton-Schulz: the nearest semi-orthogonal matrix to each of stack (n, rows, columns), roughly; shape kept, fp32 (Muon, Jordan 2024).
+    """Newton-Schulz: roughly the nearest semi-orthogonal matrix to each of stack (n, rows, columns), fp32 (Muon, Jordan 2024).
 
-    Five steps of X <- aX + bAX + cA^2 X with A = XX^T push all singular values near 1. Tall matrices are transposed, which makes A small.
+    Five steps of X <- aX + bAX + cA^2 X with A = XX^T push all singular values near 1. Tall matrices are transposed,
+    which makes A small.
     """
     a, b, c = NEWTON_SCHULZ
     tall = stack.size(1) > stack.size(2)
@@ -295,26 +104,30 @@ def orthogonalize(stack, dtype):
 
 
 class Muon:
-    """MomentUm Orthogonalized by Newton-Schulz, for the matrices inside the blocks (https://kellerjordan.github.io/posts/muon).
+    """MomentUm Orthogonalized by Newton-Schulz, for the matrices in the blocks (https://kellerjordan.github.io/posts/muon).
 
-    m <- 0.95 m + 0.05 g;  u = 0.05 g + 0.95 m (Nesterov);  w <- (1 - lr wd) w - lr sqrt(max(1, rows / columns)) orthogonalize(u)
+        m <- 0.95 m + 0.05 g
+        u  = 0.05 g + 0.95 m                                                          (Nesterov)
+        w <- (1 - lr wd) w - lr sqrt(max(1, rows / columns)) orthogonalize(u)
 
-    matrices: list of (name, parameter, rows of each map in a fused one or None). A fused matrix is orthogonalised map by map.
-    Matrices of one shape go through Newton-Schulz as one stack; with several processes each does its share of every stack.
-    The arithmetic is `torch.optim.Muon`'s. Momentum is fp32 and whole on every process, so any one of them can save it.
+    matrices: list of (name, parameter, rows of each map in a fused matrix or None). A fused matrix is orthogonalized
+    map by map. Matrices of one shape go through Newton-Schulz as one stack; of several processes each one does its
+    share of every stack. The arithmetic is that of `torch.optim.Muon`. The momentum is fp32 and whole on every process,
+    so that any one of them can save it.
     """
 
-    def __init__(self, matrices, weight_decay=0.1, momentum=0.95, dtype=torch.float32):
-        self.names, self.params = [m[0] for m in matrices], [m[1] for m in matrices]
+    def __init__(self, matrices, weight_decay=0.1, dtype=torch.float32, momentum=0.95):
+        self.names = [name for name, _, _ in matrices]
+        self.params = [p for _, p, _ in matrices]
         self.momentum, self.weight_decay, self.dtype = momentum, weight_decay, dtype
         self.buffers = [torch.zeros_like(p) for p in self.params]
         self.stacks = {}  # (rows, columns) -> [(index of the parameter, first row)]
-        for i, (_, p, parts) in enumerate(matrices):
+        for i, (name, p, parts) in enumerate(matrices):
             first = 0
             for rows in parts or (p.size(0),):
                 self.stacks.setdefault((rows, p.size(1)), []).append((i, first))
                 first += rows
-            assert first == p.size(0), f"{self.names[i]}: parts {parts} do not make up {p.size(0)} rows"
+            assert first == p.size(0), f"{name}: parts {parts} do not make up {p.size(0)} rows"
 
     @torch.no_grad()
     def step(self, lr):
@@ -323,19 +136,23 @@ class Muon:
         torch._foreach_lerp_(self.buffers, grads, 1 - self.momentum)
         updates = torch._foreach_lerp(grads, self.buffers, self.momentum)
         torch._foreach_mul_(self.params, 1 - lr * self.weight_decay)
-        world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         for (rows, columns), members in self.stacks.items():
             stack = torch.stack([updates[i][first:first + rows] for i, first in members])
-            if world == 1:
-                stack = orthogonalize(stack, self.dtype)
-            else:
-                each = -(-len(members) // world)  # the last share is padded with zeros, which stay zero
-                stack = torch.nn.functional.pad(stack, (0, 0, 0, 0, 0, each * world - len(members)))
-                mine = orthogonalize(stack[rank * each:(rank + 1) * each], self.dtype).contiguous()
-                dist.all_gather_into_tensor(stack, mine)
+            stack = self.orthogonalize_together(stack)
             scale = max(1, rows / columns) ** 0.5  # tall maps: keeps the change of the output's size the same
             for (i, first), update in zip(members, stack):
                 self.params[i][first:first + rows].add_(update, alpha=-lr * scale)
+
+    def orthogonalize_together(self, stack):
+        """`orthogonalize`, of which each process does an equal share of the stack (n, rows, columns)."""
+        if not dist.is_initialized():
+            return orthogonalize(stack, self.dtype)
+        n, size, rank = len(stack), dist.get_world_size(), dist.get_rank()
+        each = math.ceil(n / size)
+        stack = torch.nn.functional.pad(stack, (0, 0, 0, 0, 0, each * size - n))  # zeros stay zero
+        mine = orthogonalize(stack[rank * each:(rank + 1) * each], self.dtype).contiguous()
+        dist.all_gather_into_tensor(stack, mine)
+        return stack
 
     def state_dict(self):
         return dict(zip(self.names, self.buffers))
@@ -345,914 +162,711 @@ class Muon:
             buffer.copy_(state[name])
 
 
-class Optimizers:
-    """Muon and AdamW behind one step. Who gets what is the model's own table, `roles()`: exactly one line must fit a parameter."""
+# --optimizer=NAME for the blocks' matrices. An entry is called as Muon is; it has step(lr), state_dict, load_state_dict
+MATRIX_OPTIMIZERS = dict(muon=Muon)
 
-    def __init__(self, model, s, muon_dtype):
+
+class Optimizers:
+    """The matrices' optimizer and AdamW behind one step. The model's own table, `roles()`, says which parameter is what."""
+
+    def __init__(self, model, s, dtype):
         groups = dict(matrix=[], embedding=[], head=[], vector=[])
         for name, p in model.named_parameters():
             fits = [role for end, role in model.roles().items() if name.endswith(end)]
-            assert len(fits) == 1 and fits[0][0] in groups, f"roles() must name {name} exactly once as one of {list(groups)}, found {fits}"
-            groups[fits[0][0]].append((name, p, fits[0][1]))
-        matrices = groups.pop("matrix") if s.optimizer == "muon" else []
-        decayed = [p for role, members in groups.items() for _, p, _ in members if role != "vector"]
+            assert len(fits) == 1 and fits[0][0] in groups, \
+                f"roles() must name {name} exactly once as one of {list(groups)}, found {fits}"
+            role, parts = fits[0]
+            groups[role].append((name, p, parts))
+
+        self.name = s.optimizer
+        matrices = groups.pop("matrix") if self.name in MATRIX_OPTIMIZERS else []
+        decayed = [p for role, members in groups.items() if role != "vector" for _, p, _ in members]
         vectors = [p for _, p, _ in groups["vector"]]
-        self.muon = Muon(matrices, s.weight_decay, dtype=muon_dtype) if matrices else None
-        # fused: one kernel for all tensors, where the device has it
-        self.adamw = torch.optim.AdamW([dict(params=decayed, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)],
-                                       lr=s.lr, betas=(0.9, 0.95), eps=1e-8, fused=decayed[0].device.type in ("cpu", "cuda"))
-        self.peak, self.n_matrices, self.n_other = (s.muon_lr, s.lr), len(matrices), len(decayed) + len(vectors)
+        self.n_matrices, self.n_other = len(matrices), len(decayed) + len(vectors)
+        self.peak_matrix, self.peak_adamw = s.muon_lr, s.lr
+        # Newton-Schulz needs few digits, so that it computes in bf16 if the model does
+        self.matrix = MATRIX_OPTIMIZERS[self.name](matrices, s.weight_decay, dtype) if matrices else None
+        self.adamw = torch.optim.AdamW(
+            [dict(params=decayed, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)],
+            lr=s.lr, betas=(0.9, 0.95), eps=1e-8,
+            fused=decayed[0].device.type in ("cpu", "cuda"))  # one kernel for all tensors, if the device has it
 
     def step(self, factor):
-        """One update with `factor` times the peak learning rates; returns the larger of the two rates."""
+        """One update with `factor` times the peak learning rates. Returns the matrices' rate, or AdamW's if it has all."""
         for group in self.adamw.param_groups:
-            group["lr"] = self.peak[1] * factor
+            group["lr"] = self.peak_adamw * factor
         self.adamw.step()
-        if self.muon:
-            self.muon.step(self.peak[0] * factor)
-        return self.peak[0 if self.muon else 1] * factor
+        if self.matrix is None:
+            return self.peak_adamw * factor
+        self.matrix.step(self.peak_matrix * factor)
+        return self.peak_matrix * factor
 
     def state_dict(self):
-        return dict(adamw=self.adamw.state_dict(), muon=self.muon.state_dict() if self.muon else {})
+        state = dict(adamw=self.adamw.state_dict())
+        if self.matrix is not None:
+            state[self.name] = self.matrix.state_dict()
+        return state
 
     def load_state_dict(self, state):
         self.adamw.load_state_dict(state["adamw"])
-        if self.muon:
-            self.muon.load_state_dict(state["muon"])
+        if self.matrix is not None:
+            self.matrix.load_state_dict(state[self.name])
 
 
 def checkpoint_blocks(model):
-    """From now on the model's blocks keep only their inputs for the backward pass and compute the rest again (arXiv 1604.06174)."""
+    """From now on the blocks keep only their inputs for the backward pass and compute the rest again (arXiv 1604.06174)."""
     def recomputed(forward, *args):
-        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False)
+
     for block in model.blocks:
         block.forward = functools.partial(recomputed, block.forward)
 
 
-# ---------------------------------------------------------------------------------------------------- schedule, EMA
+# ---------------------------------------------------------------------------------------------------- schedules, EMA
 
-def decay_steps(s):
-    return s.decay_steps or round(s.decay_fraction * s.max_steps)
+def wsd(step, s):
+    """Warm-up, stable, decay (arXiv 2405.18392): 1, then linear to final_lr_fraction, which the step after the last would have."""
+    decay_steps = s.decay_steps or round(s.decay_fraction * s.max_steps)
+    left = min(1.0, (s.max_steps - step) / max(1, decay_steps))
+    return s.final_lr_fraction + (1 - s.final_lr_fraction) * left
+
+
+def cosine(step, s):
+    """Half a cosine wave from the end of the warm-up down to final_lr_fraction (arXiv 1608.03983)."""
+    left = 0.5 + 0.5 * math.cos(math.pi * (step - s.warmup_steps) / max(1, s.max_steps - s.warmup_steps))
+    return s.final_lr_fraction + (1 - s.final_lr_fraction) * left
+
+
+def constant(step, s):
+    return 1.0
+
+
+# --schedule=NAME: (step, settings) -> factor of the peak learning rate after the warm-up
+SCHEDULES = dict(wsd=wsd, cosine=cosine, constant=constant)
 
 
 def lr_factor(step, s):
-    """Share of the peak learning rate for update number `step` (from 0) of s.max_steps.
-
-    Warm-up is linear over warmup_steps. wsd (arXiv 2405.18392): 1, then linear to final_lr_fraction, which the step after the last
-    would have. cosine (arXiv 1608.03983): half a wave from the end of warm-up to final_lr_fraction. constant: 1.
-    """
+    """Factor of the peak learning rate for update number `step`, from 0. The warm-up is linear for every schedule."""
     if step < s.warmup_steps:
         return (step + 1) / s.warmup_steps
-    if s.schedule == "wsd":
-        left = min(1.0, (s.max_steps - step) / max(1, decay_steps(s)))
-    elif s.schedule == "cosine":
-        left = 0.5 + 0.5 * math.cos(math.pi * (step - s.warmup_steps) / max(1, s.max_steps - s.warmup_steps))
-    else:
-        return 1.0
-    return s.final_lr_fraction + (1 - s.final_lr_fraction) * left
+    return SCHEDULES[s.schedule](step, s)
 
 
 @torch.no_grad()
 def ema_update(ema, params, step, beta):
-    """ema <- b ema + (1 - b) params with b = min(beta, (1 + step) / (10 + step)), so that a short run is not averaged with its start."""
+    """ema <- b ema + (1 - b) params with b = min(beta, (1 + step) / (10 + step)), so that the start of a run is soon forgotten."""
     torch._foreach_lerp_(ema, params, 1 - min(beta, (1 + step) / (10 + step)))
 
 
 @contextlib.contextmanager
 def weights(params, values):
-    """Inside, the parameters hold `values`; behind it, to the bit, what they held before. None changes nothing."""
-    saved = [p.detach().clone() for p in params] if values is not None else []
+    """Inside, the parameters hold `values`; afterwards they hold, to the bit, what they held before. None changes nothing."""
+    if values is None:
+        yield
+        return
+    saved = [p.detach().clone() for p in params]
     with torch.no_grad():
-        if values is not None:
-            torch._foreach_copy_(params, values)
+        torch._foreach_copy_(params, values)
         try:
             yield
         finally:
-            if values is not None:
-                torch._foreach_copy_(params, saved)
-
-
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
-FORMAT = 1
-KEYS = ("format", "step", "tokens", "model_name", "cfg", "train", "model", "ema", "use_ema", "optimizer", "rng", "loader", "tokenizer", "metrics")
-
-
-def save_checkpoint(path, checkpoint):
-    with replacing(path) as f:
-        try:
-            torch.save(checkpoint, f)
-        except RuntimeError as e:  # torch's writer hides what the system said
-            raise e.__context__ if isinstance(e.__context__, OSError) else OSError(errno.ENOSPC, str(e), str(path)) from None
-
-
-def read_checkpoint(path):
-    """The checkpoint's dict, tensors on the CPU. UserError if it is missing, damaged, or not one of ours."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name a checkpoint in it, such as {Path(path) / 'best.pt'}") from None
-    except Exception as e:  # torch raises many types for a damaged file
-        raise UserError(f"{path} is damaged or not a checkpoint ({type(e).__name__})") from None
-    missing = [k for k in KEYS if k not in checkpoint] if isinstance(checkpoint, dict) else KEYS
-    if missing or checkpoint["format"] != FORMAT:
-        why = f"it lacks {', '.join(missing[:4])}" if missing else f"its format is {checkpoint['format']!r}, not {FORMAT}"
-        raise UserError(f"{path} is not a checkpoint of this train.py: {why}")
-    return checkpoint
-
-
-def find_preset(name):
-    """Preset name -> (architecture module, config, recipe): `i3-80m` is in i3.py. UserError lists the presets there are."""
-    stem, here = name.split("-")[0], Path(__file__).parent
-    files = [p.stem for p in sorted(here.glob("*.py")) if re.search(r"^PRESETS\b", p.read_text(encoding="utf-8"), re.M)]
-    if stem not in files:
-        presets = [preset for f in files for preset in importlib.import_module(f).PRESETS]
-        raise UserError(f"there is no model {name!r}{nearest(name, presets)}; there are {', '.join(presets)}")
-    module = importlib.import_module(stem)
-    if name not in module.PRESETS:
-        raise UserError(f"{stem}.py has no preset {name!r}{nearest(name, module.PRESETS)}; it has {', '.join(module.PRESETS)}")
-    return module, *module.PRESETS[name]
-
-
-def load_checkpoint(path, device="cpu", ema=None):
-    """A trained model, ready to use: (model in eval mode on `device`, tokenizer, the checkpoint's dict).
-
-    ema True or False picks the averaged or the raw weights; None those with the lower validation loss, as the checkpoint says.
-    Raises UserError for a file that is missing, damaged or foreign, and for ema=True where no average was kept.
-    """
-    checkpoint = read_checkpoint(path)
-    module, *_ = find_preset(checkpoint["model_name"])
-    ema = checkpoint["use_ema"] if ema is None else ema
-    if ema and not checkpoint["ema"]:
-        raise UserError(f"{path} holds no EMA weights (its run had --ema_beta=0)")
-    try:
-        model = module.Model(module.Config(**checkpoint["cfg"]))
-        model.load_state_dict(checkpoint["model"] | (checkpoint["ema"] if ema else {}))
-    except (TypeError, RuntimeError) as e:
-        raise UserError(f"{path} does not fit {module.__name__}.py as it is now: {str(e).splitlines()[0]}") from None
-    return model.to(device).eval(), load_tokenizer(checkpoint["tokenizer"]), checkpoint
+            torch._foreach_copy_(params, saved)
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def evaluate(run, sources, tokens, T, rows, autocast, bytes_per_token, device, world=1, rank=0, bos=None, responses=False):
-    """Validation loss of the present weights: {"source": {name: (loss, bits per byte)}, "language": {...}, "mixed": (loss, bits per byte)}.
+def evaluate(model, sources, tokens, T, rows, on, bytes_per_token, world, frame=None, mark=None):
+    """Validation losses: {"loss": {"mixed": x, "language": {...}, "source": {...}}, "bits_per_byte": the same}.
 
-    A source is cut into rows of T targets as in training, the same every time; `tokens` of them, spread evenly, count (0: all). Losses
-    are means in nats per token over a group's rows, bits per byte are its nats / ln 2 / UTF-8 bytes. Draws no random numbers.
-    responses: of sets of chats only replies count, and "mixed" is over these sets.
+    tokens: validation tokens of each source that count, in rows of T targets, spread evenly and the same every time;
+    0: all. rows: rows at once. on: run.Device. bytes_per_token: float (V,). frame: see `Loader`.
+    mark: (mask, rows of pieces, T) -> (rows, T); if given, only targets that it marks count in sets of chats, and "mixed"
+    is over these sets alone.
+
+    Losses are means in nats per token. Bits per byte are nats / ln 2 / UTF-8 bytes of text. "mixed" gives each source
+    the same share: one with less text than the others counts with all it has, weighted up. Draws no random numbers.
     """
-    sums = torch.zeros(len(sources), 3, dtype=torch.float64)  # nats, tokens, bytes
-    for total, source in zip(sums, sources):
-        n, targets, row = source.validation_rows(T, bos)
-        take = min(n, -(-tokens * n // targets)) if tokens and n else n  # so many rows hold `tokens` targets, padding or not
-        chosen = [row(i * n // take) for i in range(take)][rank::world]
+    sums = torch.zeros(len(sources), 3, dtype=torch.float64)  # nats, tokens, bytes of each source
+    factor = torch.ones(len(sources), 1, dtype=torch.float64)
+    wanted = tokens or max(source.validation_rows(T, frame)[1] for source in sources)
+    for i, source in enumerate(sources):
+        chosen, is_all = source.spread_rows(tokens, T, frame)
+        targets = source.validation_rows(T, frame)[1]
+        if is_all and targets:
+            factor[i] = max(1.0, wanted / targets)
+        chosen = chosen[world.rank::world.size]
         for first in range(0, len(chosen), rows):
-            x, y, reset = fill_rows(source.val, chosen[first:first + rows], T)
-            if responses and source.val_mask is not None:
-                y[mark_replies(source.val_mask, chosen[first:first + rows], T) == 0] = -1
-            with autocast():
-                losses = run(x.to(device), y.to(device), reduction="none", reset=reset.to(device) if bos is not None else None)[1]
-            total[0] += losses.double().sum().cpu() if device.type != "mps" else losses.cpu().double().sum()  # no doubles on MPS
-            kept = y[y >= 0]
-            total[1] += len(kept)
-            total[2] += float(bytes_per_token[kept].sum())
-    if world > 1:
-        sums = sums.to(device)
-        dist.all_reduce(sums)
-        sums = sums.cpu()
+            some = chosen[first:first + rows]
+            x, y, reset = fill_rows(source.val, some, T)
+            if mark is not None and source.is_chat:
+                y[mark(source.val_mask, some, T) == 0] = -1
+            reset = None if frame is None else reset.to(on.device)
+            with on.autocast():
+                losses = model(x.to(on.device), y.to(on.device), reduction="none", reset=reset)[1]
+            counted = y[y >= 0]
+            nats = losses.double().sum().cpu() if on.device.type != "mps" else losses.cpu().double().sum()  # MPS: no fp64
+            sums[i] += torch.stack([nats, torch.tensor(len(counted)).double(), bytes_per_token[counted].sum().double()])
+    sums = world.sum(sums) * factor
 
-    def result(chosen):
+    def mean(chosen):
         nats, n, size = sums[chosen].sum(0).tolist()
-        return (nats / n if n else math.nan, nats / math.log(2) / size if size else math.nan)
-    languages = sorted({s.language for s in sources})
-    return dict(mixed=result([i for i, s in enumerate(sources) if s.val_mask is not None or not responses]),
-                language={x: result([i for i, s in enumerate(sources) if s.language == x]) for x in languages},
-                source={s.name: result([i]) for i, s in enumerate(sources)})
+        return (nats / n if n else math.nan), (nats / math.log(2) / size if size else math.nan)
+
+    languages = sorted({source.language for source in sources})
+    means = dict(
+        mixed=mean([i for i, source in enumerate(sources) if mark is None or source.is_chat]),
+        language={name: mean([i for i, source in enumerate(sources) if source.language == name]) for name in languages},
+        source={source.name: mean([i]) for i, source in enumerate(sources)})
+    return dict(loss=pick(means, 0), bits_per_byte=pick(means, 1))
 
 
-@torch.no_grad()
-def relevance(run, sources, tokens, T, rows, autocast, bos, device, world=1, rank=0):
-    """(accuracy, gap) over the validation chats, as many as have `tokens` tokens (0: all), with one reply of each: the share of replies that are
-    likelier under their own prompt than under another chat's, and by how much on average, in nats per token of the reply. A prompt is all
-    that comes before the reply. nan if there are fewer than two. Draws no random numbers."""
-    pairs = []
-    for source in sources:
-        if source.val_mask is None:
-            continue
-        edges = document_edges(source.val, bos)
-        n = len(edges) - 1
-        take = min(n, -(-tokens * n // len(source.val))) if tokens and n else n
-        for k in range(take):
-            start, end = edges[k * n // take:][:2]
-            found = find_reply(source.val_mask[start:end], k, T)  # now the first reply of a chat, now the second
-            if found:
-                pairs.append((source.val[start:start + found[0]], source.val[start + found[0]:start + found[1]]))
-    n = len(pairs)
-    if n < 2:
-        return math.nan, math.nan
-    wrong = [(pairs[(i + n // 2) % n][0], reply) for i, (_, reply) in enumerate(pairs)]
-    sums = torch.zeros(2, dtype=torch.float64)
-    mine = range(rank, n, world)
-    for first in range(0, len(mine), 256):  # so many at a time, each beside its rival
-        some = mine[first:first + 256]
-        x, y, reset, number = pack_replies([pairs[i] for i in some] + [wrong[i] for i in some], T)
-        nats = torch.zeros(2 * len(some))
-        for part in (slice(i, i + rows) for i in range(0, len(x), rows)):
-            with autocast():
-                losses = run(x[part].to(device), y[part].to(device), reduction="none", reset=reset[part].to(device))[1]
-            nats += reply_sums(losses.float().cpu(), number[part], len(nats))
-        gap = nats[len(some):] - nats[:len(some)]
-        sums += torch.stack([(gap > 0).sum(), (gap / torch.tensor([len(pairs[i][1]) for i in some])).sum()])
-    if world > 1:
-        sums = sums.to(device)
-        dist.all_reduce(sums)
-    return tuple((sums / n).tolist())
+def pick(means, i):
+    """Of a nested dict of pairs the i-th values."""
+    return {name: pick(value, i) if isinstance(value, dict) else value[i] for name, value in means.items()}
 
 
-def split_result(result, i):
-    """Of evaluate's (loss, bits per byte) pairs the losses (i = 0) or the bits (i = 1), for metrics.jsonl."""
-    return {k: v[i] if isinstance(v, tuple) else {n: pair[i] for n, pair in v.items()} for k, v in result.items() if k != "relevance"}
+# ---------------------------------------------------------------------------------------------------- what is trained on
+
+@dataclass
+class Batch:
+    """The rows of one optimizer step that fall to this process, in micro-batches."""
+    micros: list  # of Micro
+    targets: int  # tokens that are trained on, over all processes
+    shown: list  # the targets (CPU tensors) whose bits per byte the log shows
 
 
-def relevances(results):
-    """Of {"raw": result, "ema": result} what metrics.jsonl says about relevance."""
-    return {name: {k: r["relevance"][i] for k, r in results.items()} for i, name in enumerate(("relevance_accuracy", "relevance_gap"))
-            if all("relevance" in r and math.isfinite(r["relevance"][i]) for r in results.values())}
+@dataclass
+class Micro:
+    """Rows that are computed at once: x, y int64 (rows, T); reset bool (rows, T) or None; weights float (rows, T) or None."""
+    x: torch.Tensor
+    y: torch.Tensor
+    reset: torch.Tensor | None
+    weights: torch.Tensor | None
+    share: float  # of the whole step's weight: the micro-batches' losses, times their shares, add up to the step's loss
 
 
-def best_validation(result, sources, **about):
-    """What best_validation.json says: the losses in nats per token by which the best step was chosen, under the names that the 1gpu-llm
-    card gives them, their perplexities, and bits per byte."""
-    def finite(x):  # JSON knows no NaN
-        return x if math.isfinite(x) else None
-
-    def perplexity(loss):
-        return finite(math.exp(min(loss, 700)))
-    groups = dict(mixed=result["mixed"], **result["language"], **({"base": result["base"]} if "base" in result else {}))
-    about |= dict(zip(("relevance_accuracy", "relevance_gap"), map(finite, result["relevance"]))) if "relevance" in result else {}
-    return dict(about, **{f"val_loss_{k}": finite(loss) for k, (loss, _) in groups.items()}, **{f"ppl_{k}": perplexity(loss) for k, (loss, _) in groups.items()},
-                **{f"bits_per_byte_{k}": finite(bits) for k, (_, bits) in groups.items()},
-                sources={s.name: dict(language=s.language, kind=s.kind, val_loss=finite(loss), ppl=perplexity(loss), bits_per_byte=finite(bits))
-                         for s, (loss, bits) in zip(sources, result["source"].values())})
+def word_boosts(tokenizer, n_tokens, factor):
+    """Weight of each target token, float (V,): `factor` for those of more than one character (TinyMemoryLM's card)."""
+    return torch.tensor([1.0 if len(tokenizer.decode([i])) < 2 else factor for i in range(n_tokens)])
 
 
-def table(result, sources):
-    """Lines of the terminal: loss, perplexity and bits per byte of each source, of each language, of all."""
-    rows = [(s.name, f"{s.language}/{s.kind}", *result["source"][s.name]) for s in sources]
-    rows += [(language, "language", *pair) for language, pair in result["language"].items() if len(result["language"]) > 1]
-    rows += [("mixed", "all replies" if "relevance" in result else "all sources", *result["mixed"])] * (len(sources) > 1)
-    rows += [("base", "base data", *result["base"])] if "base" in result else []
-    wide = max(len(r[1]) for r in rows)
-    lines = [f"{name:<12} {what:<{wide}}  loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):,.1f}  {bits:.3f} bits/byte" for name, what, loss, bits in rows]
-    accuracy, gap = result.get("relevance", (math.nan, math.nan))
-    if math.isfinite(accuracy):  # else there are fewer than two validation chats
-        lines.append(f"{'relevance':<12} {accuracy:.1%} of replies are likelier under their own prompt than under another's, by {gap:.2f} nats/token on average")
-    return lines
+class Pretraining:
+    """What pretraining does in the loop: the next batch, the loss of a micro-batch, what is measured, a sample, and
+    further numbers for the log. finetune.py brings a class with the same five methods."""
 
+    tool = "train.py"
+    is_text = True  # and not chats
+    measured, measured_text = "validation", "validation text"
+    measures_start = False  # whether there is an evaluation before the first step
+    extra_rows = 0.0  # rows that are computed beside those of the batch, as a fraction of them
 
-def xz_bits_per_byte(sources, tokenizer, limit=8_000_000):
-    """What `xz -9` makes of the validation text, for scale: a language model is a compressor. None above `limit` bytes."""
-    if sum(len(s.val) for s in sources) > limit:  # a token is a byte at least, nearly always more
-        return None
-    text = "".join(tokenizer.decode(s.val.tolist()) for s in sources).encode()
-    return 8 * len(lzma.compress(text, preset=9)) / len(text) if 0 < len(text) <= limit else None
+    def __init__(self, plan, world, on):
+        self.world, self.on, self.vocab_size = world, on, plan.cfg.vocab_size
+        s = plan.settings
 
+        # the data and its tokenizer, which is the one of the checkpoint that is started from
+        text = plan.start["tokenizer"] if plan.start else None
+        self.sources, self.tokenizer_text = run.find_data(
+            s.data, s.tokenizer, self.vocab_size, world, text, plan.start_path)
+        self.tokenizer = load_tokenizer(self.tokenizer_text)
+        self.bos, self.eos = bos_eos(self.tokenizer)
+        self.frame = (self.bos, self.eos) if s.pack == "document" else None
+        self.bytes_per_token = torch.from_numpy(token_byte_counts(self.tokenizer)).float()
+        self.boost = None
+        if s.word_boost != 1:
+            self.boost = word_boosts(self.tokenizer, len(self.bytes_per_token), s.word_boost)
+        if not any(len(source.val) > 1 for source in self.measured_sources()):
+            raise UserError(f"{s.data} has no validation text; prepare it with --val_fraction above 0")
 
-def read_rows(path):
-    """The rows of metrics.jsonl; a last line that a crash cut short is dropped."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+        # rows of T positions; the global batch is the same for any number of processes
+        self.T, self.rows = s.block_size, s.batch_tokens // s.block_size
+        if self.rows % world.size:
+            raise UserError(f"the {self.rows} windows of a step cannot be shared out evenly to {world.size} processes; "
+                            "change --batch_tokens")
+        mine = self.rows // world.size
+        self.micro = max(m for m in range(1, min(s.micro_batch, mine) + 1) if mine % m == 0)
+        self.loader = self.make_loader(s)
+        self.s = self.settled(s, plan.given)
+        self.loader.set_length(self.s.max_steps * self.rows)
 
+    def measured_sources(self):
+        return self.sources
 
-def draw_loss(rows, path, title, xz=None):
-    """loss.png: bits per byte of the training batches and of the validation text, over the tokens trained on. Of tuning (rows with
-    relevance_accuracy) the same for replies, and beside it the base data's bits per byte and the relevance accuracy."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no {path}: it is drawn by matplotlib, which is not installed")
-        Path(path).unlink(missing_ok=True)
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    train, val = [r for r in rows if "train_loss" in r], [r for r in rows if "val_loss" in r and not r.get("final")]
-    colors = dict(raw="#33658a", ema="#d1495b")
+    def make_loader(self, s):
+        return Loader(self.sources, s.order, self.T, s.max_steps * self.rows, s.seed, self.frame)
 
-    def curves(value):
-        points = {kind: [(r["tokens"] / 1e6, value(r, kind)) for r in val] for kind in colors}
-        return {kind: [p for p in some if p[1] is not None] for kind, some in points.items()}
-    beside = {"bits per byte of the base data": curves(lambda r, kind: r["val_bits_per_byte"].get(kind, {}).get("base")),
-              "relevance accuracy": curves(lambda r, kind: r.get("relevance_accuracy", {}).get(kind))}
-    beside = {name: drawn for name, drawn in beside.items() if any(drawn.values())}
-    fig, axes = plt.subplots(1, 1 + len(beside), figsize=(8 + 2 * len(beside), 4.5), dpi=100, layout="constrained", squeeze=False,
-                             width_ratios=[1 + 0.5 * bool(beside)] + [1] * len(beside))
-    ax, *others = axes[0]
-    for other, (name, drawn) in zip(others, beside.items()):
-        for kind, points in drawn.items():
-            if points:
-                other.plot(*zip(*points), color=colors[kind], marker="o", ms=3.5, lw=1.6, label=f"{points[-1][1]:.3f} at the end")
-        other.set(xlabel="million training tokens", title=name)
-        other.grid(alpha=0.25)
-        other.legend(frameon=False)
-        other.spines[["top", "right"]].set_visible(False)
-    ax.plot([r["tokens"] / 1e6 for r in train], [r["train_bits_per_byte"] for r in train], color="#b9c7d6", lw=1, label="training batches")
-    for kind, points in curves(lambda r, kind: r["val_bits_per_byte"].get(kind, {}).get("mixed")).items():
-        if points:
-            label = f"validation, {'EMA' if kind == 'ema' else 'raw'} weights: {points[-1][1]:.3f} at the end"
-            ax.plot(*zip(*points), color=colors[kind], marker="o", ms=3.5, lw=1.6, label=label)
-    if xz:
-        ax.axhline(xz, color="#888888", lw=1, ls="--", label=f"xz -9 on the validation text: {xz:.3f}")
-    bits = [r["val_bits_per_byte"][k]["mixed"] for r in val for k in r["val_bits_per_byte"]]
-    low = min((b for b in bits if not math.isnan(b)), default=1)  # NaN: every character is unknown
-    least = min((r["train_bits_per_byte"] for r in train if r["train_bits_per_byte"] > 0), default=low) if beside else low  # batches of few replies scatter
-    ax.set(xlabel="million training tokens", ylabel="bits per byte" + " of replies" * bool(beside), title=title, ylim=(0.9 * min(low, least), max(3.2 * low, 1.1 * (xz or 0))))
-    ax.grid(alpha=0.25)
-    ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as f:
-        fig.savefig(f, format="png")
-    plt.close(fig)
+    def settled(self, s, given):
+        """The settings, now final: --epochs has become a number of steps, and a short run warms up for less."""
+        if s.epochs:
+            max_steps = math.ceil(s.epochs * sum(self.loader.per_epoch) / self.rows)
+            s = replace(s, epochs=0.0, max_steps=max_steps)
+            if "warmup_steps" not in given:
+                s = replace(s, warmup_steps=min(s.warmup_steps, max_steps // 10))
+        return s
 
+    def check_ids(self, *tensors):
+        """UserError, on every process, if one of them holds a token id that the model does not have."""
+        highest = self.world.max(max(int(x.max()) for x in tensors))
+        if highest >= self.vocab_size:
+            raise UserError(f"the data holds token id {highest}, the model's vocabulary ends at {self.vocab_size - 1}; "
+                            "prepare the data again")
 
-# ---------------------------------------------------------------------------------------------------- set-up
+    def next_batch(self, step):
+        """The next rows of the loader, of which this process reads its own alone."""
+        rows = self.loader.next_rows(self.rows)
+        targets = sum(n for _, pieces in rows for _, n in pieces)
+        x, y, reset = self.loader.tensors(rows[self.world.rank::self.world.size])
+        self.check_ids(x, y)
+        counts = (y >= 0).float()
+        weights, whole = counts, targets
+        if self.boost is not None:
+            weights = counts * self.boost[y]  # where y is -1: the last token's boost, times 0
+            whole = float(self.world.sum(weights.sum().double()))
 
-def flag_value(argv, name):
-    """The value of --name, the last if there are several, in argv before it is parsed: some flags decide which flags there are."""
-    for i, word in reversed(list(enumerate(argv))):
-        if word == f"--{name}":
-            return argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else "true"
-        if word.startswith(f"--{name}="):
-            return word.split("=", 1)[1]
-    return None
+        micros = []
+        for i in range(0, len(x), self.micro):
+            part = slice(i, i + self.micro)
+            micros.append(Micro(x[part].to(self.on.device), y[part].to(self.on.device),
+                                None if reset is None else reset[part].to(self.on.device),
+                                None if self.boost is None else weights[part].to(self.on.device),
+                                share=float(weights[part].sum()) / whole))
+        self.nats = torch.zeros((), device=self.on.device)
+        return Batch(micros, targets, [y[y >= 0]])
 
+    def loss(self, net, micro):
+        """A micro-batch's part of the step's loss. The parts of all micro-batches and processes add up to the mean."""
+        if micro.weights is None:
+            return net(micro.x, micro.y, reset=micro.reset)[1] * micro.share
+        losses = net(micro.x, micro.y, loss_weights=micro.weights, reduction="none", reset=micro.reset)[1]
+        tiny = torch.finfo(torch.float32).tiny
+        self.nats += (losses.detach() / micro.weights.clamp(min=tiny)).sum()  # without the weights
+        return losses.sum() / micro.weights.sum().clamp(min=tiny) * micro.share
 
-def check_rows(s):
-    if s.batch_tokens % s.block_size:
-        raise UserError(f"--batch_tokens={s.batch_tokens} is not a multiple of --block_size={s.block_size}")
+    def numbers(self, batch, loss):
+        """Further numbers for the log: bits per byte of the step's text, whatever its tokens weigh."""
+        nats = loss * batch.targets
+        if self.boost is not None:
+            nats = float(self.world.sum(self.nats.cpu()))
+        return dict(train_bits_per_byte=self.bits_per_byte(nats, batch.shown))
 
+    def bits_per_byte(self, nats, targets):
+        """nats over all processes, this process's targets -> bits per byte; nan if all characters are unknown."""
+        n_bytes = sum(self.bytes_per_token[y].sum().double() for y in targets)
+        return nats / math.log(2) / (float(self.world.sum(n_bytes)) or math.nan)
 
-def settings_from(argv):
-    """argv -> (module, config, Settings, checkpoint to start from or None, checkpoint to resume or None, names of the flags given).
+    def measure(self, model, tokens):
+        """Validation losses of the present weights, see `evaluate`, over `tokens` tokens of each source."""
+        return evaluate(model, self.sources, tokens, self.T, self.micro, self.on, self.bytes_per_token, self.world,
+                        self.frame)
 
-    Defaults come from Settings, then the preset's recipe; with --resume from the run's record; flags override.
-    """
-    resume = yes_or_no(flag_value(argv, "resume") or "false")
-    init_from = flag_value(argv, "init_from")
-    parent = read_checkpoint(init_from) if init_from and not resume else None
-    name = flag_value(argv, "model") or (parent["model_name"] if parent else Settings.model)
-    checkpoint = None
-    if resume:
-        out = Path(flag_value(argv, "out") or f"out/{name}")
-        if not (out / "config.json").exists():
-            raise UserError(f"there is no run to resume in {out}; --out names its folder")
-        try:
-            record = json.loads((out / "config.json").read_text())
-            name, cfg, base = record["model"], record["cfg"], Settings(**record["train"])
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{out / 'config.json'} is damaged ({e}); start anew with --overwrite") from None
-        module, *_ = find_preset(name)
-        cfg = module.Config(**cfg)
-        if init_from and init_from != base.init_from:
-            raise UserError(f"the run in {out} starts from {base.init_from or 'random weights'}; --resume goes on with it as it is, --out names its folder")
-        if (out / "ckpt.pt").exists():
-            checkpoint = read_checkpoint(out / "ckpt.pt")
-        elif there := [*out.glob("best.pt"), *out.glob("step_*.pt")]:  # they hold all that is needed too
-            checkpoint = max(map(read_checkpoint, there), key=lambda c: c["step"])
-        elif base.init_from:
-            parent = read_checkpoint(base.init_from)
-    else:
-        module, cfg, recipe = find_preset(name)
-        base = Settings(model=name, **{k: v for k, v in recipe.items() if k != "model"})
-        if base.init_from and init_from is None:
-            init_from = base.init_from
-            if not os.path.exists(init_from) and not {"--help", "-h"} & set(argv):
-                raise UserError(f"{name} starts from {init_from}, which is not there: run python train.py --model={Path(init_from).parent.name} first, or give --init_from")
-            parent = read_checkpoint(init_from) if os.path.exists(init_from) else None
-        if parent:
-            if parent["model_name"].split("-")[0] != name.split("-")[0]:
-                raise UserError(f"--init_from={init_from} holds a {parent['model_name']}, not a {name}")
-            cfg = module.Config(**parent["cfg"])
-            if any(yes_or_no(flag_value(argv, flag) or "false") for flag in ("decay_only", "eval_only")):
-                base = replace(Settings(**parent["train"]), out="", init_from=init_from, overwrite=False, resume=False, decay_only=False)
-    given, _ = parse_flags(argv, base, cfg, description=f"{__doc__.split(chr(10))[0]} Defaults in brackets are those of --model={name}.")
-    given.pop("resume", None)
-    if given.get("loss_on") == "auto":
-        given.pop("loss_on")  # what the recipe or the record says
-    shape = {k: given.pop(k) for k in list(given) if k in {f.name for f in fields(cfg)}}
-    if resume or parent:
-        differs = [f"{k} is {getattr(cfg, k)}" for k, v in shape.items() if getattr(cfg, k) != v]
-        if differs:
-            raise UserError(f"{'the run' if resume else init_from} has another shape: {', '.join(differs)}")
-    cfg = replace(cfg, **shape)
-    s = replace(base, resume=resume, **given)
-    if parent and "tokenizer" not in given:
-        s.tokenizer = parent["train"]["tokenizer"]  # names in its recipe's --data go with it
-    if "max_steps" in given and "epochs" not in given:
-        s.epochs = 0.0
-    if "block_size" not in given:
-        s.block_size = min(s.block_size, cfg.context_length)
-    if "sample_prompt" not in given and given.get("data", base.data) != base.data:
-        s.sample_prompt = ""  # the recipe's prompt belongs to the recipe's data
-    if resume and given.get("model", name) != name:
-        raise UserError(f"the run in {out} is a {name}, not a {given['model']}")
-    for field, allowed in CHOICES.items():
-        if getattr(s, field) not in allowed:
-            value = getattr(s, field)
-            raise UserError(f"--{field}={value} is not one of {', '.join(allowed)}{nearest(value, allowed)}")
-    positive = ("block_size", "batch_tokens", "micro_batch", "max_steps", "log_every")
-    for field in fields(s):
-        value = getattr(s, field.name)
-        if type(value) in (int, float) and (value < 0 or field.name in positive and value == 0 or not math.isfinite(value)):
-            raise UserError(f"--{field.name}={value} must be {'above' if field.name in positive else 'at least'} 0")
-    if s.ema_beta >= 1 or s.decay_fraction > 1:
-        raise UserError("--ema_beta must be below 1 and --decay_fraction at most 1")
-    if s.replay >= 1 or s.relevance > 1:
-        raise UserError("--replay must be below 1 and --relevance at most 1")
-    if s.block_size > cfg.context_length:
-        raise UserError(f"--block_size={s.block_size} is longer than the model's context of {cfg.context_length}; "
-                        f"--context_length={s.block_size} makes a model that fits")
-    if not s.init_from:  # else it depends on the data, see tuning_settings
-        check_rows(s)
-    for flag in ("decay_only", "eval_only"):
-        if getattr(s, flag) and not (resume or given.get("init_from")):
-            raise UserError(f"--{flag} needs --init_from=CHECKPOINT")
-    if s.eval_only and (resume or s.decay_only):
-        raise UserError("--eval_only measures one checkpoint and trains nothing: leave --resume and --decay_only away")
-    if s.decay_only and not resume:
-        if not s.decay_steps or s.epochs:
-            raise UserError("--decay_only needs --decay_steps" + ", and has no --epochs" * bool(s.epochs))
-        s.schedule, s.warmup_steps, s.max_steps = "wsd", 0, parent["step"] + s.decay_steps
-    if not s.data:
-        raise UserError(f"--model={name} names no data of its own: give --data")
-    if not s.init_from:  # else its data decides, see train()
-        s.out = s.out or f"out/{name}"
-    return module, cfg, s, parent, checkpoint, set(given)
+    def sample(self, model):
+        """Some text of the present weights, as paragraphs."""
+        prompt = [self.bos, *self.tokenizer.encode(self.s.sample_prompt, add_special_tokens=False).ids]
+        return [self.tokenizer.decode(self.generate(model, prompt))]
 
+    def generate(self, model, prompt):
+        """Token ids of the prompt and what the model writes after it; the same every time."""
+        generator = torch.Generator(self.on.device).manual_seed(self.s.seed)
+        idx = torch.tensor([prompt], device=self.on.device)
+        return model.generate(idx, self.s.sample_tokens, temperature=0.8, top_p=0.95, stop_token=self.eos,
+                              generator=generator)[0].tolist()
 
-def pick_device(s, local_rank):
-    """(device, compute dtype, compile?) for the settings. UserError if the device is not there or cannot do it."""
-    name = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device={s.device} is not a device; use cpu, cuda, cuda:1 or mps") from None
-    here = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    if not here.get(device.type):
-        raise UserError(f"--device={s.device}: this torch has no such device here; use --device=cpu")
-    if device.type == "cuda":
-        index = device.index if device.index is not None else local_rank
-        if index >= torch.cuda.device_count():
-            raise UserError(f"there is no device cuda:{index}: this machine has {torch.cuda.device_count()}")
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        fast = device.type == "cpu" and bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
-    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32, "auto": torch.bfloat16 if fast else torch.float32}[s.dtype]
-    compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++", "cl") if c and shutil.which(c)), None)
-    if s.compile == "on" and device.type == "cpu" and not compiler:
-        raise UserError("--compile=on needs a C++ compiler on a CPU, and none was found; --compile=off trains without")
-    if device.type == "cpu" or s.deterministic:
-        # compiled CPU code was seen to differ from run to run without this
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every buffer twice
-        if device.type == "cuda":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    return device, dtype, compiler
+    def table(self, result):
+        """A result of `measure` as lines for the terminal."""
+        return report.loss_table(result, self.sources)
 
+    def sample_flags(self):
+        """What sample.py is told at the end of the run."""
+        return f' --prompt="{self.s.sample_prompt}"' if self.s.sample_prompt else ""
 
-# Dense bf16 matrix products per second without sparsity, from the makers' data sheets
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "L4": 121e12}
-COMPILE_PAYS = 1e14  # FLOPs of a run from which compiling on a CPU (about half a minute) is repaid: some 15 minutes on two cores
+    def about(self):
+        """Lines that tell what is trained on."""
+        return self.source_lines(self.loader)
+
+    def source_lines(self, loader, fraction=1.0):
+        """A line for each source of the loader, which deals this fraction of all rows."""
+        lines = []
+        for i, source in enumerate(loader.sources):
+            share = f"{loader.share[i]:.0%} of the run" if fraction == 1 else f"{loader.row_share[i] * fraction:.0%} of the rows"
+            line = (f"{source.name:<12} {source.language}/{source.kind}, {len(source.train):,} training and "
+                    f"{len(source.val):,} validation tokens, {share}")
+            if self.frame is not None:
+                line += f", whole documents in {loader.per_epoch[i]:,} rows, {1 - loader.fill[i]:.2%} of them padding"
+            lines.append(line)
+        return lines
 
 
 # ---------------------------------------------------------------------------------------------------- the run
 
-def main(argv):
-    module, cfg, s, parent, checkpoint, given = settings_from(argv)
-    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    is_main = rank == 0
-    if not is_main:
-        sys.stdout = open(os.devnull, "w")  # one process speaks for all
-    device, dtype, compiler = pick_device(s, local_rank)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype, compiler)
-    except UserError:
-        if is_main:
-            raise
-        return 2  # every process met the same mistake; one line is enough
-    finally:
-        for number, handler in handlers.items():  # for whoever calls this as a function
-            signal.signal(number, handler or signal.SIG_DFL)
-        if world > 1:
-            dist.destroy_process_group()
+@dataclass
+class State:
+    """All that the loop changes, but for the weights, the optimizers' moments and the loader's counts."""
+    step: int = 0
+    tokens: int = 0  # targets trained on
+    elapsed: float = 0.0  # seconds of training
+    use_ema: bool = False  # whether the averaged weights had the lower loss in the last evaluation
+    best_loss: float = math.inf
+    best_step: int = 0
+    saved_step: int = -1  # of ckpt.pt; -1: none was written
+
+    def advance(self, batch):
+        self.step += 1
+        self.tokens += batch.targets
+
+    def judge(self, results):
+        """Which weights won an evaluation, and whether they are the best of the run: ("raw" or "ema", bool)."""
+        winner = min(results, key=lambda kind: results[kind]["loss"]["mixed"])
+        self.use_ema = winner == "ema"
+        loss = results[winner]["loss"]["mixed"]
+        is_best = loss < self.best_loss
+        if is_best:
+            self.best_loss, self.best_step = loss, self.step
+        return winner, is_best
 
 
-# What fine-tuning on chats does otherwise than the recipe of the model, unless the recipe is one for tuning or flags say something else
-TUNING_EPOCHS, TUNING_RATE, TUNING_TOKENS = 3, 0.25, 32_768  # passes over the replies; share of the learning rates; most tokens of a step
+class Pace:
+    """Measures training alone: the watch stands still while the loop evaluates, saves and samples."""
+
+    def __init__(self, state):
+        self.state, self.since, self.step, self.tokens = state, time.monotonic(), state.step, state.tokens
+
+    @contextlib.contextmanager
+    def paused(self):
+        begun = time.monotonic()
+        yield
+        self.since += time.monotonic() - begun
+
+    def lap(self):
+        """(seconds, steps, tokens) since the last lap. The seconds are added to the state's."""
+        now = time.monotonic()
+        lap = now - self.since, self.state.step - self.step, self.state.tokens - self.tokens
+        self.since, self.step, self.tokens = now, self.state.step, self.state.tokens
+        self.state.elapsed += lap[0]
+        return lap
 
 
-def tuning_settings(s, given):
-    """Settings for fine-tuning on chats: the recipe's, but short, gentle, in small steps, and with rows of whole chats."""
-    rows = max(1, min(s.batch_tokens, TUNING_TOKENS) // s.block_size)
-    small = s.batch_tokens <= TUNING_TOKENS and s.batch_tokens % s.block_size == 0
-    own = dict(loss_on="responses", pack="document", lr=TUNING_RATE * s.lr, muon_lr=TUNING_RATE * s.muon_lr, order="random", schedule="wsd",
-               decay_fraction=1.0, decay_steps=0, final_lr_fraction=0.0, epochs=0.0 if "max_steps" in given else TUNING_EPOCHS,
-               batch_tokens=s.batch_tokens if small else s.block_size << rows.bit_length() - 1)  # a power of two of rows, for 2, 4 or 8 GPUs
-    return replace(s, **{k: v for k, v in own.items() if k not in given})
+COMPILE_PAYS = 1e14  # FLOP of a run above which compiling on a CPU, half a minute, is repaid: 15 minutes on two cores
 
 
-def train(module, cfg, s, parent, checkpoint, given, rank, world, device, dtype, compiler):
-    is_main = rank == 0
-    barrier = dist.barrier if world > 1 else lambda: None
-    resumed = checkpoint is not None
-    start = checkpoint if resumed else parent  # where weights come from, if from anywhere
+def make_net(model, s, on, world):
+    """The model as the loop calls it, compiled and distributed if it is to be: (net, whether it is compiled)."""
+    work = model.flops_per_token(s.block_size) * s.batch_tokens * s.max_steps
+    pays = on.device.type == "cuda" or on.device.type == "cpu" and on.compiler and work > COMPILE_PAYS
+    compiled = s.compile == "on" or s.compile == "auto" and pays
+    net = torch.compile(model, dynamic=False) if compiled else model
+    if world.size > 1:
+        ids = [on.device.index] if on.device.type == "cuda" else None
+        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
+    return net, compiled
 
-    # data, and whether it is chats to be tuned on
-    sources, tokenizer_text = find_data(s.data, s.tokenizer, cfg.vocab_size, is_main, barrier, start and start["tokenizer"])
-    tokenizer = load_tokenizer(tokenizer_text)
-    chats = [x for x in sources if x.train_mask is not None]
-    begins, for_tuning = not (s.decay_only or s.eval_only or s.resume), module.PRESETS[s.model][1].get("loss_on", "auto") != "auto"
-    gentle = bool(chats and s.init_from) and begins and not for_tuning  # a recipe for pretraining is too strong
-    if gentle:
-        s = tuning_settings(s, given)
-    elif s.loss_on == "auto":
-        s = replace(s, loss_on="all")
-    tuning = s.loss_on == "responses" and bool(chats)
-    if s.eval_only:
-        s = replace(s, replay=0.0, relevance=0.0)
-    elif not tuning:
-        if s.loss_on == "responses":
-            raise UserError(f"--loss_on=responses needs a set of chats, and {s.data} holds none")
-        off = dict(replay=0.0, relevance=0.0, response_start_weight=1.0, base_data="")
-        for name in off:
-            if name in given and getattr(s, name) != off[name]:
-                raise UserError(f"--{name} belongs to tuning on the replies of chats: it needs --loss_on=responses and a set of chats")
-        s = replace(s, **off)  # a recipe for tuning has some
-    if not any(len(x.val) > 1 for x in (chats if tuning else sources)):
-        raise UserError(f"{s.data} has no validation text{' of chats' * tuning}; prepare it with --val_fraction above 0")
-    s = replace(s, pack=("document" if tuning else "stream") if s.pack == "auto" else s.pack,
-                out=s.out or f"out/{s.model}" + "-decay" * s.decay_only + "-sft" * ((tuning or gentle) and not s.model.endswith("-sft")))
-    if s.relevance and s.pack != "document":
-        raise UserError("--relevance compares replies under whole prompts: it needs --pack=document")
-    out = Path(s.out)
-    if not (s.resume or s.eval_only or s.overwrite) and any(out.glob("*.pt")):
-        raise UserError(f"{out} holds a run: --resume --out={out} goes on with it, --out names another folder, --overwrite deletes it")
-    base = []
-    if tuning and (s.base_data or not (s.resume or "base_data" in given)):
-        before = start["train"] if start else {}
-        spec = s.base_data or before.get("base_data") or before.get("data", "") * (before.get("loss_on") != "responses")
-        try:
-            base = find_data(spec, s.tokenizer, cfg.vocab_size, is_main, barrier, tokenizer_text, "the chats'")[0] if spec else []
-        except UserError as e:
-            if s.replay or "base_data" in given:
-                raise
-            print(f"no base data, so what is forgotten of it is not measured: {e}")
-        else:
-            s = replace(s, base_data=spec)
-    if s.replay and not base:
-        raise UserError("--replay needs --base_data")
 
-    # rows of T positions, the same global batch for any number of processes
-    if not s.eval_only:
-        check_rows(s)
-    T, rows = s.block_size, s.batch_tokens // s.block_size
-    if rows % world and not s.eval_only:
-        raise UserError(f"the {rows} windows of a step cannot be shared out evenly to {world} processes; change --batch_tokens")
-    micro = s.micro_batch if s.eval_only else next(m for m in range(min(s.micro_batch, rows // world), 0, -1) if rows // world % m == 0)
-    bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
-    loader = None if s.eval_only else Loader(sources, s.order, T, s.max_steps * rows, s.seed, bos if s.pack == "document" else None, base, s.replay)
-    short = gentle or bool(s.epochs)  # its length depends on the data
-    if s.epochs and loader:
-        s = replace(s, epochs=0.0, max_steps=math.ceil(s.epochs * sum(loader.per_epoch[:loader.own]) / (1 - s.replay) / rows))
-        loader.set_length(s.max_steps * rows)
-    if short and "warmup_steps" not in given:
-        s = replace(s, warmup_steps=min(s.warmup_steps, s.max_steps // 10))
-    bytes_per_token = torch.from_numpy(token_byte_counts(tokenizer)).float()
-    boost, weighted = None, s.word_boost != 1 or s.response_start_weight != 1
-    if s.word_boost != 1:
-        boost = torch.tensor([1.0 if len(tokenizer.decode([i])) < 2 else s.word_boost for i in range(len(bytes_per_token))])
+def gradients_stay_here(net, last):
+    """Inside, backward passes do not exchange gradients between processes, unless it is the step's last one."""
+    if last or not isinstance(net, torch.nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return net.no_sync()
 
-    # model and optimizers
+
+def clip_gradients(params, largest):
+    """Scales all gradients so that their common norm is at most `largest` (0: no limit). Returns the norm before."""
+    for p in params:
+        if p.grad is None:  # a part that is switched off
+            p.grad = torch.zeros_like(p)
+    return float(torch.nn.utils.clip_grad_norm_(params, largest or math.inf, foreach=True))
+
+
+def make_model(plan, s):
+    """The model with its first weights: random ones, or those of the checkpoint that is started from."""
     torch.manual_seed(s.seed)
     try:
-        model = module.Model(cfg).to(device)
+        model = plan.module.Model(plan.cfg)
     except ValueError as e:
         raise UserError(f"--model={s.model}: {e}") from None
-    if start:
-        use = start["model"] | (start["ema"] if start["use_ema"] and not (resumed or s.decay_only or s.eval_only) else {})
-        model.load_state_dict(use)
+    if plan.start:
+        # a run that continues goes on from the raw weights, a new one from those that won
+        won = plan.start["ema"] if plan.start["use_ema"] and not plan.continues else {}
+        model.load_state_dict(plan.start["model"] | won)
     if s.grad_checkpoint:
         checkpoint_blocks(model)
-    params, names = list(model.parameters()), [n for n, _ in model.named_parameters()]
-    # Newton-Schulz needs few digits; bf16 there is faster wherever bf16 is
-    optimizers = None if s.eval_only else Optimizers(model, s, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-    ema = [p.detach().clone() for p in params] if s.ema_beta else None
-    step, tokens, elapsed, use_ema, best = 0, 0, 0.0, False, dict(loss=math.inf, step=0)
-    torch.manual_seed(s.seed + rank)  # dropout, if a fork has any, differs between processes
-    if start and (resumed or s.decay_only):
-        if [list(f) for f in start["loader"]["fingerprint"]] != [x.fingerprint for x in loader.sources]:
-            raise UserError(f"the data of {s.data}{' or ' * bool(s.base_data) + s.base_data} has changed since the checkpoint, so its place in it is lost; "
-                            "use the data it was trained on" + ", and as much --replay" * tuning)
-        step, tokens, use_ema = start["step"], start["tokens"], start["use_ema"]
-        loader.load_state_dict(start["loader"])
-        optimizers.load_state_dict(start["optimizer"])
-        if ema is not None and start["ema"]:
-            ema = [start["ema"][n].to(device) for n in names]
-        if len(start["rng"]) == world:
-            torch.set_rng_state(start["rng"][rank]["cpu"])
-            if device.type == "cuda" and "cuda" in start["rng"][rank]:
-                torch.cuda.set_rng_state(start["rng"][rank]["cuda"])
-        if resumed:
-            best, elapsed = start["metrics"]["best"] if (out / "best.pt").exists() else best, start["metrics"]["elapsed"]
-    flops = model.flops_per_token(T)
-    long_enough = device.type == "cpu" and bool(compiler) and flops * s.batch_tokens * s.max_steps > COMPILE_PAYS
-    compiled = s.compile == "on" or s.compile == "auto" and (device.type == "cuda" or long_enough)
-    run = torch.compile(model, dynamic=False) if compiled else model
-    if world > 1:
-        run = torch.nn.parallel.DistributedDataParallel(run, device_ids=[device.index] if device.type == "cuda" else None)
+    return model
 
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext()
 
-    def measure(n_tokens):  # not compiled: its shapes vary
-        args = n_tokens, T, micro, autocast
-        result = evaluate(model, sources, *args, bytes_per_token, device, world, rank, bos if s.pack == "document" else None, tuning)
-        if base:
-            result["base"] = evaluate(model, base, *args, bytes_per_token, device, world, rank)["mixed"]
-        if tuning:
-            result["relevance"] = relevance(model, sources, *args, bos, device, world, rank)
-        return result
+class Trainer:
+    """The model, what trains it, and the run's folder, made as the plan says; with what is done to them as a whole."""
 
-    def sample():
-        prompt, wide = [bos, *tokenizer.encode(s.sample_prompt, add_special_tokens=False).ids], "\n             "
-        if tuning:  # a chat: --sample_prompt or, if there is none, the first question of the validation text
-            user, assistant = tokenizer.token_to_id("<|user|>"), tokenizer.token_to_id("<|assistant|>")
-            chat = next(x.val for x in chats if len(x.val))[:2 ** 16].tolist()
-            prompt = [bos, user, *prompt[1:], assistant] if s.sample_prompt else chat[:chat.index(assistant) + 1]
-        ids = model.generate(torch.tensor([prompt], device=device), s.sample_tokens, temperature=0.8, top_p=0.95, stop_token=eos,
-                             generator=torch.Generator(device).manual_seed(s.seed))[0].tolist()
-        if tuning:
-            progress.done("sample       user: " + tokenizer.decode(prompt[prompt.index(user):]).replace("\n", wide))
-            ids = ids[len(prompt):]
-        progress.done("             assistant: " * tuning + "sample       " * (not tuning) + tokenizer.decode(ids).replace("\n", wide))
+    def __init__(self, plan, task, world, on):
+        self.plan, self.task, self.world, self.on = plan, task, world, on
+        self.s = s = task.s
+        self.model = make_model(plan, s).to(on.device)
+        self.params = list(self.model.parameters())
+        self.names = [name for name, _ in self.model.named_parameters()]
+        self.optimizers = Optimizers(self.model, s, on.dtype)
+        self.ema = [p.detach().clone() for p in self.params] if s.ema_beta else None
+        self.state = State()
+        torch.manual_seed(s.seed + world.rank)  # dropout, if a fork has any, differs between processes
+        if plan.continues:
+            self.go_on(plan.start)
+        self.net, self.compiled = make_net(self.model, s, on, world)
+        self.folder = run.RunFolder(s.out, world.is_main)
+        self.progress = self.folder.progress
 
-    progress = Progress()
-    if s.eval_only:
-        model.eval()
-        for kind, values in (("raw", None), *([("EMA", [parent["ema"][n].to(device) for n in names])] if parent["ema"] else ())):
-            with weights(params, values):
-                result = measure(s.final_eval_tokens)
-            progress.done(f"{s.init_from}, step {parent['step']:,}, {kind} weights{' (the chosen ones)' * ((kind == 'EMA') == parent['use_ema'])}")
-            for line in table(result, sources):
-                progress.done("  " + line)
-        return 0
+    def go_on(self, start):
+        """Puts optimizers, average, place in the data and random numbers where the checkpoint left them."""
+        state = self.state
+        if [list(f) for f in start["loader"]["fingerprint"]] != self.task.loader.state_dict()["fingerprint"]:
+            raise UserError(f"the data of {self.s.data} has changed since the checkpoint, so its place in it is lost; "
+                            "use the data, and in fine-tuning the --base_data and --replay, that it was trained with")
+        state.step, state.tokens, state.use_ema = start["step"], start["tokens"], start["use_ema"]
+        self.task.loader.load_state_dict(start["loader"])
+        self.optimizers.load_state_dict(start["optimizer"])
+        if self.ema is not None and start["ema"]:
+            self.ema = [start["ema"][name].to(self.on.device) for name in self.names]
+        if len(start["rng"]) == self.world.size:
+            rng = start["rng"][self.world.rank]
+            torch.set_rng_state(rng["cpu"])
+            if self.on.device.type == "cuda" and "cuda" in rng:
+                torch.cuda.set_rng_state(rng["cuda"])
+        if self.plan.kind == "resumed":
+            state.elapsed, state.saved_step = start["metrics"]["elapsed"], state.step
+            if (Path(self.s.out) / "best.pt").exists():
+                state.best_loss, state.best_step = (start["metrics"]["best"][key] for key in ("loss", "step"))
 
-    # the run's folder
-    if is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        for pattern in ("*.part", *(() if resumed else ("ckpt.pt", "best.pt", "best_validation.json", "step_*.pt", "loss.png"))):
-            for old in out.glob(pattern):
-                old.unlink()
-        kept = [r for r in read_rows(out / "metrics.jsonl") if r["step"] <= step and not r.get("final")] if resumed else []
-        with replacing(out / "metrics.jsonl") as f:
-            f.write("".join(json.dumps(r) + "\n" for r in kept).encode())  # the steps since the checkpoint come again
-        with replacing(out / "config.json") as f:
-            settings = dict(model=s.model, cfg=asdict(cfg), train=asdict(replace(s, resume=False, overwrite=False)))
-            f.write(json.dumps(settings, indent=1).encode())
-    barrier()
+    def begin(self):
+        """Makes the folder and tells what the run is. Fine-tuning is measured before its first step too."""
+        resumed_at = self.state.step if self.plan.kind == "resumed" else None
+        self.folder.begin(self.s, self.plan.cfg, self.task.tokenizer_text, resumed_at)
+        self.world.barrier()
+        self.describe()
+        self.model.train()
+        if self.task.measures_start and self.state.step == 0:
+            _, row = self.assess()
+            self.progress.done(report.evaluation_line(row, self.task.measured, "raw"))
 
-    def record(row):
-        if is_main:
-            with open(out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(row) + "\n")
+    def describe(self):
+        s, task, on = self.s, self.task, self.on
+        kind = "windows" if s.pack == "stream" else "rows"
+        print(f"{s.model:<12} {self.model.n_params / 1e6:,.2f}M parameters ({Path(self.plan.module.__file__).name}), "
+              f"context {self.plan.cfg.context_length:,}, training on {kind} of {task.T:,}")
+        for line in task.about():
+            print(line)
+        compiled = ", compiled" if self.compiled else ""
+        processes = f"{self.world.size} x " if self.world.size > 1 else ""
+        matrices = f"{s.optimizer} {self.optimizers.n_matrices} matrices, " if self.optimizers.n_matrices else ""
+        mine = task.rows // self.world.size
+        print(f"{on.device.type:<12} {str(on.dtype)[6:]}{compiled}, {processes}{on.chip}; "
+              f"{matrices}AdamW {self.optimizers.n_other} tensors; {s.max_steps:,} steps of {s.batch_tokens:,} tokens, "
+              f"{mine // task.micro} x {task.micro} rows each")
+        if self.plan.kind == "resumed":
+            print(f"{'resumed':<12} {s.out} at step {self.state.step:,}")
 
-    def save(*paths):
-        rng = dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state()) if device.type == "cuda" else {})
-        every_rng = [rng]
-        if world > 1:
-            every_rng = [None] * world
-            dist.all_gather_object(every_rng, rng)
-        if is_main:
-            state = dict(format=FORMAT, step=step, tokens=tokens, model_name=s.model, cfg=asdict(cfg), train=asdict(s), model=model.state_dict(),
-                         ema=dict(zip(names, ema)) if ema is not None else {}, use_ema=use_ema, optimizer=optimizers.state_dict(), rng=every_rng,
-                         loader=loader.state_dict(), tokenizer=tokenizer_text,
-                         metrics=dict(best=best, elapsed=elapsed))
-            for path in paths:
-                save_checkpoint(path, state)
+    def save(self, name):
+        """Writes a checkpoint: tensors and plain values only, so that weights_only=True loads it."""
+        state, rng = self.state, dict(cpu=torch.get_rng_state())
+        if self.on.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state()
+        self.folder.save(name, dict(
+            format=run.FORMAT, step=state.step, tokens=state.tokens, model_name=self.s.model, cfg=asdict(self.plan.cfg),
+            train=asdict(self.s), model=self.model.state_dict(),
+            ema={} if self.ema is None else dict(zip(self.names, self.ema)), use_ema=state.use_ema,
+            optimizer=self.optimizers.state_dict(), rng=self.world.gather(rng), loader=self.task.loader.state_dict(),
+            tokenizer=self.task.tokenizer_text,
+            metrics=dict(best=dict(loss=state.best_loss, step=state.best_step), elapsed=state.elapsed)))
 
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{s.model:<12} {model.n_params / 1e6:,.2f}M parameters ({Path(module.__file__).name}), "
-          f"context {cfg.context_length:,}, training on {'windows' if s.pack == 'stream' else 'rows'} of {T:,}")
-    for i, (x, n, fill) in enumerate(zip(loader.sources, loader.per_epoch, loader.fill)):
-        print(f"{x.name:<12} {x.language}/{x.kind}, {len(x.train):,} training and {len(x.val):,} validation tokens, "
-              + (f"{loader.share[i]:.0%} of the run" if not s.replay else
-                 f"{loader.row_share[i] * (1 - s.replay):.0%} of the rows" if i < loader.own else f"{loader.row_share[i] * s.replay:.0%} of the rows, replayed")
-              + f", whole documents in {n:,} rows, {1 - fill:.2%} of them padding" * (loader.edges[i] is not None))
-    if tuning or gentle:
-        tricks = [f"word boost {s.word_boost:g}"] * (s.word_boost != 1)
-        tricks += [f"first {s.response_start_tokens} tokens x {s.response_start_weight:g}"] * (s.response_start_weight != 1)
-        tricks += [f"replay {s.replay:g}"] * (s.replay > 0) + [f"relevance {s.relevance:g}, margin {s.relevance_margin:g}"] * (s.relevance > 0)
-        print(f"{'tuning':<12} {s.init_from or 'random weights'}, on {'replies' if tuning else 'all of the chats'}; {', '.join(tricks) or 'no tricks'}; "
-              + f"muon_lr {s.muon_lr:g}, " * (s.optimizer == "muon") + f"lr {s.lr:g}, {s.warmup_steps} steps of warm-up")
-    print(f"{device.type:<12} {str(dtype)[6:]}{', compiled' * compiled}, {f'{world} x ' * (world > 1)}{chip}; "
-          f"Muon {optimizers.n_matrices} matrices, AdamW {optimizers.n_other} tensors; "
-          f"{s.max_steps:,} steps of {s.batch_tokens:,} tokens, {rows // world // micro} x {micro} rows each")
-    if resumed:
-        print(f"resumed      {out} at step {step:,}")
+    def assess(self):
+        """Evaluates the raw and the averaged weights and records it: ({"raw": result, "ema": result}, row)."""
+        self.model.eval()
+        results = dict(raw=self.task.measure(self.model, self.s.eval_tokens))
+        if self.ema is not None and self.state.step:
+            with weights(self.params, self.ema):
+                results["ema"] = self.task.measure(self.model, self.s.eval_tokens)
+        self.model.train()
+        row = report.evaluation_row(results, self.state.step, self.state.tokens, self.state.elapsed)
+        self.folder.record(row)
+        return results, row
 
-    # Ctrl-C and SIGTERM end the step, save and leave; a second one ends at once
-    stop = []
-    def on_signal(number, frame):
-        if stop:
-            sys.exit(128 + number)
-        stop.append(number)
-    previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    def evaluate(self):
+        """Measures the weights, and saves those that are the best of the run."""
+        s, state = self.s, self.state
+        results, row = self.assess()
+        winner, is_best = state.judge(results)
+        line = report.evaluation_line(row, self.task.measured, winner)
+        self.progress.done(line + "  best" if is_best else line)
+        if is_best:
+            self.save("best.pt")
+            stays = s.keep_every and state.step % s.keep_every == 0
+            record = report.best_validation(
+                results[winner], self.task.sources, step=state.step, tokens=state.tokens, weights=winner,
+                checkpoint=f"step_{state.step}.pt" if stays else "best.pt", eval_tokens=s.eval_tokens)
+            self.folder.write("best_validation.json", json.dumps(record, indent=1))
 
-    def assess():
-        """Evaluates the raw and the averaged weights and records both: {"raw": result, "ema": result}, see `measure`."""
-        model.eval()
-        results = dict(raw=measure(s.eval_tokens))
-        if ema is not None and step:
-            with weights(params, ema):
-                results["ema"] = measure(s.eval_tokens)
-        model.train()
-        record(dict(step=step, tokens=tokens, val_loss={k: split_result(r, 0) for k, r in results.items()},
-                    val_bits_per_byte={k: split_result(r, 1) for k, r in results.items()},
-                    **relevances(results), elapsed=elapsed))
-        return results
+    def show_sample(self):
+        """Prints a sample; its further lines begin under its first one."""
+        label = "sample"
+        for paragraph in self.task.sample(self.model):
+            self.progress.done(f"{label:<12} " + paragraph.replace("\n", "\n" + 13 * " "))
+            label = ""
 
-    def summary(results, winner):
-        by_language = results[winner]["language"]
-        return (f"eval {step:>6,}  {'replies' if tuning else 'validation'} {results['raw']['mixed'][1]:.3f} bits/byte"
-                + (f", EMA {results['ema']['mixed'][1]:.3f}" if "ema" in results else "")
-                + "".join(f"  {name} {bits:.3f}" for name, (_, bits) in by_language.items() if len(by_language) > 1)
-                + (f"  base {results[winner]['base'][1]:.3f}" if base else "") + (f"  relevance {results[winner]['relevance'][0]:.1%}" if relevances(results) else ""))
+    def diverged(self, loss, grad_norm):
+        """The error for a loss that is not finite."""
+        kept = "no checkpoint was written yet"
+        if self.state.saved_step >= 0:
+            kept = f"{self.folder.path / 'ckpt.pt'} holds step {self.state.saved_step}"
+        return UserError(f"the loss is not finite at step {self.state.step + 1} (loss {float(loss):.3g}, gradient norm "
+                         f"{grad_norm}): stopped; {kept}. A lower learning rate or --dtype=float32 may help")
 
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in chip), None)
-    model.train()
-    if tuning and not step:  # where forgetting begins
-        before = assess()
-        if math.isnan(before["raw"]["mixed"][0]):  # long prompts, short replies, few rows
-            raise UserError(f"no reply is in the validation rows that --eval_tokens={s.eval_tokens} takes; raise it, or --block_size")
-        progress.done(summary(before, "raw"))
-    mark, mark_step, mark_tokens, saved_step = time.monotonic(), step, tokens, step if resumed else -1
-    while step < s.max_steps:
-        # one optimizer step
-        dealt = [loader.next_row() for _ in range(rows)]
-        x, y, reset = loader.tensors(dealt)
-        if max(x.max(), y.max()) >= cfg.vocab_size:
-            raise UserError(f"the data holds token id {int(max(x.max(), y.max()))}, the model's vocabulary ends at {cfg.vocab_size - 1}; "
-                            "prepare the data again")
-        marks = loader.marks(dealt, s.response_start_tokens) if tuning else None
-        if tuning:
-            y[marks == 0] = -1
-        in_replies = torch.tensor([not tuning or loader.in_replies(source) for source, _ in dealt])
-        targets, shown = y[y >= 0], y[in_replies][y[in_replies] >= 0]  # trained on; whose bits per byte are shown: of replies alone, not of what is replayed
-        loss_weights = token_weights(y, marks, boost, s.response_start_weight)
-        whole = float(loss_weights.sum()) or 1.0  # over all processes, so that the mean is the same for any number of them
-        shares = [float(w.sum()) / whole for w in loss_weights[rank::world].split(micro)]
-        rivals = [None] * len(shares)
-        if s.relevance:
-            rng = np.random.default_rng([s.seed, step, rank, 1])
-            replies = replies_of(dealt, loader, bos, rng)
-            rivals = [wrong_prompts(replies, mine, int(micro * s.relevance + rng.random()), T, rng)  # rounded so that the mean is right
-                      for mine in (list(range(rank, rows, world)[i * micro:(i + 1) * micro]) for i in range(len(shares)))]
-            spoken = max(1, int((y[in_replies] >= 0).sum()))
-        replied = in_replies[:, None].expand_as(y)
-        x, y, reset, loss_weights, replied = (None if t is None else t[rank::world].to(device) for t in (x, y, reset, loss_weights, replied))
-        loss, contrast, nats = torch.zeros((), device=device), torch.zeros((), device=device), torch.zeros((), device=device)
-        for i, share in enumerate(shares):
-            part = slice(i * micro, (i + 1) * micro)
-            with contextlib.nullcontext() if i + 1 == len(shares) or world == 1 else run.no_sync():  # gradients travel once a step
-                batch, part_contrast = [x[part], y[part], None if reset is None else reset[part]], torch.zeros_like(contrast)
-                if not tuning:
-                    with autocast():
-                        part_loss = run(*batch[:2], loss_weights=loss_weights[part] if weighted else None, reset=batch[2])[1] * share
-                else:
-                    rival = rivals[i] if rivals[i] is not None and len(rivals[i][0]) else None
-                    if rival:
-                        batch = [torch.cat((own, other.to(device))) for own, other in zip(batch, rival)]
-                    with autocast():
-                        losses = run(*batch[:2], reduction="none", reset=batch[2])[1]
-                    if rival:
-                        number, at_home, n = rival[3].to(device), rival[4].to(device), int(rival[3].max())
-                        losses, under_wrong = losses.split((micro, len(number)))
-                        lengths = reply_sums(torch.ones_like(under_wrong), number, n)
-                        own, wrong = reply_sums(losses, at_home, n), reply_sums(under_wrong, number, n)
-                        part_contrast = relevance_loss(own, wrong, lengths, s.relevance_margin) / spoken
-                    part_loss = (losses * loss_weights[part]).sum() / whole
-                    nats += (losses.detach() * replied[part]).sum()
-                ((part_loss + part_contrast) * world).backward()  # DDP averages over the processes; the loss is a sum of shares
-            loss += part_loss.detach()
-            contrast += part_contrast.detach()
-        for p in params:
-            if p.grad is None:  # a part that is switched off
-                p.grad = torch.zeros_like(p)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf, foreach=True))
+    def finish(self):
+        """Measures the best weights of the run on the whole validation text, draws the loss, shows a sample."""
+        s, task, folder = self.s, self.task, self.folder
+        best = run.read_checkpoint(folder.path / "best.pt")
+        kind = "ema" if best["use_ema"] else "raw"
+        self.model.load_state_dict(best["model"] | (best["ema"] if best["use_ema"] else {}))
+        self.model.eval()
+        result = task.measure(self.model, s.final_eval_tokens)
+        if not self.world.is_main:
+            return
+
+        xz = report.xz_bits_per_byte(task.sources, task.tokenizer) if task.is_text else None
+        row = report.evaluation_row({kind: result}, best["step"], best["tokens"], self.state.elapsed)
+        folder.record(row | dict(final=True, xz_bits_per_byte=xz))
+        title = f"{s.model} on {', '.join(source.name for source in task.sources)}"
+        report.draw_loss(folder.rows(), folder.path / "loss.png", title, xz)
+
+        average = " (EMA)" if best["use_ema"] else ""
+        beside = f"; xz -9 needs {xz:.3f}" if xz else ""
+        print(f"{'best':<12} step {best['step']:,}{average}: {result['bits_per_byte']['mixed']:.3f} bits/byte over the "
+              f"{task.measured_text}{beside}")
+        if len(task.sources) > 1 or not task.is_text:
+            print("\n".join(task.table(result)))
+        if s.sample_tokens:
+            self.show_sample()
+        print(f"wrote {folder.path}: {' '.join(folder.files())}        "
+              f"next: python sample.py --ckpt={folder.path / 'best.pt'}{task.sample_flags()}")
+
+
+def loop(trainer, stop):
+    """The training loop. Returns whether the run is finished; it is not if `stop`, a signal, asked for its end."""
+    world, on, task, s = trainer.world, trainer.on, trainer.task, trainer.s
+    model, net, params, ema = trainer.model, trainer.net, trainer.params, trainer.ema
+    optimizers, state, folder = trainer.optimizers, trainer.state, trainer.folder
+    flop_per_step = model.flops_per_token(task.T) * s.batch_tokens * (1 + task.extra_rows) / world.size
+    peak = run.peak_flops(on.chip, on.dtype)
+    pace = Pace(state)
+    while state.step < s.max_steps:
+        # forward and backward, in micro-batches whose losses add up to the step's
+        batch, loss = task.next_batch(state.step), torch.zeros((), device=on.device)
+        for micro in batch.micros:
+            with gradients_stay_here(net, last=micro is batch.micros[-1]):
+                with on.autocast():
+                    part = task.loss(net, micro)
+                (part * world.size).backward()  # DDP takes the mean over the processes, and this is a sum
+            loss += part.detach()
+
+        # the update
+        grad_norm = clip_gradients(params, s.grad_clip)
         if not math.isfinite(grad_norm):
-            kept = f"{out / 'ckpt.pt'} holds step {saved_step}" if saved_step >= 0 else "no checkpoint was written yet"
-            raise UserError(f"the loss is not finite at step {step + 1} (loss {float(loss):.3g}, gradient norm {grad_norm}): stopped; {kept}. "
-                            "A lower learning rate or --dtype=float32 may help")
-        lr = optimizers.step(lr_factor(step, s))
+            raise trainer.diverged(loss, grad_norm)
+        lr = optimizers.step(lr_factor(state.step, s))
         for p in params:
             p.grad = None
         if ema is not None:
-            ema_update(ema, params, step, s.ema_beta)
-        step, tokens = step + 1, tokens + len(targets)
+            ema_update(ema, params, state.step, s.ema_beta)
+        state.advance(batch)
+        is_last = state.step == s.max_steps
+        stopping = bool(world.max(int(stop.asked)))  # a signal may reach the processes in different steps
 
-        stopping = bool(stop)
-        if world > 1:  # a signal may reach the processes in different steps
-            anyone = torch.tensor([stopping], dtype=torch.int32, device=device)
-            dist.all_reduce(anyone)
-            stopping = bool(anyone)
+        # the log: one dict is the row of metrics.jsonl and the line on the terminal
+        if is_last or state.step % s.log_every == 0:
+            seconds, steps, tokens = pace.lap()
+            total = float(world.sum(loss.cpu()))
+            row = dict(step=state.step, tokens=state.tokens, train_loss=total) | task.numbers(batch, total)
+            row |= dict(tokens_per_s=tokens / seconds, lr=lr, grad_norm=grad_norm, elapsed=state.elapsed)
+            if peak:
+                row["mfu"] = flop_per_step * steps / seconds / peak
+            folder.record(row)
+            folder.show(report.log_line(row, s.max_steps, (s.max_steps - state.step) * seconds / steps))
 
-        if step % s.log_every == 0 or step == s.max_steps:
-            if world > 1:
-                dist.all_reduce(loss)
-                dist.all_reduce(contrast)
-                dist.all_reduce(nats)
-            seconds = time.monotonic() - mark
-            rate = (tokens - mark_tokens) / seconds
-            elapsed += seconds
-            bits = (float(nats) if tuning else float(loss) * len(targets)) / math.log(2) / (float(bytes_per_token[shown].sum()) or math.nan)  # 0: all are unknown
-            record(dict(step=step, tokens=tokens, train_loss=float(loss), train_bits_per_byte=bits, lr=lr,
-                        grad_norm=grad_norm, tokens_per_s=rate, elapsed=elapsed) | (dict(relevance_loss=float(contrast)) if s.relevance else {}))
-            line = (f"step {step:>6,}/{s.max_steps:,}  loss {float(loss):.3f}  {bits:.2f} bits/byte  "
-                    + f"relevance {float(contrast):.3f}  " * bool(s.relevance) + f"{rate / 1e3:.1f}k tok/s  "
-                    f"{clock((s.max_steps - step) * seconds / (step - mark_step))} left  lr {lr:.2g}  |g| {grad_norm:.2f}"  # the end is cut off in a narrow terminal
-                    + (f"  MFU {(1 + s.relevance) * s.batch_tokens * (step - mark_step) / seconds * flops / peak / world:.0%}" if peak and dtype == torch.bfloat16 else ""))
-            (progress.show if progress.live else progress.done)(line)
-            mark, mark_step, mark_tokens = time.monotonic(), step, tokens
-
-        if step == s.max_steps or s.eval_every and step % s.eval_every == 0:
-            begun = time.monotonic()
-            results = assess()
-            winner = min(results, key=lambda k: results[k]["mixed"][0])
-            use_ema = winner == "ema"
-            better = results[winner]["mixed"][0] < best["loss"]
-            if better:
-                best = dict(loss=results[winner]["mixed"][0], step=step)
-            progress.done(summary(results, winner) + "  best" * better)
-            if better:
-                save(out / "best.pt")
-                kept = s.keep_every and step % s.keep_every == 0
-                if is_main:
-                    with replacing(out / "best_validation.json") as f:
-                        f.write(json.dumps(best_validation(results[winner], sources, step=step, tokens=tokens, weights=winner, checkpoint=f"step_{step}.pt"
-                                                           if kept else "best.pt", eval_tokens=s.eval_tokens), indent=1).encode())
-            mark += time.monotonic() - begun  # speed is that of training alone
-
-        begun = time.monotonic()
-        if stopping or step == s.max_steps or s.save_every and step % s.save_every == 0:
-            save(out / "ckpt.pt")
-            saved_step = step
-        if s.keep_every and step % s.keep_every == 0:
-            save(out / f"step_{step}.pt")
-        if s.sample_tokens and s.sample_every and step % s.sample_every == 0 and step < s.max_steps and is_main:
-            sample()
-        mark += time.monotonic() - begun
+        # evaluate, save, sample
+        with pace.paused():
+            if is_last or s.eval_every and state.step % s.eval_every == 0:
+                trainer.evaluate()
+            if is_last or stopping or s.save_every and state.step % s.save_every == 0:
+                trainer.save("ckpt.pt")
+                state.saved_step = state.step
+            if s.keep_every and state.step % s.keep_every == 0:
+                trainer.save(f"step_{state.step}.pt")
+            if s.sample_every and state.step % s.sample_every == 0 and not is_last and world.is_main:
+                trainer.show_sample()
         if stopping:
-            progress.done(f"stopped at step {step:,} of {s.max_steps:,}, saved {out / 'ckpt.pt'}        "
-                          f"next: python train.py --resume --out={out}")
-            return 0
+            return False
+    return True
 
-    for number, handler in previous.items():  # from here on there is nothing to save
-        signal.signal(number, handler)
-    # the best weights of the run, on the whole validation text
-    final = read_checkpoint(out / "best.pt")
-    model.load_state_dict(final["model"] | (final["ema"] if final["use_ema"] else {}))
-    model.eval()
-    result, kind = measure(s.final_eval_tokens), "ema" if final["use_ema"] else "raw"
-    if is_main:
-        xz = None if tuning else xz_bits_per_byte(sources, tokenizer)
-        record(dict(step=final["step"], tokens=final["tokens"], final=True, val_loss={kind: split_result(result, 0)},
-                    val_bits_per_byte={kind: split_result(result, 1)}, **relevances({kind: result}),
-                    xz_bits_per_byte=xz, elapsed=elapsed))
-        draw_loss(read_rows(out / "metrics.jsonl"), out / "loss.png", f"{s.model} on {', '.join(x.name for x in sources)}", xz)
-        print(f"best         step {final['step']:,}{' (EMA)' * final['use_ema']}: {result['mixed'][1]:.3f} bits/byte over the validation "
-              + ("chats' replies" if tuning else "text") + (f"; xz -9 needs {xz:.3f}" if xz else ""))
-        if len(sources) > 1 or tuning:
-            print("\n".join(table(result, sources)))
-        if s.sample_tokens:
-            sample()
-        shown = " --chat" if tuning else f' --prompt="{s.sample_prompt}"' if s.sample_prompt else ""
-        picture = " loss.png" * (out / "loss.png").exists()
-        print(f"wrote {out}: best.pt best_validation.json ckpt.pt metrics.jsonl{picture} config.json        next: python sample.py --ckpt={out / 'best.pt'}{shown}")
-    barrier()
+
+def train(plan, make_task=Pretraining):
+    """Trains as `plan` says, see run.plan_run, and returns the exit status. make_task: a class like Pretraining."""
+    world, s = run.World(), plan.settings
+    on = run.pick_device(s.device, s.dtype, s.compile, s.deterministic, world.local_rank)
+    with world.joined(on.device):
+        task = make_task(plan, world, on)
+        trainer = Trainer(plan, task, world, on)
+        trainer.begin()
+        with run.StopSignals() as stop:
+            finished = loop(trainer, stop)
+        if finished:
+            trainer.finish()
+        else:
+            trainer.progress.done(
+                f"stopped at step {trainer.state.step:,} of {trainer.s.max_steps:,}, saved {Path(s.out) / 'ckpt.pt'}        "
+                f"next: python {task.tool} --resume --out={s.out}")
+        world.barrier()
     return 0
+
+
+# ---------------------------------------------------------------------------------------------------- which run is meant
+
+CHOICES = dict(order=("random", "sequential", "balanced"), pack=("stream", "document"),
+               optimizer=(*MATRIX_OPTIMIZERS, "adamw"), schedule=tuple(SCHEDULES), dtype=("auto", "bfloat16", "float32"),
+               compile=("auto", "on", "off"))
+# settings of finetune.py alone, and flags that other tools have now
+FINE_TUNING = ("loss_on", "response_start_tokens", "response_start_weight", "base_data", "replay", "relevance",
+               "relevance_margin")
+
+
+def is_fine_tuning(settings):
+    """Whether a recipe, or the settings in a checkpoint, are finetune.py's: only replies count in the loss."""
+    return settings.get("loss_on") == "responses"
+
+
+def default_out(model, kind):
+    return f"out/{model}-decay" if kind == "decay" else f"out/{model}"
+
+
+def only_pretraining(plan):
+    """UserError for a fine-tuning preset, or a fine-tuned run that is to go on: the command that was meant."""
+    s = plan.settings
+    if plan.continues and is_fine_tuning(plan.start["train"]):
+        flags = f"--resume --out={s.out}" if plan.kind == "resumed" else f"--init_from={s.init_from} --decay_only"
+        raise UserError(f"{plan.start_path} is of a fine-tuning run: python finetune.py {flags}")
+    if plan.kind == "new" and is_fine_tuning(plan.recipe):
+        raise UserError(f"{s.model} is a recipe for fine-tuning: python finetune.py --model={s.model}")
+
+
+def main(argv):
+    with run.World().one_voice():
+        for flag in FINE_TUNING:
+            if flag_value(argv, flag) is not None:
+                raise UserError(f"--{flag} belongs to fine-tuning on chats: python finetune.py --init_from=CHECKPOINT "
+                                f"--data=CHATS --{flag}={flag_value(argv, flag)}")
+        name = flag_value(argv, "model")
+        if name and is_fine_tuning(run.find_preset(name)[2]):
+            raise UserError(f"{name} is a recipe for fine-tuning: python finetune.py --model={name}")
+        if flag_value(argv, "eval_only") is not None:
+            raise UserError("--eval_only is a tool of its own: python eval.py --ckpt=CHECKPOINT")
+        description = " ".join(__doc__.split("\n\n")[0].split())
+        plan = run.plan_run(argv, Settings, CHOICES, default_out, description, only_pretraining)
+        return train(plan)
 
 
 if __name__ == "__main__":

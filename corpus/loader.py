@@ -1,4 +1,15 @@
-"""From token files to batches."""
+"""From token files to batches: which tokens make the next training row, and in which order.
+
+A prepared folder holds token files, one pair for each source of text. `TokenSource` maps a pair into memory. `Loader`
+deals out training rows from all sources. A row of T positions consists of pieces, (first token, number of positions),
+of one source; `fill_rows` makes inputs and targets of them. There are two kinds of rows:
+
+    --pack=stream     a row is one window of T + 1 tokens, cut from the stream without looking at documents
+    --pack=document   a row holds whole documents, which do not see each other; see `document_rows`
+
+The same seed gives the same rows, whatever the number of processes. The loader's whole state is how many rows each
+source has given, so a run can go on anywhere.
+"""
 import math
 
 import numpy as np
@@ -8,190 +19,277 @@ from common import UserError
 from corpus.folder import document_edges, read_tokens
 
 
-class Source:
-    """One source of a prepared folder: its token files as memory maps, with a set of chats their masks too, and where it comes from."""
+class TokenSource:
+    """The token files of one source as memory maps, with the masks that a set of chats has beside them.
+
+    entry: what meta.json has about the source. weight: its factor in --data (NAME:WEIGHT).
+    """
 
     def __init__(self, folder, entry, dtype, weight):
-        self.name, self.language, self.kind, self.weight = entry["name"], entry["language"], entry["kind"], weight
+        self.name, self.language, self.kind = entry["name"], entry["language"], entry["kind"]
+        self.weight = weight
         self.budget = entry["budget"] or entry["train"]["tokens"]
-        self.fingerprint = [entry["name"], entry["train"]["sha256"]]
-        self.train, self.val = (read_tokens(folder / entry[split]["file"], dtype) for split in ("train", "val"))
-        self.train_mask, self.val_mask = (read_tokens(folder / entry[split]["mask"]["file"], "uint8") if "mask" in entry[split] else None
-                                          for split in ("train", "val"))
-        self.packed = {}  # (T, bos) -> what validation_rows found
+        self.fingerprint = [entry["name"], entry["train"]["sha256"]]  # a resumed run must find the same data
+        self.train = read_tokens(folder / entry["train"]["file"], dtype)
+        self.val = read_tokens(folder / entry["val"]["file"], dtype)
+        self.train_mask = self.val_mask = None
+        if "mask" in entry["train"]:
+            self.train_mask = read_tokens(folder / entry["train"]["mask"]["file"], "uint8")
+            self.val_mask = read_tokens(folder / entry["val"]["mask"]["file"], "uint8")
+        self.packed = {}  # (T, frame) -> what validation_rows found
 
-    def validation_rows(self, T, bos=None):
-        """The validation text in rows of T positions, always the same: (how many, their targets, number of a row -> its pieces), see `Loader`."""
-        if (T, bos) not in self.packed:
-            if bos is None:
-                last = max(len(self.val) - 1, 0)
-                self.packed[T, bos] = -(-last // T), last, lambda k: [(T * k, min(T, last - T * k))]
+    @property
+    def is_chat(self):
+        return self.train_mask is not None
+
+    def validation_rows(self, T, frame=None):
+        """The validation text in rows of T positions, the same every time: (number of rows, their targets, row).
+
+        row(k) gives the pieces of row number k. frame: see `Loader`.
+        """
+        if (T, frame) not in self.packed:
+            if frame is None:
+                targets = max(len(self.val) - 1, 0)
+                n_rows = math.ceil(targets / T)
+                self.packed[T, frame] = n_rows, targets, lambda k: [(T * k, min(T, targets - T * k))]
             else:
-                first, pieces = document_rows(document_edges(self.val, bos), T)
-                self.packed[T, bos] = len(first) - 1, int(pieces[:, 1].sum()), lambda k: pieces[first[k]:first[k + 1]].tolist()
-        return self.packed[T, bos]
+                first, pieces = document_rows(document_edges(self.val, *frame), T)
+                targets = int(pieces[:, 1].sum())
+                self.packed[T, frame] = len(first) - 1, targets, lambda k: pieces[first[k]:first[k + 1]].tolist()
+        return self.packed[T, frame]
+
+    def spread_rows(self, tokens, T, frame=None):
+        """Validation rows with about `tokens` targets, spread evenly over the text; all of them if `tokens` is 0.
+
+        Returns (rows as lists of pieces, whether they are all that there are).
+        """
+        n_rows, targets, row = self.validation_rows(T, frame)
+        take = n_rows
+        if tokens and n_rows:
+            take = min(n_rows, math.ceil(tokens * n_rows / targets))
+        return [row(i * n_rows // take) for i in range(take)], take == n_rows
+
+
+def open_sources(folders):
+    """[(folder, its meta.json, weight), ...] -> a TokenSource for each source in them.
+
+    Two folders may bring sources of one name; a number behind it then tells them apart.
+    """
+    sources = [TokenSource(folder, entry, meta["dtype"], weight)
+               for folder, meta, weight in folders for entry in meta["sources"]]
+    for name in [source.name for source in sources]:
+        same = [source for source in sources if source.name == name]
+        if len(same) > 1:
+            for i, source in enumerate(same):
+                source.name += f"-{i}"
+    return sources
+
+
+# ---------------------------------------------------------------------------------------------------- rows
+
+def cut_documents(edges, T, rng=None):
+    """Cuts the documents between `edges` into pieces of at most T positions: (first token, positions), int64 (n,) each.
+
+    A document of n tokens has n - 1 positions: an input and the token after it. A document with more than T positions
+    becomes pieces of T and a shorter one. The shorter one is the last or, with rng, any of them, so that the cuts
+    differ between epochs.
+    """
+    positions = np.diff(edges) - 1
+    n_pieces = -(-positions // T)  # of each document, rounded up
+    document = np.repeat(np.arange(len(n_pieces)), n_pieces)  # which document a piece belongs to
+    i = np.arange(len(document)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)  # a piece's number within it
+    rest = (positions - T * (n_pieces - 1))[document]  # length of the document's shorter piece
+
+    if rng is None:
+        short = n_pieces - 1
+    else:
+        short = rng.integers(np.maximum(n_pieces, 1))
+    short = short[document]
+    length = np.where(i == short, rest, T)
+    start = edges[document] + T * i
+    start -= (T - rest) * (i > short)  # pieces after the shorter one begin earlier by what it lacks
+    return start, length
+
+
+def best_fit(lengths, T):
+    """Number of the row that each piece goes to: the fullest row that still has room for it (arXiv 2404.10830).
+
+    lengths: positions of each piece, at most T, the longest first. Returns (rows as a list, number of rows).
+    """
+    row_of, n_rows = [], 0
+    rows_with = [[] for _ in range(T + 1)]  # rows_with[r]: the rows that have r positions left
+    lefts = 0  # bit r is set if rows_with[r] is not empty, so that the search below is one operation
+    for n in lengths:
+        fitting = lefts >> n
+        if fitting:
+            left = n + (fitting & -fitting).bit_length() - 1  # the least room that is enough
+            row = rows_with[left].pop()
+            if not rows_with[left]:
+                lefts ^= 1 << left
+        else:
+            row, left = n_rows, T
+            n_rows += 1
+        row_of.append(row)
+        if left > n:
+            rows_with[left - n].append(row)
+            lefts |= 1 << (left - n)
+    return row_of, n_rows
 
 
 def document_rows(edges, T, rng=None):
-    """Packs the documents between `edges` into rows of T positions. Returns (first (rows + 1,), pieces (n, 2)), both int64: row k consists
-    of pieces[first[k]:first[k + 1]], each the number of its first token and of its positions.
+    """Packs the documents between `edges` into rows of T positions, with little padding.
 
-    A document of n tokens has n - 1 positions: an input and the token behind it. One with more than T is cut into pieces of T and a
-    shorter one, the last or, with rng, any of them, so that the cuts differ between epochs. Pieces go, the longest first, to the fullest
-    row with room for them (best-fit packing, arXiv 2404.10830). The number of rows does not depend on rng.
+    Returns (first, pieces), both int64: row k consists of pieces[first[k]:first[k + 1]], and a piece is (number of its
+    first token, number of its positions). The number of rows does not depend on rng, which shuffles the pieces.
     """
-    positions = np.diff(edges) - 1
-    cuts = -(-positions // T)  # pieces of each document
-    document = np.repeat(np.arange(len(cuts)), cuts)
-    i = np.arange(len(document)) - np.repeat(np.cumsum(cuts) - cuts, cuts)  # number of a piece within its document
-    rest = (positions - T * (cuts - 1))[document]
-    short = (cuts - 1 if rng is None else rng.integers(np.maximum(cuts, 1)))[document]
-    length = np.where(i == short, rest, T)
-    start = edges[document] + T * i - (T - rest) * (i > short)  # pieces behind the short one begin earlier by what it lacks
-    order = np.arange(len(length)) if rng is None else rng.permutation(len(length))
-    order = order[np.argsort(-length[order], kind="stable")]
+    start, length = cut_documents(edges, T, rng)
+    order = np.arange(len(length))
+    if rng is not None:
+        order = rng.permutation(len(length))
+    order = order[np.argsort(-length[order], kind="stable")]  # the longest first
 
-    row, rows = [], 0
-    room, filled = [[] for _ in range(T + 1)], 0  # room[r]: the rows with r positions left; bit r of `filled`: there are any
-    for n in length[order].tolist():
-        fitting = filled >> n
-        if fitting:
-            r = n + (fitting & -fitting).bit_length() - 1  # the least room that is enough
-            k = room[r].pop()
-            if not room[r]:
-                filled ^= 1 << r
-        else:
-            k, r, rows = rows, T, rows + 1
-        row.append(k)
-        if r > n:
-            room[r - n].append(k)
-            filled |= 1 << r - n
-    row = np.array(row, dtype=np.int64)
-    by_row = order[np.argsort(row, kind="stable")]
-    return np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))]), np.stack([start[by_row], length[by_row]], axis=1)
+    row_of, n_rows = best_fit(length[order].tolist(), T)
+    row_of = np.array(row_of, dtype=np.int64)
+    by_row = order[np.argsort(row_of, kind="stable")]
+    first = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=n_rows))])
+    return first, np.stack([start[by_row], length[by_row]], axis=1)
 
 
 def fill_rows(tokens, rows, T):
-    """Rows as lists of pieces, (first token, positions), of `tokens` -> inputs and targets, int64 (rows, T), -1 where a target does not
-    count, and bool (rows, T), true where a piece begins or the padding does."""
-    x, y, reset = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), -1, np.int64), np.zeros((len(rows), T), bool)
+    """Rows, each a list of pieces of `tokens`, as (inputs, targets, reset), torch tensors of shape (rows, T).
+
+    Inputs and targets are int64; a target is -1 where it does not count. reset is bool: true where a piece begins and
+    where the padding begins.
+    """
+    x = np.zeros((len(rows), T), np.int64)
+    y = np.full((len(rows), T), -1, np.int64)
+    reset = np.zeros((len(rows), T), bool)
     for r, pieces in enumerate(rows):
         at = 0
         for start, n in pieces:
             piece = tokens[start:start + n + 1]
-            if len(piece) <= n:  # a window of a later epoch may wrap around
+            if len(piece) <= n:  # a window of a later epoch may reach over the end of the file
                 piece = np.concatenate((piece, tokens[:n + 1 - len(piece)]))
-            x[r, at:at + n], y[r, at:at + n], reset[r, at] = piece[:-1], piece[1:], True
+            x[r, at:at + n] = piece[:-1]
+            y[r, at:at + n] = piece[1:]
+            reset[r, at] = True
             at += n
         reset[r, at:at + 1] = True
     return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(reset)
 
 
-def mark_replies(mask, rows, T, opening=0):
-    """A set of chats' mask and rows of pieces, see `fill_rows` -> uint8 (rows, T): 0 where the target is no part of a reply, 2 where it is
-    one of the first `opening` tokens of its reply, else 1."""
-    marks = np.zeros((len(rows), T), np.uint8)
-    for r, pieces in enumerate(rows):
-        at = 0
-        for start, n in pieces:
-            near = mask[np.arange(start + 1 - opening, start + n + 1) % len(mask)]
-            seen = np.concatenate([[0], np.cumsum(near, dtype=np.int64)])
-            begun = seen[opening:-1] - seen[:n] < opening  # of the `opening` tokens before the target not all belong to a reply
-            marks[r, at:at + n] = near[opening:] * (1 + begun)
-            at += n
-    return torch.from_numpy(marks)
+def row_tensors(sources, rows, T):
+    """Rows as (number of the source, pieces) -> (inputs, targets, reset), see `fill_rows`."""
+    filled = [fill_rows(sources[i].train, [pieces], T) for i, pieces in rows]
+    x, y, reset = map(torch.cat, zip(*filled))
+    return x, y, reset
 
+
+# ---------------------------------------------------------------------------------------------------- the loader
 
 class Loader:
-    """Deals out training rows of T positions, the same ones for the same seed; its whole state is how many each source has given.
+    """Deals out training rows of T positions; its whole state is how many rows each source has given.
 
-    Without `bos` (--pack=stream) a row is a window of T + 1 tokens of a source's stream; windows overlap by one token, so that each
-    token is a target once an epoch. With it (--pack=document) a row holds whole documents, which begin where that token stands, see
-    `document_rows`; again each token is a target once, but for the first of a document. Every epoch deals the rows in a new order
-    without replacement; from the second on the cuts are elsewhere, so that a token is not always seen behind the same context.
+    sources: list of TokenSource.
+    order: which source gives the next row. "random" takes the source that is furthest behind its share of the tokens,
+        which is its size times its weight. "balanced" does the same with equal shares. "sequential" goes through the
+        sources in turn, once in the run and in proportion to their budgets.
+    total_rows: rows that the run takes; "sequential" needs it.
+    frame: (bos, eos) token ids to pack whole documents, which begin at bos; None cuts windows from the stream.
+    first_number: number of the first source, which seeds its order.
 
-    Which source gives the next row: `sequential` goes through them in turn, once in the run and in proportion to their budgets;
-    `random` and `balanced` take the one furthest behind its share of the tokens, which is its size (times its weight in --data) or
-    the same for all.
-
-    The share `replay` of the rows are windows of the `base` sources instead, which are drawn as `random` does.
+    Each token is a target once in an epoch, but for the first of a document. Each epoch deals the rows in a new order
+    without replacement. From the second epoch on the cuts are elsewhere, so that a token does not always follow the
+    same context. Raises UserError for a source that is shorter than a row, and for weights that are not above 0.
     """
 
-    def __init__(self, sources, order, T, total_rows, seed, bos=None, base=(), replay=0.0):
-        self.own, base = len(sources), list(base) if replay else []
-        self.sources, self.T, self.order, self.seed, self.replay = [*sources, *base], T, order, seed, replay
-        self.taken, self.dealt = [0] * len(self.sources), {}
-        self.edges = [None if bos is None else document_edges(s.train, bos) for s in sources] + [None] * len(base)  # None: windows
-        self.per_epoch = [(len(s.train) - 1) // T if e is None else len(document_rows(e, T)[0]) - 1 for s, e in zip(self.sources, self.edges)]
-        for s, n in zip(self.sources, self.per_epoch):
-            if n < 1:
-                raise UserError(f"the source {s.name} has {len(s.train):,} training tokens, fewer than one window of {T + 1}: prepare more, or lower --block_size")
-        self.fill = np.array([1.0 if e is None else (len(s.train) - (len(e) - 1)) / (n * T)  # the rest is padding
-                              for s, e, n in zip(self.sources, self.edges, self.per_epoch)])
-        size = dict(random=lambda s: len(s.train) * s.weight, balanced=lambda s: s.weight, sequential=lambda s: s.budget * s.weight)
-        share = np.array([size[order](s) for s in sources] + [size["random"](s) for s in base], dtype=np.float64)
+    def __init__(self, sources, order, T, total_rows, seed, frame=None, first_number=0):
+        self.sources, self.order, self.T, self.seed = sources, order, T, seed
+        self.frame, self.first_number = frame, first_number
+        self.taken = [0] * len(sources)  # rows that each source has given
+        self.dealt = {}  # source -> (epoch, row): see deal()
+
+        # how many rows an epoch of each source has, and which part of them is text and not padding
+        self.edges = [None if frame is None else document_edges(s.train, *frame) for s in sources]
+        self.per_epoch = [self.count_rows(i) for i in range(len(sources))]
+        self.fill = np.array([self.filled(i) for i in range(len(sources))])
+
+        # the shares of the sources, of tokens and of rows
+        size = dict(random=lambda s: len(s.train) * s.weight,
+                    balanced=lambda s: s.weight,
+                    sequential=lambda s: s.budget * s.weight)[order]
+        share = np.array([size(s) for s in sources], dtype=np.float64)
         if not (share > 0).all():
             raise UserError("weights in --data and --base_data must be above 0")
-        self.share, self.row_share = np.zeros_like(share), np.zeros_like(share)  # of the tokens and of the rows, within each group
-        for group in (slice(self.own), slice(self.own, None)):
-            self.share[group] = share[group] / share[group].sum()
-            rows = self.share[group] / self.fill[group]
-            self.row_share[group] = rows / rows.sum()
+        self.share = share / share.sum()
+        rows = self.share / self.fill  # padding holds no tokens, so a padded source needs more rows
+        self.row_share = rows / rows.sum()
         self.set_length(total_rows)
 
-    def set_length(self, total_rows):
-        """How many rows the run takes, which `sequential` goes by."""
-        self.turn_ends = np.round(np.cumsum(self.row_share[:self.own]) * (total_rows - math.floor(total_rows * self.replay)))  # when each source's turn is over
+    def count_rows(self, i):
+        """Rows in an epoch of source number i."""
+        tokens = self.sources[i].train
+        if self.edges[i] is None:
+            n = (len(tokens) - 1) // self.T
+        else:
+            n = len(document_rows(self.edges[i], self.T)[0]) - 1
+        if n < 1:
+            raise UserError(f"the source {self.sources[i].name} has {len(tokens):,} training tokens, fewer than one "
+                            f"window of {self.T + 1}: prepare more, or lower --block_size")
+        return n
 
-    def deal(self, source, epoch):
-        """Number of a row in this epoch -> the pieces it consists of, [(first token, positions), ...]."""
-        rng, n = np.random.default_rng([self.seed, source, epoch]), self.per_epoch[source]
-        if self.edges[source] is None:
-            size = len(self.sources[source].train)
+    def filled(self, i):
+        """Fraction of the positions of source number i that hold a token; the rest is padding."""
+        if self.edges[i] is None:
+            return 1.0
+        n_documents = len(self.edges[i]) - 1
+        return (len(self.sources[i].train) - n_documents) / (self.per_epoch[i] * self.T)
+
+    def set_length(self, total_rows):
+        """Says how many rows the run takes. "sequential" gives each source its turn accordingly."""
+        self.turn_ends = np.round(np.cumsum(self.row_share) * total_rows)
+
+    def deal(self, i, epoch):
+        """The rows of source number i in this epoch, as a function: number of a row -> its pieces."""
+        rng = np.random.default_rng([self.seed, self.first_number + i, epoch])
+        n = self.per_epoch[i]
+        if self.edges[i] is None:
+            size = len(self.sources[i].train)
             shift = int(rng.integers(size)) if epoch else 0
             starts = (shift + self.T * rng.permutation(n)) % size
             return lambda k: [(int(starts[k]), self.T)]
-        first, pieces = document_rows(self.edges[source], self.T, rng if epoch else None)
+        first, pieces = document_rows(self.edges[i], self.T, rng if epoch else None)
         order = rng.permutation(n)
         return lambda k: pieces[first[order[k]]:first[order[k] + 1]].tolist()
 
     def next_row(self):
-        """(source, pieces) of the next row."""
-        i, own = sum(self.taken), self.own
-        if math.floor((i + 1) * self.replay) > math.floor(i * self.replay):
-            source = own + int(np.argmin((np.array(self.taken[own:]) + 0.5) / self.row_share[own:]))
-        elif self.order == "sequential":
-            source = min(int(np.searchsorted(self.turn_ends, sum(self.taken[:own]), side="right")), own - 1)
+        """(number of the source, pieces) of the next row."""
+        if self.order == "sequential":
+            i = int(np.searchsorted(self.turn_ends, sum(self.taken), side="right"))
+            i = min(i, len(self.sources) - 1)
         else:
-            source = int(np.argmin((np.array(self.taken[:own]) + 0.5) / self.row_share[:own]))
-        epoch, k = divmod(self.taken[source], self.per_epoch[source])
-        if self.dealt.get(source, (None,))[0] != epoch:
-            self.dealt[source] = epoch, self.deal(source, epoch)
-        self.taken[source] += 1
-        return source, self.dealt[source][1](k)
+            i = int(np.argmin((np.array(self.taken) + 0.5) / self.row_share))
+        epoch, k = divmod(self.taken[i], self.per_epoch[i])
+        if i not in self.dealt or self.dealt[i][0] != epoch:
+            self.dealt[i] = epoch, self.deal(i, epoch)
+        self.taken[i] += 1
+        return i, self.dealt[i][1](k)
 
-    def tensors(self, dealt):
-        """Rows as `next_row` gives them: inputs, targets and, if documents are packed, where they begin (else None), as `fill_rows` has them."""
-        x, y, reset = map(torch.cat, zip(*(fill_rows(self.sources[source].train, [pieces], self.T) for source, pieces in dealt)))
-        return x, y, reset if self.edges[0] is not None else None
+    def next_rows(self, n):
+        """The next n rows, as `next_row` gives them."""
+        return [self.next_row() for _ in range(n)]
 
-    def batch(self, rows):
-        """`tensors` of the next rows."""
-        return self.tensors([self.next_row() for _ in range(rows)])
-
-    def in_replies(self, source):
-        """Whether only replies of this source count: it is a set of chats and no base data."""
-        return source < self.own and self.sources[source].train_mask is not None
-
-    def marks(self, dealt, opening):
-        """Rows as `next_row` gives them -> `mark_replies`; where not only replies count, every target is marked 1."""
-        return torch.cat([mark_replies(self.sources[source].train_mask, [pieces], self.T, opening) if self.in_replies(source)
-                          else torch.ones(1, self.T, dtype=torch.uint8) for source, pieces in dealt])
+    def tensors(self, rows):
+        """Rows as `next_row` gives them -> (inputs, targets, reset), see `fill_rows`; reset is None for windows."""
+        x, y, reset = row_tensors(self.sources, rows, self.T)
+        return x, y, None if self.frame is None else reset
 
     def state_dict(self):
-        return dict(taken=list(self.taken), per_epoch=list(self.per_epoch), fingerprint=[s.fingerprint for s in self.sources])
+        return dict(taken=list(self.taken), per_epoch=list(self.per_epoch),
+                    fingerprint=[s.fingerprint for s in self.sources])
 
     def load_state_dict(self, state):
-        """Goes on where the loader of `state` was; with other rows (--block_size, --pack), at the same share of each epoch."""
+        """Goes on where the loader of `state` was; if its rows were of another length, at the same part of each epoch."""
         before = state.get("per_epoch", self.per_epoch)  # the first checkpoints of this format lack it
-        self.taken = [taken if n == m else round(taken * n / m) for taken, n, m in zip(state["taken"], self.per_epoch, before)]
+        self.taken = [taken if n == m else round(taken * n / m)
+                      for taken, n, m in zip(state["taken"], self.per_epoch, before)]

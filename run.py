@@ -1,0 +1,612 @@
+"""A run on disk: which run is meant by the flags, its data, its device, its checkpoints, its log and its picture.
+
+    plan_run         flags -> Plan: a new run, a resumed one, or the decay alone; with all settings checked
+    find_data        --data -> token sources
+    pick_device      --device, --dtype, --compile -> what to compute on; World: the processes that train together
+    load_checkpoint  a checkpoint's file -> a model that is ready to use
+    RunFolder        out/RUN: checkpoints, metrics.jsonl, config.json, tokenizer.json
+
+train.py, finetune.py, sample.py, eval.py and bench.py are built on it.
+"""
+import contextlib
+import errno
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import prepare
+from common import Progress, UserError, flag_value, nearest, parse_flags, replacing, yes_or_no
+from corpus.folder import corpus_name, read_meta
+from corpus.loader import open_sources
+from corpus.pydocs import EMBEDDED
+from corpus.text import SUFFIXES
+from corpus.tokenizer import DEFAULT_VOCAB, TRAINERS, load_tokenizer
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+FORMAT = 1
+KEYS = ("format", "step", "tokens", "model_name", "cfg", "train", "model", "ema", "use_ema", "optimizer", "rng",
+        "loader", "tokenizer", "metrics")
+
+
+def find_preset(name):
+    """Preset name -> (architecture module, config, recipe): `i3-80m` is in i3.py. UserError lists the presets there are."""
+    stem, here = name.split("-")[0], Path(__file__).parent
+    files = [p.stem for p in sorted(here.glob("*.py")) if re.search(r"^PRESETS\b", p.read_text(encoding="utf-8"), re.M)]
+    if stem not in files:
+        presets = [preset for file in files for preset in importlib.import_module(file).PRESETS]
+        raise UserError(f"there is no model {name!r}{nearest(name, presets)}; there are {', '.join(presets)}")
+    module = importlib.import_module(stem)
+    if name not in module.PRESETS:
+        raise UserError(f"{stem}.py has no preset {name!r}{nearest(name, module.PRESETS)}; "
+                        f"it has {', '.join(module.PRESETS)}")
+    return module, *module.PRESETS[name]
+
+
+def save_checkpoint(path, checkpoint):
+    """Writes the dict to a temporary file and renames it, so that a crash leaves the old checkpoint or the new one."""
+    with replacing(path) as f:
+        try:
+            torch.save(checkpoint, f)
+        except RuntimeError as e:  # torch's writer hides what the system said
+            cause = e.__context__
+            raise cause if isinstance(cause, OSError) else OSError(errno.ENOSPC, str(e), str(path)) from None
+
+
+def read_checkpoint(path):
+    """The checkpoint's dict, tensors on the CPU. UserError if it is missing, damaged, or not one of ours."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name a checkpoint in it, such as {Path(path) / 'best.pt'}") from None
+    except Exception as e:  # torch raises many types for a damaged file
+        raise UserError(f"{path} is damaged or not a checkpoint ({type(e).__name__})") from None
+
+    missing = KEYS
+    if isinstance(checkpoint, dict):
+        missing = [key for key in KEYS if key not in checkpoint]
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of this train.py: it lacks {', '.join(missing[:4])}")
+    if checkpoint["format"] != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this train.py: "
+                        f"its format is {checkpoint['format']!r}, not {FORMAT}")
+    return checkpoint
+
+
+def load_checkpoint(path, device="cpu", ema=None):
+    """A trained model, ready to use: (model in eval mode on `device`, tokenizer, the checkpoint's dict).
+
+    ema: True for the averaged weights, False for the raw ones, None for those that had the lower validation loss.
+    Raises UserError for a file that is missing, damaged or foreign, and for ema=True if no average was kept.
+    """
+    checkpoint = read_checkpoint(path)
+    module, *_ = find_preset(checkpoint["model_name"])
+    ema = checkpoint["use_ema"] if ema is None else ema
+    if ema and not checkpoint["ema"]:
+        raise UserError(f"{path} holds no EMA weights (its run had --ema_beta=0)")
+    try:
+        model = module.Model(module.Config(**checkpoint["cfg"]))
+        model.load_state_dict(checkpoint["model"] | (checkpoint["ema"] if ema else {}))
+    except (TypeError, RuntimeError) as e:
+        raise UserError(f"{path} does not fit {module.__name__}.py as it is now: {str(e).splitlines()[0]}") from None
+    return model.to(device).eval(), load_tokenizer(checkpoint["tokenizer"]), checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------- which run is meant
+
+@dataclass
+class Plan:
+    """What a run is to be, decided before anything is built."""
+    kind: str  # new: from random weights or a checkpoint's; resumed: where a run stopped; decay: a run's decay alone
+    module: object  # the architecture file
+    cfg: object  # the model's config
+    settings: object  # of train.py or finetune.py
+    recipe: dict  # the preset's
+    start: dict | None = None  # the checkpoint that is started from, or resumed
+    start_path: str = ""  # its file
+    given: frozenset = frozenset()  # names of the flags that were typed
+
+    @property
+    def continues(self):
+        """Whether optimizer, average and place in the data go on as well, and not the weights alone."""
+        return self.kind != "new"
+
+
+def known_settings(Settings, values):
+    """Settings from a dict that another version, or the other tool, may have written: what is unknown here is left out."""
+    names = {field.name for field in fields(Settings)}
+    return Settings(**{name: value for name, value in values.items() if name in names})
+
+
+def recorded_run(argv, Settings, default_out):
+    """--resume: the run in --out as its config.json has it, with its latest checkpoint."""
+    model = flag_value(argv, "model") or Settings.model
+    out = Path(flag_value(argv, "out") or default_out(model))
+    if not (out / "config.json").exists():
+        raise UserError(f"there is no run to resume in {out}; --out names its folder")
+    try:
+        record = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        name, cfg, settings = record["model"], record["cfg"], known_settings(Settings, record["train"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{out / 'config.json'} is damaged ({e}); start anew with --overwrite") from None
+    if flag_value(argv, "model") not in (None, name):
+        raise UserError(f"the run in {out} is a {name}, not a {model}")
+    if flag_value(argv, "init_from") not in (None, "", settings.init_from):
+        raise UserError(f"the run in {out} starts from {settings.init_from or 'random weights'}; "
+                        "--resume goes on with it as it is, --out names its folder")
+
+    module, _, recipe = find_preset(name)
+    settings = replace(settings, out=str(out), resume=True)
+    plan = Plan("resumed", module, module.Config(**cfg), settings, recipe)
+    if (out / "ckpt.pt").exists():
+        plan.start_path = str(out / "ckpt.pt")
+        plan.start = read_checkpoint(plan.start_path)
+    elif others := [*out.glob("best.pt"), *out.glob("step_*.pt")]:  # they hold all that is needed too
+        found = {str(path): read_checkpoint(path) for path in others}
+        plan.start_path = max(found, key=lambda path: found[path]["step"])
+        plan.start = found[plan.start_path]
+    else:  # stopped before its first checkpoint
+        plan.kind = "new"
+        if settings.init_from:
+            plan.start, plan.start_path = read_checkpoint(settings.init_from), settings.init_from
+    return plan
+
+
+def new_run(argv, Settings):
+    """A run from a preset's recipe, or from the checkpoint that --init_from or the recipe names."""
+    init_from = flag_value(argv, "init_from")
+    start = read_checkpoint(init_from) if init_from else None
+    name = flag_value(argv, "model") or (start["model_name"] if start else Settings.model)
+    module, cfg, recipe = find_preset(name)
+    settings = known_settings(Settings, dict(recipe, model=name))
+
+    # a recipe for fine-tuning names a checkpoint itself
+    if init_from is None and recipe.get("init_from"):
+        init_from = recipe["init_from"]
+        if os.path.exists(init_from):
+            start = read_checkpoint(init_from)
+        elif not {"--help", "-h"} & set(argv):
+            raise UserError(f"{name} starts from {init_from}, which is not there: run python train.py "
+                            f"--model={Path(init_from).parent.name} first, or give --init_from")
+    if start:
+        if start["model_name"].split("-")[0] != name.split("-")[0]:
+            raise UserError(f"--init_from={init_from} holds a {start['model_name']}, not a {name}")
+        cfg = module.Config(**start["cfg"])
+
+    plan = Plan("new", module, cfg, settings, recipe, start, init_from or "")
+    if yes_or_no(flag_value(argv, "decay_only") or "false"):
+        if not start:
+            raise UserError("--decay_only needs --init_from=CHECKPOINT")
+        plan.kind = "decay"
+        plan.settings = replace(known_settings(Settings, start["train"]), out="", init_from=init_from,
+                                overwrite=False, resume=False, decay_only=False)
+    return plan
+
+
+def apply_flags(plan, argv, description):
+    """The typed flags change the plan's settings and, of a model that is new, its shape."""
+    s, cfg = plan.settings, plan.cfg
+    given, _ = parse_flags(argv, s, cfg, description=f"{description} Defaults in brackets are those of --model={s.model}.")
+    given.pop("resume", None)
+    shape = {k: given.pop(k) for k in list(given) if k in {field.name for field in fields(cfg)}}
+    if plan.start or plan.kind == "resumed" or s.resume:
+        differs = [f"{k} is {getattr(cfg, k)}" for k, v in shape.items() if getattr(cfg, k) != v]
+        if differs:
+            raise UserError(f"{'the run' if s.resume else plan.start_path} has another shape: {', '.join(differs)}")
+    plan.cfg = cfg = replace(cfg, **shape)
+    plan.settings = replace(s, **given)
+    plan.given = frozenset(given)
+
+    # what follows from the flags
+    follows = {}
+    if plan.kind == "new" and plan.start and "tokenizer" not in given:
+        follows["tokenizer"] = plan.start["train"]["tokenizer"]  # names in the start's --data go with it
+    if "max_steps" in given and "epochs" not in given:
+        follows["epochs"] = 0.0
+    if "block_size" not in given:
+        follows["block_size"] = min(plan.settings.block_size, cfg.context_length)
+    if "sample_prompt" not in given and given.get("data", s.data) != s.data:
+        follows["sample_prompt"] = ""  # the recipe's prompt belongs to the recipe's data
+    if plan.kind == "decay":
+        if not plan.settings.decay_steps or plan.settings.epochs:
+            raise UserError("--decay_only needs --decay_steps, and goes without --epochs")
+        follows |= dict(schedule="wsd", warmup_steps=0, max_steps=plan.start["step"] + plan.settings.decay_steps)
+    plan.settings = replace(plan.settings, **follows)
+
+
+def check_settings(s, cfg, choices):
+    """Raises UserError for values that make no sense. choices: field -> the values it may have."""
+    for name, allowed in choices.items():
+        value = getattr(s, name)
+        if value not in allowed:
+            raise UserError(f"--{name}={value} is not one of {', '.join(allowed)}{nearest(value, allowed)}")
+    positive = ("block_size", "batch_tokens", "micro_batch", "max_steps", "log_every")
+    for field in fields(s):
+        value = getattr(s, field.name)
+        if type(value) not in (int, float):
+            continue
+        if field.name in positive and not value > 0:
+            raise UserError(f"--{field.name}={value} must be above 0")
+        if not 0 <= value < math.inf:
+            raise UserError(f"--{field.name}={value} must be at least 0")
+    if s.ema_beta >= 1 or s.decay_fraction > 1:
+        raise UserError("--ema_beta must be below 1 and --decay_fraction at most 1")
+    if s.block_size > cfg.context_length:
+        raise UserError(f"--block_size={s.block_size} is longer than the model's context of {cfg.context_length}; "
+                        f"--context_length={s.block_size} makes a model that fits")
+    if s.batch_tokens % s.block_size:
+        raise UserError(f"--batch_tokens={s.batch_tokens} is not a multiple of --block_size={s.block_size}")
+    if not s.data:
+        raise UserError(f"--model={s.model} names no data of its own: give --data")
+
+
+def plan_run(argv, Settings, choices, default_out, description, adapt=None):
+    """argv -> Plan. Settings: train.py's dataclass or finetune.py's; choices: see `check_settings`.
+
+    Defaults come from Settings, then from the preset's recipe or, with --resume, from the run's record; flags override
+    both. default_out: (model, kind of run) -> folder. adapt: changes the plan after the flags are read, before the
+    checks. Raises UserError for whatever cannot be meant.
+    """
+    if yes_or_no(flag_value(argv, "resume") or "false"):
+        plan = recorded_run(argv, Settings, default_out)
+    else:
+        plan = new_run(argv, Settings)
+    apply_flags(plan, argv, description)
+    if adapt:
+        adapt(plan)
+    check_settings(plan.settings, plan.cfg, choices)
+
+    s = plan.settings
+    if not s.out:
+        plan.settings = s = replace(s, out=default_out(s.model, plan.kind))
+    if not (s.resume or s.overwrite) and any(Path(s.out).glob("*.pt")):
+        raise UserError(f"{s.out} holds a run: --resume --out={s.out} goes on with it, --out names another folder, "
+                        "--overwrite deletes it")
+    return plan
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+def tokenizer_files(text, owner):
+    """Files that hold the tokenizer `text`: those of prepared folders, then its owner's.
+
+    owner: the prepared folder or the checkpoint that it comes from. Older runs have no tokenizer.json of their own;
+    prepare.py takes the tokenizer out of the checkpoint then.
+    """
+    prepared = sorted(Path("data").glob("[!.]*/tokenizer.json"), key=lambda p: (len(str(p)), str(p)))
+    files = [path for path in prepared if path.read_text(encoding="utf-8") == text]
+    own = Path(owner) / "tokenizer.json" if Path(owner).is_dir() else Path(owner).with_name("tokenizer.json")
+    if own.exists() and own.read_text(encoding="utf-8") == text:
+        files.append(own)
+    return files or [Path(owner)]
+
+
+def find_folder(name, encoders, text):
+    """The prepared folder that a name in --data means, or None: a path, a folder under data/, or data/NAME-TOKENIZER.
+
+    encoders: (tokenizer, vocabulary size) pairs that the name may go with. text: what its tokenizer.json must be, or None.
+    """
+    for folder in (Path(name), Path("data") / name):
+        if (folder / "meta.json").exists():
+            return folder
+    for encoder, vocab_size in encoders:
+        folder = Path("data") / corpus_name([name], encoder, vocab_size)
+        if not (folder / "meta.json").exists():
+            continue
+        if text is None or (folder / "tokenizer.json").read_text(encoding="utf-8") == text:
+            return folder
+    return None
+
+
+def missing_data(name, encoder, vocab_size):
+    """The error for a name in --data that is not prepared: the command to type, and what there is instead."""
+    path = next((p for p in (name, *(name + end for end in SUFFIXES)) if os.path.exists(p)), name)
+    command = f"python prepare.py {path} --tokenizer={encoder}"
+    if DEFAULT_VOCAB.get(encoder, vocab_size) != vocab_size:
+        command += f" --vocab_size={vocab_size}"
+    if os.path.exists(name):
+        return UserError(f"{name} is not a prepared folder; make one of it: {command}")
+
+    there = [p.parent.name for p in sorted(Path("data").glob("[!.]*/meta.json"))]
+    ending = corpus_name(["-"], encoder, vocab_size if encoder in TRAINERS else 0)[1:]  # such as -bpe
+    usable = [folder.removesuffix(ending) for folder in there if folder.endswith(ending)]
+    instead = f"; prepared and ready is --data={' or --data='.join(usable[:3])}" if usable else ""
+    return UserError(f"there is no prepared data {name!r}{nearest(name, [*there, *EMBEDDED])}; "
+                     f"prepare it: {command}{instead}")
+
+
+def find_data(spec, tokenizer, vocab_size, world, text=None, owner="", whose="the checkpoint's"):
+    """--data -> (sources, text of their tokenizer.json).
+
+    spec: NAME or NAME:WEIGHT, several with commas. tokenizer: the one that a bare name goes with (pydocs and hybrid
+    mean data/pydocs-hybrid). text: the tokenizer that the data must have, from `owner` (a checkpoint's file); `whose` it
+    is stands in errors. An embedded corpus that is missing is prepared on the spot; any other missing name is a
+    UserError with the command to type. So is data that does not fit the tokenizer or the vocabulary.
+    """
+    folders = []
+    for item in spec.split(","):
+        name, weight = item, "1"
+        if re.fullmatch(r".+:[0-9.]+", item):
+            name, _, weight = item.rpartition(":")
+
+        # which folder is it?
+        encoders = [(tokenizer, vocab_size if tokenizer in TRAINERS else 0)]
+        if text is not None:
+            encoders += [(str(path), 0) for path in tokenizer_files(text, owner)]
+        folder = find_folder(name, encoders, text)
+        encoder, size = encoders[0] if text is None else encoders[1]  # what it is to be prepared with, if it is missing
+        if folder is None and name in EMBEDDED:
+            folder = Path("data") / corpus_name([name], encoder, size)
+            if world.is_main:
+                print(f"{name}: preparing {folder} (once)", flush=True)
+                prepare.prepare([name], prepare.Settings(tokenizer=encoder, vocab_size=size))
+            world.barrier()
+        if folder is None:
+            raise missing_data(name, encoder, vocab_size)
+
+        # does it fit?
+        meta = read_meta(folder)
+        if text is None:  # of several folders the first one decides
+            text, owner, whose = (folder / "tokenizer.json").read_text(encoding="utf-8"), folder, f"{folder}'s"
+        if (folder / "tokenizer.json").read_text(encoding="utf-8") != text:
+            raise UserError(f"{folder} was not encoded with {whose} tokenizer; prepare its text with "
+                            f"--tokenizer={tokenizer_files(text, owner)[0]}")
+        if meta["vocab_size"] > vocab_size:
+            raise UserError(f"{folder} has a vocabulary of {meta['vocab_size']:,} tokens, the model of {vocab_size:,}: "
+                            f"prepare it with --vocab_size={vocab_size}, or give the model --vocab_size={meta['vocab_size']}")
+        folders.append((folder, meta, float(weight)))
+    return open_sources(folders), text
+
+
+# ---------------------------------------------------------------------------------------------------- the device
+
+# FLOP/s of dense matrix products without sparsity, with fp32 accumulation, from NVIDIA's data sheets and architecture
+# whitepapers. The first table is for bf16, the second for fp32 on cards that have no bf16.
+PEAK_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "A100": 312e12,
+             "L40S": 362e12, "L4": 121e12, "RTX PRO 6000 Blackwell": 503.8e12, "RTX 5090": 209.5e12,
+             "RTX 4090": 165.2e12, "RTX 4060 Ti": 44.1e12, "RTX 3090": 71e12, "RTX 3060": 25.5e12}
+PEAK_FP32 = {"P100": 9.3e12, "T4": 8.1e12}
+
+
+def peak_flops(chip, dtype):
+    """FLOP/s that the GPU of this name can do at most in dtype; None if it is not in the tables above."""
+    table = PEAK_BF16 if dtype == torch.bfloat16 else PEAK_FP32
+    # a suffix makes it another card
+    names = [name for name in table if re.search(rf"\b{name}\b(?! (Ti|SUPER|Laptop|D)\b)", chip)]
+    return table[max(names, key=len)] if names else None  # "H100 PCIe" before "H100"
+
+
+@dataclass
+class Device:
+    """What a run computes on."""
+    device: torch.device
+    dtype: torch.dtype  # compute type: bfloat16 (by autocast) or float32
+    compiler: bool  # whether there is a C++ compiler, which torch.compile needs on a CPU
+
+    def autocast(self):
+        if self.dtype == torch.bfloat16:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    @property
+    def chip(self):
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{torch.get_num_threads()} threads"
+
+
+def find_device(name, local_rank=0):
+    """--device=NAME -> torch.device. "auto" is the best there is. UserError if the device is not there."""
+    if name == "auto":
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device={name} is not a device; use cpu, cuda, cuda:1 or mps") from None
+    here = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if not here.get(device.type):
+        raise UserError(f"--device={name}: this torch has no such device here; use --device=cpu")
+    if device.type == "cuda":
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(f"there is no device cuda:{index}: this machine has {torch.cuda.device_count()}")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_device(device, dtype="auto", compile="auto", deterministic=False, local_rank=0):
+    """The flags of that name -> Device. UserError if the device is not there or cannot do it."""
+    device = find_device(device, local_rank)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
+        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast_bf16 = device.type == "cpu" and bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+    if dtype == "auto":
+        dtype = "bfloat16" if fast_bf16 else "float32"
+
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")
+    compiler = any(name and shutil.which(name) for name in names)
+    if compile == "on" and device.type == "cpu" and not compiler:
+        raise UserError("--compile=on needs a C++ compiler on a CPU, and none was found; --compile=off trains without")
+    if device.type == "cpu" or deterministic:
+        # without this, compiled CPU code was seen to differ from run to run
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every buffer twice
+        if device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return Device(device, getattr(torch, dtype), compiler)
+
+
+# ---------------------------------------------------------------------------------------------------- the folder, the log
+
+def read_rows(path):
+    """The rows of metrics.jsonl. A last line that a crash cut short is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+class RunFolder:
+    """out/RUN: ckpt.pt, best.pt, step_N.pt, best_validation.json, metrics.jsonl, loss.png, config.json, tokenizer.json.
+
+    Of several processes only the first one writes, and only its terminal shows anything.
+    """
+
+    def __init__(self, path, is_main):
+        self.path, self.is_main = Path(path), is_main
+        self.progress = Progress()
+
+    def begin(self, s, cfg, tokenizer_text, resumed_at=None):
+        """Makes the folder. Of a run that is resumed, the rows since its checkpoint go, because those steps come again."""
+        if not self.is_main:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        leftovers = ["*.part"]
+        rows = []
+        if resumed_at is None:
+            leftovers += ["ckpt.pt", "best.pt", "best_validation.json", "step_*.pt", "loss.png"]
+        else:
+            rows = [row for row in self.rows() if row["step"] <= resumed_at and not row.get("final")]
+        for pattern in leftovers:
+            for old in self.path.glob(pattern):
+                old.unlink()
+        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        settings = asdict(replace(s, resume=False, overwrite=False))
+        self.write("config.json", json.dumps(dict(model=s.model, cfg=asdict(cfg), train=settings), indent=1))
+        self.write("tokenizer.json", tokenizer_text)
+
+    def write(self, name, text):
+        """Writes a file of the folder as a whole."""
+        if self.is_main:
+            with replacing(self.path / name) as f:
+                f.write(text.encode())
+
+    def record(self, row):
+        """Adds a row to metrics.jsonl."""
+        if self.is_main:
+            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def rows(self):
+        return read_rows(self.path / "metrics.jsonl")
+
+    def files(self):
+        """Names of the files that are there, in the order of their importance."""
+        names = ("best.pt", "best_validation.json", "ckpt.pt", "metrics.jsonl", "loss.png", "config.json", "tokenizer.json")
+        return [name for name in names if (self.path / name).exists()]
+
+    def show(self, line):
+        """A line that the next one replaces, if this is a terminal."""
+        show = self.progress.show if self.progress.live else self.progress.done
+        show(line)
+
+    def save(self, name, checkpoint):
+        if self.is_main:
+            save_checkpoint(self.path / name, checkpoint)
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+class World:
+    """The processes that train together. torchrun starts one for each GPU and says who is who; without it there is one.
+
+    Small numbers travel between the CPUs (gloo), so that no GPU has to wait for them.
+    """
+
+    def __init__(self):
+        self.rank, self.local_rank, self.size = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+        self.is_main = self.rank == 0
+
+    @contextlib.contextmanager
+    def one_voice(self):
+        """Inside, only the first process prints. Of a mistake that all processes meet, one line is enough."""
+        if self.is_main:
+            yield
+            return
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            try:
+                yield
+            except UserError:
+                sys.exit(2)
+
+    @contextlib.contextmanager
+    def joined(self, device):
+        """Inside, the processes can exchange tensors."""
+        if self.size == 1:
+            yield
+            return
+        if device.type == "cuda":
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def sum(self, tensor):
+        """The sum of a CPU tensor over all processes."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, number):
+        """The largest of the processes' whole numbers."""
+        if self.size == 1:
+            return number
+        number = torch.tensor(number)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+    def gather(self, thing):
+        """[thing of process 0, thing of process 1, ...]."""
+        things = [thing]
+        if self.size > 1:
+            things = [None] * self.size
+            dist.all_gather_object(things, thing)
+        return things
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+
+class StopSignals:
+    """Inside, Ctrl-C and SIGTERM only ask the loop to stop, so that it can save. A second one ends the process at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self.previous = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def on_signal(self, number, frame):
+        if self.asked:
+            sys.exit(128 + number)
+        self.asked = True
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
