@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+import machine
 import report
 import run
 import train
@@ -255,7 +256,7 @@ def relevance(model, sources, tokens, T, rows, on, bos, world):
 
     accuracy: the fraction of replies that are likelier under their own prompt than under another chat's. gap: by how
     much on average, in nats per token. A prompt is all that comes before the reply. Both are nan with fewer than two
-    replies. rows: rows at once; on: run.Device. Draws no random numbers.
+    replies. rows: rows at once; on: machine.Device. Draws no random numbers.
     """
     pairs = validation_replies(sources, tokens, bos, T)
     n = len(pairs)
@@ -394,7 +395,7 @@ class FineTuning(Pretraining):
             micro.reset = None if micro.reset is None else micro.reset.to(device)
             micros.append(micro)
         self.plain, self.contrast, self.nats = (torch.zeros((), device=device) for _ in range(3))
-        return Batch(micros, int(targets), [y[in_replies][spoken]])
+        return Batch(micros, int(targets), y[in_replies][spoken])
 
     def marks(self, source, pieces):
         """mark_replies of a row; all ones if every target counts, as in base data."""
@@ -463,15 +464,12 @@ class FineTuning(Pretraining):
         return " --chat"
 
     def about(self):
-        s, own = self.s, self.loader
-        lines = []
+        s = self.s
         if s.replay:
-            own = self.loader.own
-            for i, source in enumerate(self.base):
-                share = self.loader.base.row_share[i] * s.replay
-                lines.append(f"{source.name:<12} {source.language}/{source.kind}, {len(source.train):,} training and "
-                             f"{len(source.val):,} validation tokens, {share:.0%} of the rows, replayed")
-        lines = [*self.source_lines(own, 1 - s.replay), *lines]
+            lines = report.source_lines(self.loader.own, 1 - s.replay)
+            lines += [line + ", replayed" for line in report.source_lines(self.loader.base, s.replay)]
+        else:
+            lines = report.source_lines(self.loader)
 
         tricks = []
         if s.word_boost != 1:
@@ -490,7 +488,6 @@ class FineTuning(Pretraining):
 
 # ---------------------------------------------------------------------------------------------------- which run is meant
 
-CHOICES = train.CHOICES | dict(loss_on=("responses", "all"))
 EPOCHS, RATE, TOKENS = 3, 0.25, 32_768  # passes over the replies; factor of the learning rates; most tokens in a step
 
 
@@ -549,9 +546,10 @@ def default_out(model, kind):
 
 
 def main(argv):
-    with run.World().one_voice():
+    with machine.World().one_voice():
         description = " ".join(__doc__.split("\n\n")[0].split())
-        plan = run.plan_run(argv, Settings, CHOICES, default_out, description, adapt)
+        choices = train.choices() | dict(loss_on=("responses", "all"))
+        plan = run.plan_run(argv, Settings, choices, default_out, description, adapt)
         return train.train(plan, Pretraining if plan.settings.loss_on == "all" else FineTuning)
 
 

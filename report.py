@@ -59,6 +59,43 @@ def evaluation_line(row, what, winner):
     return line
 
 
+# ---------------------------------------------------------------------------------------------------- the beginning
+
+def source_lines(loader, fraction=1.0):
+    """A line for each source of the loader, which deals this fraction of all rows."""
+    lines = []
+    for i, source in enumerate(loader.sources):
+        share = f"{loader.share[i]:.0%} of the run"
+        if fraction != 1:
+            share = f"{loader.row_share[i] * fraction:.0%} of the rows"
+        line = (f"{source.name:<12} {source.language}/{source.kind}, {len(source.train):,} training and "
+                f"{len(source.val):,} validation tokens, {share}")
+        if loader.frame is not None:
+            line += f", whole documents in {loader.per_epoch[i]:,} rows, {1 - loader.fill[i]:.2%} of them padding"
+        lines.append(line)
+    return lines
+
+
+def run_lines(trainer):
+    """The lines that a run begins with: the model, what it is trained on, the machine."""
+    s, task, on, world, plan = trainer.s, trainer.task, trainer.on, trainer.world, trainer.plan
+    rows = "windows" if s.pack == "stream" else "rows"
+    lines = [f"{s.model:<12} {trainer.model.n_params / 1e6:,.2f}M parameters ({Path(plan.module.__file__).name}), "
+             f"context {plan.cfg.context_length:,}, training on {rows} of {task.T:,}", *task.about()]
+
+    compiled = ", compiled" if trainer.compiled else ""
+    processes = f"{world.size} x " if world.size > 1 else ""
+    optimizers = f"AdamW {trainer.optimizers.n_other} tensors"
+    if trainer.optimizers.n_matrices:
+        optimizers = f"{s.optimizer} {trainer.optimizers.n_matrices} matrices, {optimizers}"
+    n_micro = task.rows // world.size // task.micro
+    lines.append(f"{on.device.type:<12} {str(on.dtype)[6:]}{compiled}, {processes}{on.chip}; {optimizers}; "
+                 f"{s.max_steps:,} steps of {s.batch_tokens:,} tokens, {n_micro} x {task.micro} rows each")
+    if plan.kind == "resumed":
+        lines.append(f"{'resumed':<12} {s.out} at step {trainer.state.step:,}")
+    return lines
+
+
 # ---------------------------------------------------------------------------------------------------- losses
 
 def perplexity(loss):

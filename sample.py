@@ -27,7 +27,8 @@ import torch
 from common import UserError, mended, parse_flags, replacing, run_tool
 from corpus.chats import chat_ids
 
-from run import load_checkpoint, pick_device
+from machine import find_device
+from run import load_checkpoint
 
 
 @dataclass
@@ -377,7 +378,7 @@ def main(argv):
     for name, good in sound.items():
         if not good:
             raise UserError(f"--{name}={getattr(s, name)} makes no sense; --help says what it does")
-    device = pick_device(s.device).device
+    device = find_device(s.device)
     model, tokenizer, checkpoint = load_checkpoint(s.ckpt, device, s.ema)
     generator, sampling = torch.Generator(device).manual_seed(s.seed), {
         k: getattr(s, k) for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")}

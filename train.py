@@ -13,7 +13,6 @@ import contextlib
 import functools
 import json
 import math
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 
+import machine
 import report
 import run
 from common import UserError, flag_value, run_tool
@@ -282,7 +282,7 @@ def evaluate(model, sources, tokens, T, rows, on, bytes_per_token, world, frame=
     """Validation losses: {"loss": {"mixed": x, "language": {...}, "source": {...}}, "bits_per_byte": the same}.
 
     tokens: validation tokens of each source that count, in rows of T targets, spread evenly and the same every time;
-    0: all. rows: rows at once. on: run.Device. bytes_per_token: float (V,). frame: see `Loader`.
+    0: all. rows: rows at once. on: machine.Device. bytes_per_token: float (V,). frame: see `Loader`.
     mark: (mask, rows of pieces, T) -> (rows, T); if given, only targets that it marks count in sets of chats, and "mixed"
     is over these sets alone.
 
@@ -335,7 +335,7 @@ class Batch:
     """The rows of one optimizer step that fall to this process, in micro-batches."""
     micros: list  # of Micro
     targets: int  # tokens that are trained on, over all processes
-    shown: list  # the targets (CPU tensors) whose bits per byte the log shows
+    shown: torch.Tensor  # this process's targets, on the CPU, whose bits per byte the log shows
 
 
 @dataclass
@@ -434,7 +434,7 @@ class Pretraining:
                                 None if self.boost is None else weights[part].to(self.on.device),
                                 share=float(weights[part].sum()) / whole))
         self.nats = torch.zeros((), device=self.on.device)
-        return Batch(micros, targets, [y[y >= 0]])
+        return Batch(micros, targets, y[y >= 0])
 
     def loss(self, net, micro):
         """A micro-batch's part of the step's loss. The parts of all micro-batches and processes add up to the mean."""
@@ -454,8 +454,8 @@ class Pretraining:
 
     def bits_per_byte(self, nats, targets):
         """nats over all processes, this process's targets -> bits per byte; nan if all characters are unknown."""
-        n_bytes = sum(self.bytes_per_token[y].sum().double() for y in targets)
-        return nats / math.log(2) / (float(self.world.sum(n_bytes)) or math.nan)
+        n_bytes = float(self.world.sum(self.bytes_per_token[targets].sum().double()))
+        return nats / math.log(2) / (n_bytes or math.nan)
 
     def measure(self, model, tokens):
         """Validation losses of the present weights, see `evaluate`, over `tokens` tokens of each source."""
@@ -484,19 +484,7 @@ class Pretraining:
 
     def about(self):
         """Lines that tell what is trained on."""
-        return self.source_lines(self.loader)
-
-    def source_lines(self, loader, fraction=1.0):
-        """A line for each source of the loader, which deals this fraction of all rows."""
-        lines = []
-        for i, source in enumerate(loader.sources):
-            share = f"{loader.share[i]:.0%} of the run" if fraction == 1 else f"{loader.row_share[i] * fraction:.0%} of the rows"
-            line = (f"{source.name:<12} {source.language}/{source.kind}, {len(source.train):,} training and "
-                    f"{len(source.val):,} validation tokens, {share}")
-            if self.frame is not None:
-                line += f", whole documents in {loader.per_epoch[i]:,} rows, {1 - loader.fill[i]:.2%} of them padding"
-            lines.append(line)
-        return lines
+        return report.source_lines(self.loader)
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -525,27 +513,6 @@ class State:
         if is_best:
             self.best_loss, self.best_step = loss, self.step
         return winner, is_best
-
-
-class Pace:
-    """Measures training alone: the watch stands still while the loop evaluates, saves and samples."""
-
-    def __init__(self, state):
-        self.state, self.since, self.step, self.tokens = state, time.monotonic(), state.step, state.tokens
-
-    @contextlib.contextmanager
-    def paused(self):
-        begun = time.monotonic()
-        yield
-        self.since += time.monotonic() - begun
-
-    def lap(self):
-        """(seconds, steps, tokens) since the last lap. The seconds are added to the state's."""
-        now = time.monotonic()
-        lap = now - self.since, self.state.step - self.step, self.state.tokens - self.tokens
-        self.since, self.step, self.tokens = now, self.state.step, self.state.tokens
-        self.state.elapsed += lap[0]
-        return lap
 
 
 COMPILE_PAYS = 1e14  # FLOP of a run above which compiling on a CPU, half a minute, is repaid: 15 minutes on two cores
@@ -639,28 +606,12 @@ class Trainer:
         resumed_at = self.state.step if self.plan.kind == "resumed" else None
         self.folder.begin(self.s, self.plan.cfg, self.task.tokenizer_text, resumed_at)
         self.world.barrier()
-        self.describe()
+        for line in report.run_lines(self):
+            print(line)
         self.model.train()
         if self.task.measures_start and self.state.step == 0:
             _, row = self.assess()
             self.progress.done(report.evaluation_line(row, self.task.measured, "raw"))
-
-    def describe(self):
-        s, task, on = self.s, self.task, self.on
-        kind = "windows" if s.pack == "stream" else "rows"
-        print(f"{s.model:<12} {self.model.n_params / 1e6:,.2f}M parameters ({Path(self.plan.module.__file__).name}), "
-              f"context {self.plan.cfg.context_length:,}, training on {kind} of {task.T:,}")
-        for line in task.about():
-            print(line)
-        compiled = ", compiled" if self.compiled else ""
-        processes = f"{self.world.size} x " if self.world.size > 1 else ""
-        matrices = f"{s.optimizer} {self.optimizers.n_matrices} matrices, " if self.optimizers.n_matrices else ""
-        mine = task.rows // self.world.size
-        print(f"{on.device.type:<12} {str(on.dtype)[6:]}{compiled}, {processes}{on.chip}; "
-              f"{matrices}AdamW {self.optimizers.n_other} tensors; {s.max_steps:,} steps of {s.batch_tokens:,} tokens, "
-              f"{mine // task.micro} x {task.micro} rows each")
-        if self.plan.kind == "resumed":
-            print(f"{'resumed':<12} {s.out} at step {self.state.step:,}")
 
     def save(self, name):
         """Writes a checkpoint: tensors and plain values only, so that weights_only=True loads it."""
@@ -752,8 +703,8 @@ def loop(trainer, stop):
     model, net, params, ema = trainer.model, trainer.net, trainer.params, trainer.ema
     optimizers, state, folder = trainer.optimizers, trainer.state, trainer.folder
     flop_per_step = model.flops_per_token(task.T) * s.batch_tokens * (1 + task.extra_rows) / world.size
-    peak = run.peak_flops(on.chip, on.dtype)
-    pace = Pace(state)
+    peak = machine.peak_flops(on.chip, on.dtype)
+    pace = machine.Pace(state)
     while state.step < s.max_steps:
         # forward and backward, in micro-batches whose losses add up to the step's
         batch, loss = task.next_batch(state.step), torch.zeros((), device=on.device)
@@ -806,13 +757,13 @@ def loop(trainer, stop):
 
 def train(plan, make_task=Pretraining):
     """Trains as `plan` says, see run.plan_run, and returns the exit status. make_task: a class like Pretraining."""
-    world, s = run.World(), plan.settings
-    on = run.pick_device(s.device, s.dtype, s.compile, s.deterministic, world.local_rank)
+    world, s = machine.World(), plan.settings
+    on = machine.pick_device(s.device, s.dtype, s.compile, s.deterministic, world.local_rank)
     with world.joined(on.device):
         task = make_task(plan, world, on)
         trainer = Trainer(plan, task, world, on)
         trainer.begin()
-        with run.StopSignals() as stop:
+        with machine.StopSignals() as stop:
             finished = loop(trainer, stop)
         if finished:
             trainer.finish()
@@ -826,10 +777,7 @@ def train(plan, make_task=Pretraining):
 
 # ---------------------------------------------------------------------------------------------------- which run is meant
 
-CHOICES = dict(order=("random", "sequential", "balanced"), pack=("stream", "document"),
-               optimizer=(*MATRIX_OPTIMIZERS, "adamw"), schedule=tuple(SCHEDULES), dtype=("auto", "bfloat16", "float32"),
-               compile=("auto", "on", "off"))
-# settings of finetune.py alone, and flags that other tools have now
+# settings that finetune.py alone has
 FINE_TUNING = ("loss_on", "response_start_tokens", "response_start_weight", "base_data", "replay", "relevance",
                "relevance_margin")
 
@@ -837,6 +785,13 @@ FINE_TUNING = ("loss_on", "response_start_tokens", "response_start_weight", "bas
 def is_fine_tuning(settings):
     """Whether a recipe, or the settings in a checkpoint, are finetune.py's: only replies count in the loss."""
     return settings.get("loss_on") == "responses"
+
+
+def choices():
+    """Setting -> the values that it may have."""
+    return dict(order=("random", "sequential", "balanced"), pack=("stream", "document"),
+                optimizer=(*MATRIX_OPTIMIZERS, "adamw"), schedule=tuple(SCHEDULES),
+                dtype=("auto", "bfloat16", "float32"), compile=("auto", "on", "off"))
 
 
 def default_out(model, kind):
@@ -854,18 +809,15 @@ def only_pretraining(plan):
 
 
 def main(argv):
-    with run.World().one_voice():
+    with machine.World().one_voice():
         for flag in FINE_TUNING:
             if flag_value(argv, flag) is not None:
                 raise UserError(f"--{flag} belongs to fine-tuning on chats: python finetune.py --init_from=CHECKPOINT "
                                 f"--data=CHATS --{flag}={flag_value(argv, flag)}")
-        name = flag_value(argv, "model")
-        if name and is_fine_tuning(run.find_preset(name)[2]):
-            raise UserError(f"{name} is a recipe for fine-tuning: python finetune.py --model={name}")
         if flag_value(argv, "eval_only") is not None:
             raise UserError("--eval_only is a tool of its own: python eval.py --ckpt=CHECKPOINT")
         description = " ".join(__doc__.split("\n\n")[0].split())
-        plan = run.plan_run(argv, Settings, CHOICES, default_out, description, only_pretraining)
+        plan = run.plan_run(argv, Settings, choices(), default_out, description, only_pretraining)
         return train(plan)
 
 

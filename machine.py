@@ -1,0 +1,207 @@
+"""What a run computes on, and what reaches it from outside: the device, the processes, signals, the clock."""
+import contextlib
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from common import UserError
+
+# ---------------------------------------------------------------------------------------------------- the device
+
+# FLOP/s of dense matrix products without sparsity, with fp32 accumulation, from NVIDIA's data sheets and architecture
+# whitepapers. The first table is for bf16, the second for fp32 on cards that have no bf16.
+PEAK_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "A100": 312e12,
+             "L40S": 362e12, "L4": 121e12, "RTX PRO 6000 Blackwell": 503.8e12, "RTX 5090": 209.5e12,
+             "RTX 4090": 165.2e12, "RTX 4060 Ti": 44.1e12, "RTX 3090": 71e12, "RTX 3060": 25.5e12}
+PEAK_FP32 = {"P100": 9.3e12, "T4": 8.1e12}
+
+
+def peak_flops(chip, dtype):
+    """FLOP/s that the GPU of this name can do at most in dtype; None if it is not in the tables above."""
+    table = PEAK_BF16 if dtype == torch.bfloat16 else PEAK_FP32
+    # a suffix makes it another card
+    names = [name for name in table if re.search(rf"\b{name}\b(?! (Ti|SUPER|Laptop|D)\b)", chip)]
+    return table[max(names, key=len)] if names else None  # "H100 PCIe" before "H100"
+
+
+@dataclass
+class Device:
+    """What a run computes on."""
+    device: torch.device
+    dtype: torch.dtype  # compute type: bfloat16 (by autocast) or float32
+    compiler: bool  # whether there is a C++ compiler, which torch.compile needs on a CPU
+
+    def autocast(self):
+        if self.dtype == torch.bfloat16:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    @property
+    def chip(self):
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{torch.get_num_threads()} threads"
+
+
+def find_device(name, local_rank=0):
+    """--device=NAME -> torch.device. "auto" is the best there is. UserError if the device is not there."""
+    if name == "auto":
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device={name} is not a device; use cpu, cuda, cuda:1 or mps") from None
+    here = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if not here.get(device.type):
+        raise UserError(f"--device={name}: this torch has no such device here; use --device=cpu")
+    if device.type == "cuda":
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(f"there is no device cuda:{index}: this machine has {torch.cuda.device_count()}")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_device(device, dtype="auto", compile="auto", deterministic=False, local_rank=0):
+    """The flags of that name -> Device. UserError if the device is not there or cannot do it."""
+    device = find_device(device, local_rank)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
+        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast_bf16 = device.type == "cpu" and bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+    if dtype == "auto":
+        dtype = "bfloat16" if fast_bf16 else "float32"
+
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")
+    compiler = any(name and shutil.which(name) for name in names)
+    if compile == "on" and device.type == "cpu" and not compiler:
+        raise UserError("--compile=on needs a C++ compiler on a CPU, and none was found; --compile=off trains without")
+    if device.type == "cpu" or deterministic:
+        # without this, compiled CPU code was seen to differ from run to run
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every buffer twice
+        if device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return Device(device, getattr(torch, dtype), compiler)
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+class World:
+    """The processes that train together. torchrun starts one for each GPU and says who is who; without it there is one.
+
+    Small numbers travel between the CPUs (gloo), so that no GPU has to wait for them.
+    """
+
+    def __init__(self):
+        self.rank, self.local_rank, self.size = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+        self.is_main = self.rank == 0
+
+    @contextlib.contextmanager
+    def one_voice(self):
+        """Inside, only the first process prints. Of a mistake that all processes meet, one line is enough."""
+        if self.is_main:
+            yield
+            return
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            try:
+                yield
+            except UserError:
+                sys.exit(2)
+
+    @contextlib.contextmanager
+    def joined(self, device):
+        """Inside, the processes can exchange tensors."""
+        if self.size == 1:
+            yield
+            return
+        if device.type == "cuda":
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def sum(self, tensor):
+        """The sum of a CPU tensor over all processes."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, number):
+        """The largest of the processes' whole numbers."""
+        if self.size == 1:
+            return number
+        number = torch.tensor(number)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+    def gather(self, thing):
+        """[thing of process 0, thing of process 1, ...]."""
+        things = [thing]
+        if self.size > 1:
+            things = [None] * self.size
+            dist.all_gather_object(things, thing)
+        return things
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------- signals, time
+
+class StopSignals:
+    """Inside, Ctrl-C and SIGTERM only ask the loop to stop, so that it can save. A second one ends the process at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self.previous = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def on_signal(self, number, frame):
+        if self.asked:
+            sys.exit(128 + number)
+        self.asked = True
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+class Pace:
+    """Measures training alone: the watch stands still while the loop evaluates, saves and samples."""
+
+    def __init__(self, state):
+        self.state, self.since, self.step, self.tokens = state, time.monotonic(), state.step, state.tokens
+
+    @contextlib.contextmanager
+    def paused(self):
+        begun = time.monotonic()
+        yield
+        self.since += time.monotonic() - begun
+
+    def lap(self):
+        """(seconds, steps, tokens) since the last lap. The seconds are added to the state's."""
+        now = time.monotonic()
+        lap = now - self.since, self.state.step - self.step, self.state.tokens - self.tokens
+        self.since, self.step, self.tokens = now, self.state.step, self.state.tokens
+        self.state.elapsed += lap[0]
+        return lap
