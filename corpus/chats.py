@@ -1,36 +1,102 @@
-"""Chats: the rows that hold them, and how they are framed."""
+"""Chats: how they are read from the layouts in which people publish them, and how they become tokens.
+
+chat_messages() turns a row of any layout into a list of (role, text), which tidy() has put in order; a row that cannot
+be read raises NoChat with the reason. encode_chats() frames the messages with special tokens and makes the mask, which
+tells a fine-tuning run what to learn: the replies, and where they end.
+"""
 import re
 
 import numpy as np
 
 from common import UserError, mended
 
+ROLES = ("system", "user", "assistant")
+
 
 class NoChat(ValueError):
-    """A row that is no chat. Its text is the reason, a key of meta.json's `skipped`."""
+    """A row that is no chat. Its text is the reason, and a key of `skipped` in meta.json."""
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+CHAT_COLUMNS = ("messages", "instruction", "input", "output", "context", "response")  # the columns of all the layouts
+
+
+def is_chat(row):
+    """Whether a row (a dict, or a line of a text file) has one of the layouts that chat_messages() reads."""
+    if isinstance(row, str):
+        return row.lstrip().startswith("[INST]")
+    if isinstance(row.get("messages"), list):
+        return True
+    return "instruction" in row and ("output" in row or "response" in row)
+
+
+def chat_messages(row):
+    """The chat in a row, as tidy() returns it: [(role, text)].
+
+    The row may have one of four layouts:
+
+        {"messages": [{"role": "user", "content": "..."}, ...]}
+        {"instruction": "...", "input": "...", "output": "..."}        alpaca: one question and its reply
+        {"instruction": "...", "context": "...", "response": "..."}    dolly: the same with other names
+        [INST] question [/INST] reply [INST] question ...              TinyChat: a line of text
+
+    Raises NoChat for anything else.
+    """
+    if isinstance(row, str):
+        return tidy(instruction_turns(row))
+    if not isinstance(row, dict):
+        raise NoChat("not a chat")
+
+    messages = row.get("messages")
+    if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
+        return tidy((m.get("role"), m.get("content")) for m in messages)
+
+    for extra, reply in (("input", "output"), ("context", "response")):
+        if "instruction" in row and reply in row:
+            turn = [("user", row["instruction"]), ("assistant", row[reply])]
+            if str(row.get(extra) or "").strip():
+                turn.insert(1, ("user", row[extra]))  # tidy() joins it to the question
+            return tidy(turn)
+    raise NoChat("not a chat")
+
+
+def instruction_turns(line):
+    """'[INST] a [/INST] b' -> [('user', 'a'), ('assistant', 'b')]. Raises NoChat if the marks do not take turns."""
+    before, *parts = re.split(r"(\[/?INST\])", line)
+    marks, texts = parts[::2], parts[1::2]
+    in_turn = all(mark == ("[/INST]" if i % 2 else "[INST]") for i, mark in enumerate(marks))
+    if before.strip() or not marks or not in_turn:
+        raise NoChat("[INST] and [/INST] not in turn")
+    return [("assistant" if i % 2 else "user", text.strip()) for i, text in enumerate(texts)]
 
 
 def tidy(messages):
-    """[(role, text)] as the chat format wants it: a system message perhaps, then user and assistant in turn, an assistant's at the end.
+    """Messages, [(role, text)], as a chat: perhaps a system message, then user and assistant in turn.
 
-    Neighbours of one role become one message, an empty line between them; a question without a reply at the end goes, for nothing
-    is learned from it. An empty text is a message like any other. Raises NoChat for other roles, text that is none, a system
-    message further on, a reply that nobody asked for, and where no reply or no text is left.
+    Messages of the same role that follow each other become one, with an empty line between them. Questions at the end
+    that have no reply go, because nothing is learned from them. An empty text is a message like any other.
+
+    Raises NoChat for another role, a text that is not a str, a system message that is not the first, a reply that
+    nobody asked for, and if no reply is left or no text.
     """
     chat = []
     for role, text in messages:
-        if role not in ("system", "user", "assistant"):
+        if role not in ROLES:
             raise NoChat("role other than system, user and assistant")
         if not isinstance(text, str):
             raise NoChat("not text")
-        if chat and chat[-1][0] == role:
+
+        before = chat[-1][0] if chat else None
+        if role == before:
             chat[-1] = (role, "\n\n".join(filter(None, (chat[-1][1], mended(text)))))
             continue
-        if role == "system" and chat:
+        if role == "system" and before is not None:
             raise NoChat("system message inside the chat")
-        if role == "assistant" and (not chat or chat[-1][0] == "system"):
+        if role == "assistant" and before != "user":
             raise NoChat("begins with a reply")
         chat.append((role, mended(text)))
+
     if chat and chat[-1][0] == "user":
         chat.pop()
     if not chat or chat[-1][0] != "assistant":
@@ -40,64 +106,42 @@ def tidy(messages):
     return chat
 
 
-def chat_messages(row):
-    """The chat in a row as [(role, text)], see tidy(). Its layout is told by its shape: {"messages": [{"role", "content"}]}; alpaca's
-    {"instruction", "input", "output"} and dolly's {"instruction", "context", "response"}, one question and its reply; TinyChat's
-    line `[INST] user [/INST] reply [INST] ...`. Raises NoChat for anything else."""
-    if isinstance(row, str):
-        before, *parts = re.split(r"(\[/?INST\])", row)
-        if before.strip() or not parts or any(mark != ("[INST]", "[/INST]")[i % 2] for i, mark in enumerate(parts[::2])):
-            raise NoChat("[INST] and [/INST] not in turn")
-        return tidy((("user", "assistant")[i % 2], text.strip()) for i, text in enumerate(parts[1::2]))
-    if not isinstance(row, dict):
-        raise NoChat("not a chat")
-    if isinstance(row.get("messages"), list) and all(isinstance(m, dict) for m in row["messages"]):
-        return tidy((m.get("role"), m.get("content")) for m in row["messages"])
-    for extra, reply in (("input", "output"), ("context", "response")):
-        if "instruction" in row and reply in row:
-            return tidy([("user", row["instruction"]), *([("user", row[extra])] if str(row.get(extra) or "").strip() else []), ("assistant", row[reply])])
-    raise NoChat("not a chat")
-
-CHAT_COLUMNS = ("messages", "instruction", "input", "output", "context", "response")
-
-
-def is_chat(row):
-    """Whether a row, or a line of a text file, has one of the layouts that chat_messages() reads."""
-    if isinstance(row, str):
-        return row.lstrip().startswith("[INST]")
-    return isinstance(row.get("messages"), list) or "instruction" in row and ("output" in row or "response" in row)
-
+# ---------------------------------------------------------------------------------------------------- encoding
 
 def chat_ids(tokenizer):
-    """Special token -> id, for encode_chats(). UserError where the tokenizer has none for the three roles."""
-    ids = {token: tokenizer.token_to_id(token) for token in ("<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>")}
+    """Special token -> id, for encode_chats(). Raises UserError if the tokenizer lacks one of the tokens."""
+    tokens = ("<|bos|>", "<|eos|>", *(f"<|{role}|>" for role in ROLES))
+    ids = {token: tokenizer.token_to_id(token) for token in tokens}
     missing = [token for token, i in ids.items() if i is None]
     if missing:
-        raise UserError(f"the tokenizer has no {' and no '.join(missing)}, which chats are framed with; take bpe, hybrid or chunk")
+        raise UserError(f"the tokenizer has no {' and no '.join(missing)}, which chats are framed with; "
+                        "take bpe, hybrid or chunk")
     return ids
 
 
 def encode_chats(chats, encode, ids):
-    """Chats, tidy [(role, text)] each, as a list of (ids uint32 (n,), mask uint8 (n,)):
+    """Tidy chats, [(role, text)] each, as a list of (ids, mask): uint32 (n,) and uint8 (n,).
 
         <|bos|>[<|system|>text]<|user|>text<|assistant|>text<|eos|><|user|>text<|assistant|>text<|eos|>...
 
-    The mask is 1 for a reply's tokens and its <|eos|>. `encode`: texts -> id arrays, called once for all chats; `ids`: see chat_ids().
+    The mask is 1 for the tokens of a reply and for the <|eos|> behind it, else 0. encode: a function from a list of
+    texts to a list of id arrays; it is called once, with the texts of all chats. ids: see chat_ids().
     """
     if not chats:
         return []
     texts = iter(encode([text for chat in chats for _, text in chat]))
-    single = {token: np.array([i], np.uint32) for token, i in ids.items()}
-    pieces, flags, ends = [], [], []
+    special = {token: np.array([i], np.uint32) for token, i in ids.items()}
+    encoded = []
     for chat in chats:
-        pieces.append(single["<|bos|>"])
-        flags.append(0)
+        pieces = [special["<|bos|>"]]
+        learned = [0]  # the mask's value for each piece
         for role, _ in chat:
-            reply = role == "assistant"
-            pieces += [single[f"<|{role}|>"], next(texts), *([single["<|eos|>"]] if reply else [])]
-            flags += [0, 1, 1] if reply else [0, 0]
-        ends.append(len(pieces))
-    lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
-    stops = np.cumsum(lengths)[np.array(ends) - 1].tolist()
-    tokens, mask = np.concatenate(pieces), np.repeat(np.array(flags, np.uint8), lengths)
-    return [(tokens[a:b], mask[a:b]) for a, b in zip([0, *stops], stops)]
+            pieces += [special[f"<|{role}|>"], next(texts)]
+            if role == "assistant":
+                pieces.append(special["<|eos|>"])
+                learned += [0, 1, 1]
+            else:
+                learned += [0, 0]
+        lengths = [len(piece) for piece in pieces]
+        encoded.append((np.concatenate(pieces), np.repeat(np.array(learned, np.uint8), lengths)))
+    return encoded

@@ -1,4 +1,13 @@
-"""Documents: local files, cleaning, duplicates."""
+"""Documents: where they come from, and what becomes of them before they are encoded.
+
+A TextSource is something that one can read text from: a file or folder here, one of corpus/pydocs.py's sets, or a data
+set of corpus/hub.py. Its reader() goes over the texts (or over the rows of chats) one by one and always knows how far
+it is, so that a run that was stopped can go on. clean() turns what was read into Documents, and leaves out empty texts,
+rows that are no chats, and exact duplicates.
+
+Each Document carries a hash of its text. The hash decides whether it is training or validation text, so the split does
+not depend on the order of files or on what is added later.
+"""
 import argparse
 import ast
 import contextlib
@@ -17,50 +26,37 @@ from common import UserError, mended, nearest, number
 from corpus.chats import CHAT_COLUMNS, NoChat, chat_messages, is_chat
 from corpus.tokenizer import PIECE
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
+TEXT_SUFFIXES = (".txt", ".md")
+SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")  # of the files that can be read
 
+
+# ---------------------------------------------------------------------------------------------------- sources
 
 @dataclass
-class Source:
+class TextSource:
     name: str  # in file names and tables
     language: str
     kind: str  # web, wiki, books, code, math, chat or text
-    origin: dict  # where the text came from, as meta.json tells it
-    documents: object  # () -> iterator of texts or chats; called once for the tokenizer's sample and once to encode
-    budget: int = 0  # training tokens to take; 0: --max_tokens
-    stamp: object = 0  # changes when a local file is written to, so that a half-made folder is not continued with other text
-    chat: bool = False  # `documents` are chats: rows that chat_messages() reads, or Documents
+    origin: dict  # where the text came from, for meta.json
+    documents: object  # () -> iterator over texts or chats; called once to sample, once to encode
+    budget: int = 0  # training tokens to take; 0: all
+    stamp: object = 0  # changes when a local file changes: what was made of the old text is then not continued
+    chat: bool = False  # `documents` gives chats: rows that chat_messages() reads, or Documents
 
     def reader(self, state=None):
         return Reader(self.documents, state)
 
 
-
-@dataclass
-class Document:
-    text: str  # of a chat its texts one below the other, for the tokenizer to learn from
-    utf8: bytes
-    hash: int  # 64 bits of the text alone: decides the sample, and finds duplicates
-    split_hash: int  # decides the split: `hash`, and for a chat of pydocs-chat that of its module
-    messages: list = None  # a chat's [(role, text)]
-
-
-def text_hash(utf8):
-    return int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little")
-
-
-def chat_document(messages, split_hash=None):
-    """A tidy chat as a Document. Its messages, roles and all, make its hash; that decides the split too unless there is another."""
-    own = text_hash(json.dumps(messages).encode())
-    return Document("\n".join(t for _, t in messages), "".join(t for _, t in messages).encode(), own, own if split_hash is None else split_hash, messages)
-
-
 class Reader:
-    """Goes over the texts or chats of a source. `state` is where it is, as JSON can keep it; another Reader goes on from there, here by
-    counting: to read local text again costs little beside encoding it."""
+    """Goes over the texts or chats of a source.
+
+    state: how far it is, in a form that JSON can keep; a new Reader goes on from there. Here it is a number of texts,
+    which are read again: with local text that costs little beside encoding it.
+    """
 
     def __init__(self, documents, state=None):
-        self.state, self.stopped = state or 0, threading.Event()
+        self.state = state or 0
+        self.stopped = threading.Event()  # set when nobody waits for more texts; a reader of the Hub looks at it
         self.texts = itertools.islice(documents(), self.state, None)
 
     def __iter__(self):
@@ -69,17 +65,45 @@ class Reader:
             yield text
 
 
+# ---------------------------------------------------------------------------------------------------- documents
+
+@dataclass
+class Document:
+    text: str  # for the tokenizer to learn from; of a chat, its texts in lines one below the other
+    utf8: bytes  # the text alone
+    hash: int  # 64 bits; decides what the tokenizer learns from, and finds duplicates
+    split_hash: int  # 64 bits; decides between training and validation text
+    messages: list = None  # of a chat: [(role, text)]
+
+
+def text_hash(utf8):
+    return int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little")
+
+
+def chat_document(messages, split_hash=None):
+    """A tidy chat, [(role, text)], as a Document.
+
+    Its hash covers the roles too. The same hash decides the split, unless the caller names another one.
+    """
+    texts = [text for _, text in messages]
+    own = text_hash(json.dumps(messages).encode())
+    if split_hash is None:
+        split_hash = own
+    return Document("\n".join(texts), "".join(texts).encode(), own, split_hash, messages)
+
+
 class Seen:
-    """The hashes of the documents that went by, of the last 4 to 8 million of them: memory is bounded, a gigabyte at the very most."""
+    """Remembers the hashes of the last 4 to 8 million documents. Memory is bounded: a gigabyte at the very most."""
     LIMIT = 2 ** 22
 
     def __init__(self, hashes=()):
-        self.new, self.old = set(), set()
+        self.new = set()
+        self.old = set()
         for h in hashes:
             self.add(h)
 
     def add(self, h):
-        """Whether h is new; it is remembered."""
+        """Remembers the hash h; returns whether it is new."""
         if h in self.new or h in self.old:
             return False
         if len(self.new) >= self.LIMIT:
@@ -88,136 +112,259 @@ class Seen:
         return True
 
 
-def text_documents(path, limit=PIECE):
-    """The text of a file in documents of at most `limit` characters, cut behind a paragraph, else a line, else a word.
+SKIPPED = ("empty", "not text", "duplicate")  # why a text is left out
 
-    Line ends become \\n and a byte order mark goes, as Python's text mode has it; bytes that are no UTF-8 become U+FFFD.
+
+def clean(texts, seen=None, chat=False):
+    """Turns texts, or with `chat` rows of chats, into Documents.
+
+    For each text or row it yields a Document, or a str that says why there is none: one of SKIPPED, or what makes the
+    row no chat. seen: a Seen that finds duplicates; None: they stay.
+    """
+    for text in texts:
+        found = chat_or_reason(text) if chat else text_or_reason(text)
+        if isinstance(found, Document) and seen is not None and not seen.add(found.hash):
+            found = "duplicate"
+        yield found
+
+
+def chat_or_reason(row):
+    if isinstance(row, Document):
+        return row
+    try:
+        return chat_document(chat_messages(row))
+    except NoChat as e:
+        return str(e)
+
+
+def text_or_reason(text):
+    if text is None:
+        return "empty"
+    if not isinstance(text, str):
+        return "not text"
+    if not text.strip():
+        return "empty"
+
+    if re.match(r"""(?:b["'])?(?:\\n|\s)*_START_ARTICLE_""", text):
+        with contextlib.suppress(ValueError, SyntaxError):  # a damaged article is taken as it is
+            text = wiki40b_text(text)
+        if not text:
+            return "empty"
+
+    text = mended(text)
+    utf8 = text.encode()
+    own = text_hash(utf8)
+    return Document(text, utf8, own, own)
+
+
+def wiki40b_text(text):
+    """The text of an article of wiki40b (Guo et al. 2020) without the words that mark its structure.
+
+    Empty lines set headings and paragraphs apart instead. Some files hold the article as Python writes bytes, b'...'.
+    Raises ValueError or SyntaxError if such an article is damaged.
+    """
+    if text.startswith("b"):
+        text = ast.literal_eval(text).decode()
+    text = re.sub(r"\s*_START_(?:ARTICLE|SECTION|PARAGRAPH)_\s*", "\n\n", text)
+    return text.replace("_NEWLINE_", "\n").strip()
+
+
+# ---------------------------------------------------------------------------------------------------- reading files
+
+def text_documents(path, limit=PIECE):
+    """The text of a file, in documents of at most `limit` characters.
+
+    A document ends behind a paragraph; if none ends in its second half, behind a line; if none, behind a word. As in
+    Python's text mode, line ends become \\n and a byte order mark goes; bytes that are not UTF-8 become U+FFFD.
     """
     rest = ""
     with open(path, encoding="utf-8-sig", errors="replace") as f:
-        while chunk := f.read(PIECE):
-            rest += chunk
+        while read := f.read(PIECE):
+            rest += read
             while len(rest) > limit:
-                cuts = (rest.rfind(end, limit // 2, limit) + len(end) for end in ("\n\n", "\n", " ") if rest.rfind(end, limit // 2, limit) >= 0)
-                cut = next(cuts, limit)
+                cut = last_break(rest, limit)
                 yield rest[:cut]
                 rest = rest[cut:]
     yield rest
 
 
-def row_documents(path, column, chat=False):
-    """The texts in the rows of a .jsonl, .jsonl.gz or .parquet file; of chats the rows. UserError names the broken line or the missing column."""
-    def pick(columns):
-        name = column or next((c for c in ("text", "content") if c in columns), "text")
-        if name not in columns:
-            raise UserError(f"{path} has no column {name!r}, it has {', '.join(map(repr, columns))}; choose one with --column")
-        return name
+def last_break(text, limit):
+    """Where to cut a text that is longer than `limit`: an index from limit // 2 to limit."""
+    for end in ("\n\n", "\n", " "):
+        i = text.rfind(end, limit // 2, limit)
+        if i >= 0:
+            return i + len(end)
+    return limit
 
+
+def row_documents(path, column, chat=False):
+    """The texts in the rows of a .jsonl, .jsonl.gz or .parquet file; with `chat` the rows themselves, as dicts.
+
+    column: the one that holds the text; empty: text or content. Raises UserError, which names the line that is broken
+    or the column that is missing.
+    """
     if str(path).endswith(".parquet"):
-        import pyarrow
-        import pyarrow.parquet
-        try:
-            file = pyarrow.parquet.ParquetFile(path)
-            names = [x for x in CHAT_COLUMNS if x in file.schema_arrow.names] if chat else [pick(file.schema_arrow.names)]
-            for batch in file.iter_batches(batch_size=256, columns=names):
-                yield from batch.to_pylist() if chat else batch.column(0).to_pylist()
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{path} cannot be read as parquet: {e}") from None
-        return
+        yield from parquet_documents(path, column, chat)
+    else:
+        yield from json_documents(path, column, chat)
+
+
+def parquet_documents(path, column, chat):
+    import pyarrow
+    import pyarrow.parquet
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", errors="replace") as f:
+        file = pyarrow.parquet.ParquetFile(path)
+        columns = file.schema_arrow.names
+        if chat:
+            names = [name for name in CHAT_COLUMNS if name in columns]
+        else:
+            names = [text_column(path, columns, column)]
+        for batch in file.iter_batches(batch_size=256, columns=names):
+            yield from batch.to_pylist() if chat else batch.column(0).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} cannot be read as parquet: {e}") from None
+
+
+def json_documents(path, column, chat):
+    open_text = gzip.open if str(path).endswith(".gz") else open
+    try:
+        with open_text(path, "rt", encoding="utf-8-sig", errors="replace") as f:
             for i, line in enumerate(f, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise UserError(f"{path} line {i} is not a JSON object")
-                    yield row if chat else row[pick(row)]
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise UserError(f"{path} line {i} is not a JSON object")
+                yield row if chat else row[text_column(path, row, column)]
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} line {i} is not JSON: {e}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise UserError(f"{path} is not a whole gzip file: {e}") from None
 
 
+def text_column(path, columns, wanted):
+    """The column to read: the wanted one, or text or content if none is named. UserError if it is not there."""
+    name = wanted or next((name for name in ("text", "content") if name in columns), "text")
+    if name not in columns:
+        there = ", ".join(map(repr, columns))
+        raise UserError(f"{path} has no column {name!r}, it has {there}; choose one with --column")
+    return name
+
+
 def chat_rows(path, longest=-1):
-    """The rows of a .jsonl, .jsonl.gz or .parquet file, or the lines of a text file, of at most `longest` characters, for chat_messages() to read."""
-    if path.suffix not in (".txt", ".md"):
+    """What chat_messages() reads: the rows of a .jsonl, .jsonl.gz or .parquet file, or the lines of a text file.
+
+    longest: characters of a line that are read at a time; -1: all.
+    """
+    if path.suffix not in TEXT_SUFFIXES:
         yield from row_documents(path, "", chat=True)
         return
     with open(path, encoding="utf-8-sig", errors="replace") as f:
-        yield from (line for line in iter(lambda: f.readline(longest), "") if line.strip())
+        while line := f.readline(longest):
+            if line.strip():
+                yield line
 
+
+# ---------------------------------------------------------------------------------------------------- what users name
 
 def split_budget(word):
-    """'novels@it/books:50M' -> ('novels@it/books', 50000000); None where there is none, 0: all."""
-    m = None if os.path.exists(word) else re.fullmatch(r"(.+):(\d[\d_,.]*[KMB]?)", word, re.I)
+    """'novels@it/books:50M' -> ('novels@it/books', 50000000), and without a budget -> (word, None); 0 means all.
+
+    Raises UserError if the budget is not a whole number.
+    """
+    m = re.fullmatch(r"(.+):(\d[\d_,.]*[KMB]?)", word, re.I)
+    if m is None or os.path.exists(word):  # a file's name may end like a budget
+        return word, None
     try:
-        return (m[1], number(m[2])) if m else (word, None)
+        return m[1], number(m[2])
     except argparse.ArgumentTypeError as e:
         raise UserError(f"the budget behind {m[1]}: {e}") from None
 
 
 def local_source(word, column, known=()):
-    """A file or folder, with `@language/kind` behind it perhaps, as a Source. UserError if nothing readable is there."""
-    path, _, label = (word, "", "") if os.path.exists(word) else word.rpartition("@")
+    """A file or folder as a TextSource. word: PATH, or PATH@language/kind.
+
+    column: see row_documents(); if it is named, rows of chats are text too. known: the names of other sources, to
+    guess what the user meant. Raises UserError if there is nothing that can be read.
+    """
+    path, label = word, ""
+    if not os.path.exists(word):  # a file's name may have an @ in it
+        path, _, label = word.rpartition("@")
     if not path or not os.path.exists(path):
-        raise UserError(f"{word!r} is neither a file or folder here nor a corpus of --list{nearest(word, known) or ', such as pydocs, which needs no network'}")
+        hint = nearest(word, known) or ", such as pydocs, which needs no network"
+        raise UserError(f"{word!r} is neither a file or folder here, nor a corpus of --list, "
+                        f"nor ORG/NAME of the Hugging Face Hub{hint}")
     path = Path(path)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)
-                                                  and not any(part.startswith(".") for part in p.relative_to(path).parts))
-    if not files or not files[0].name.endswith(SUFFIXES):
-        raise UserError(f"{path} {'holds no' if path.is_dir() else 'is not a'} file that prepare.py reads ({', '.join(SUFFIXES)})")
+    files = readable_files(path)
     size = sum(p.stat().st_size for p in files)
-    # a file of chats is told by its first row or line; one without any is neither
-    firsts = {} if column else {p: row for p in files if (row := next(chat_rows(p, longest=PIECE), None)) is not None}
-    chats, texts = ([p for p, row in firsts.items() if is_chat(row) == wanted] for wanted in (True, False))
-    if chats and texts:
-        raise UserError(f"{path} holds chats ({chats[0].name}) as well as text ({texts[0].name}); name them one by one, or read all as text with --column")
+    chat = not column and all_chats(path, files)
+
     # one short file must still give documents for both splits
-    limit = PIECE if len(files) > 1 else min(PIECE, max(1024, size // 32))
+    limit = PIECE
+    if len(files) == 1:
+        limit = min(PIECE, max(1024, size // 32))
 
     def documents():
         for p in files:
-            yield from chat_rows(p) if chats else text_documents(p, limit) if p.suffix in (".txt", ".md") else row_documents(p, column)
-    language, _, kind = label.partition("/")
-    name = path.name[:-len(next(s for s in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(s)))] if path.is_file() else path.resolve().name
-    return Source(re.sub(r"[^\w-]+", "_", name), language or "und", kind or ("chat" if chats else "text"),
-                  {"path": str(path), "files": len(files), "file_bytes": size}, documents, stamp=max(p.stat().st_mtime_ns for p in files), chat=bool(chats))
-
-
-def wiki40b_text(text):
-    """An article of wiki40b (Guo et al. 2020) without the words that mark its structure: headings and paragraphs are set apart by empty
-    lines, and where a file holds Python's notation of the bytes, b'...', the text itself."""
-    if text.startswith("b"):
-        text = ast.literal_eval(text).decode()
-    text = re.sub(r"\s*_START_(?:ARTICLE|SECTION|PARAGRAPH)_\s*", "\n\n", text)
-    return text.replace("_NEWLINE_", "\n").strip()
-
-SKIPPED = ("empty", "not text", "duplicate")  # why a text is left out
-
-
-def clean(texts, seen=None, chat=False):
-    """Texts, or with `chat` rows of chats, as Documents, or, in place of one that is left out, the reason: no text, only white space, what
-    makes a row no chat or, given `seen`, that it occurred before. Articles of wiki40b lose their markers."""
-    for text in texts:
-        if chat:
-            try:
-                d = text if isinstance(text, Document) else chat_document(chat_messages(text))
-            except NoChat as e:
-                yield str(e)
+            if chat:
+                yield from chat_rows(p)
+            elif p.suffix in TEXT_SUFFIXES:
+                yield from text_documents(p, limit)
             else:
-                yield d if seen is None or seen.add(d.hash) else "duplicate"
-            continue
-        if not isinstance(text, str) or not text.strip():
-            yield "empty" if isinstance(text, str) or text is None else "not text"
-            continue
-        if re.match(r"""(?:b["'])?(?:\\n|\s)*_START_ARTICLE_""", text):
-            with contextlib.suppress(ValueError, SyntaxError):  # damaged: taken as it is
-                text = wiki40b_text(text)
-            if not text:
-                yield "empty"
-                continue
-        text = mended(text)
-        utf8 = text.encode()
-        own = text_hash(utf8)
-        d = Document(text, utf8, own, own)
-        yield d if seen is None or seen.add(d.hash) else "duplicate"
+                yield from row_documents(p, column)
+
+    language, _, kind = label.partition("/")
+    return TextSource(
+        name=source_name(path),
+        language=language or "und",  # undetermined, in ISO 639
+        kind=kind or ("chat" if chat else "text"),
+        origin={"path": str(path), "files": len(files), "file_bytes": size},
+        documents=documents,
+        stamp=max(p.stat().st_mtime_ns for p in files),
+        chat=chat,
+    )
+
+
+def readable_files(path):
+    """The file, or the files in the folder and its subfolders, in the order of their paths; hidden ones are left out.
+
+    Raises UserError if there is none of a kind that can be read.
+    """
+    files = [path]
+    if not path.is_file():
+        files = [p for p in sorted(path.rglob("*")) if p.is_file() and not is_hidden(p.relative_to(path))]
+    files = [p for p in files if p.name.endswith(SUFFIXES)]
+    if not files:
+        what = "holds no" if path.is_dir() else "is not a"
+        raise UserError(f"{path} {what} file that prepare.py reads ({', '.join(SUFFIXES)})")
+    return files
+
+
+def is_hidden(path):
+    return any(part.startswith(".") for part in path.parts)
+
+
+def all_chats(path, files):
+    """Whether the files hold chats, as their first rows or lines tell. Empty files count as neither.
+
+    Raises UserError if some hold chats and others text.
+    """
+    chats, texts = [], []
+    for p in files:
+        first = next(chat_rows(p, longest=PIECE), None)
+        if first is not None:
+            side = chats if is_chat(first) else texts
+            side.append(p)
+    if chats and texts:
+        raise UserError(f"{path} holds chats ({chats[0].name}) as well as text ({texts[0].name}); "
+                        "name them one by one, or read all as text with --column")
+    return bool(chats)
+
+
+def source_name(path):
+    """The name of a file without its suffix, or of a folder, with _ for what does not belong into a file's name."""
+    name = path.resolve().name
+    if path.is_file():
+        suffix = max((s for s in SUFFIXES if path.name.endswith(s)), key=len)
+        name = path.name.removesuffix(suffix)
+    return re.sub(r"[^\w-]+", "_", name)

@@ -1,85 +1,145 @@
-"""Tokenizers: training, loading, and encoding fast."""
+"""Tokenizers: how they are trained, loaded, and made to encode fast.
+
+A tokenizer is always a pipeline of the `tokenizers` library, and its file is always a tokenizer.json. One file serves
+preparing, training and sampling, and the `transformers` library reads it too. There are four kinds:
+
+    bpe     byte-level BPE, trained on the text; it spells any text                       (for ivme and gpt2preln)
+    hybrid  the 256 bytes and the most frequent words, no merges; it spells any text      (for tinymemory)
+    chunk   lowercase chunks of two or three characters; it loses unknown characters      (for i3)
+    gpt2    GPT-2's own merges, not trained here; for OpenAI's weights and nanoGPT's data
+
+TRAINERS holds the functions that train the first three, READY the one that makes the last. The trained kinds have the
+seven SPECIAL_TOKENS, with ids 0 to 6; gpt2 has <|endoftext|> alone. bos_eos() gives the ids that begin and end a
+document in either case.
+
+Text that spells "<|eos|>" must not become the token <|eos|>. load_tokenizer() sees to that, with a setting that a
+tokenizer.json cannot keep, so every load goes through it. fast_encoder() gives the ids that the library gives, several
+times faster if the tokenizer allows it.
+"""
+import hashlib
 import itertools
 import json
 import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from common import UserError
+from common import UserError, replacing
 
-SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|system|>")  # the İvme card's; ids 0 to 6
+# The İvme card's special tokens, with ids 0 to 6
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|system|>")
 
-DEFAULT_VOCAB = {"bpe": 16_384, "hybrid": 2111, "chunk": 4466}
+END_OF_TEXT = "<|endoftext|>"  # the only special token of GPT-2
 
-# GPT-2's rule for cutting text into words, as in tokenizers' ByteLevel
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DEFAULT_VOCAB = {"bpe": 16_384, "hybrid": 2111, "chunk": 4466, "gpt2": 50_257}
 
-TRIGRAMS = ("the and ing ion tio ent ati for her ter hat tha ere ate his con res ver all ons nce men ith ted ers "
-            "pro thi wit are ess not ive was ect rea com eve per int est sta cti ica ist ear ain one our iti rat").split()
+PIECE = 2 ** 16  # characters of a text that are held or counted at a time
 
-# A chunk: such a trigram, else three characters of which the first, else the last is a space, else two characters, else one.
-# Trigrams of one first letter share a branch, which is a quarter faster. [\s\S] is any character to every engine, a line end too
-CHUNKS = "|".join(f"{a}(?:{'|'.join(t[1:] for t in TRIGRAMS if t[0] == a)})" for a in dict.fromkeys(t[0] for t in TRIGRAMS))
 
-CHUNKS += r"| [\s\S]{2}|[\s\S]{2} |[\s\S]{2}|[\s\S]"
-
-TASK = 2 ** 16  # characters that a thread of fast_encoder gets at a time
-
-COUNTED_CHUNKS = 2 ** 19  # different ones that are counted at a time; pydocs has 7,400 of them, Chinese text far more
-
-PIECE = 2 ** 16  # characters; a longer text file becomes several documents, cut at paragraph ends
-
+# ---------------------------------------------------------------------------------------------------- loading
 
 def load_tokenizer(source):
-    """A tokenizer from a tokenizer.json's path or its text; UserError if it is none or lacks <|bos|> and <|eos|>.
+    """Loads a tokenizer from a tokenizer.json's path or text, or from the path of a checkpoint (.pt).
 
-    encode_special_tokens makes text that spells <|eos|> ordinary characters. The file cannot keep that setting, so every
-    load goes through here.
+    Raises UserError if `source` holds no tokenizer, or one without the tokens that begin and end a document.
     """
+    name = source
     try:
-        tokenizer = Tokenizer.from_str(source) if source.lstrip().startswith("{") else Tokenizer.from_file(source)
-    except Exception as e:  # tokenizers raises plain Exception for everything
-        what = "the tokenizer" if source.lstrip().startswith("{") else source
-        raise UserError(f"{what} is not a tokenizer.json of the tokenizers library: {e}") from None
-    for token in ("<|bos|>", "<|eos|>"):
-        if tokenizer.token_to_id(token) is None:
-            raise UserError(f"the tokenizer {'' if source.lstrip().startswith('{') else source + ' '}has no {token}, which documents are framed with")
+        if source.lstrip().startswith("{"):
+            name = "the tokenizer"
+            tokenizer = Tokenizer.from_str(source)
+        elif source.endswith(".pt"):
+            name = f"the tokenizer in {source}"
+            tokenizer = Tokenizer.from_str(tokenizer_text(source))
+        else:
+            tokenizer = Tokenizer.from_file(source)
+    except UserError:
+        raise
+    except Exception as e:  # the library raises plain Exception for everything
+        raise UserError(f"{name} is not a tokenizer.json of the tokenizers library: {e}") from None
+    bos_eos(tokenizer, name)
+
+    # text that spells a special token stays ordinary characters
     tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()  # a file made for batches of one length would cut or pad the documents
+
+    # a file that was made for batches of one length would cut or pad the documents
+    tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
+def tokenizer_text(checkpoint):
+    """The text of the tokenizer.json in a checkpoint file. Raises UserError if there is none."""
+    import torch  # nothing else here needs it
+    try:
+        return torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["tokenizer"]
+    except Exception as e:  # torch raises many types for a damaged file
+        raise UserError(f"{checkpoint} is not a checkpoint that holds a tokenizer ({type(e).__name__})") from None
+
+
+def bos_eos(tokenizer, name="the tokenizer"):
+    """The ids (bos, eos) of the tokens that begin and end a document.
+
+    They are those of <|bos|> and <|eos|>; a tokenizer that lacks these has <|endoftext|> for both, as GPT-2 does.
+    Raises UserError, which calls the tokenizer `name`, if it has neither.
+    """
+    bos = tokenizer.token_to_id("<|bos|>")
+    eos = tokenizer.token_to_id("<|eos|>")
+    if bos is None or eos is None:
+        bos = eos = tokenizer.token_to_id(END_OF_TEXT)
+    if bos is None:
+        raise UserError(f"{name} has neither <|bos|> and <|eos|> nor {END_OF_TEXT}, which documents are framed with")
+    return bos, eos
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
 def added_tokens():
-    return [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS]
+    # normalized=False: the chunk tokenizer's lowercase must not change the tokens themselves
+    return [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
 
 
 def train_bpe(texts, vocab_size):
     """Byte-level BPE (arXiv 1508.07909): special tokens, the 256 bytes, then merges in the order they were learned."""
     tokenizer = Tokenizer(models.BPE())
-    # the trainer's time grows with the square of a word's length: a run of 512 characters is a word of its own while it learns
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\S{512}|\s{512}"), "isolated"),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=added_tokens(), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+    # The trainer's time grows with the square of a word's length. So 512 characters without a space between them, or
+    # 512 spaces, are a word of their own while it learns.
+    short_runs = pre_tokenizers.Split(Regex(r"\S{512}|\s{512}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([short_runs, words])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=added_tokens(),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+
+    tokenizer.pre_tokenizer = words
     return tokenizer
 
 
 def train_hybrid(texts, vocab_size):
-    """TinyMemoryLM's tokenizer: special tokens, the 256 bytes, and the most frequent words. A word in the vocabulary is one
-    token, any other is spelled byte by byte; nothing is lost. A BPE without merges that looks whole words up does just that."""
-    words = Tokenizer(models.WordLevel())
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.train_from_iterator(texts, trainers.WordLevelTrainer(vocab_size=vocab_size, show_progress=False))  # by frequency, then alphabet
+    """TinyMemoryLM's tokenizer: special tokens, the 256 bytes, and the most frequent words.
+
+    A word in the vocabulary is one token. Any other word is spelled byte by byte, so that nothing is lost. A BPE that
+    has no merges, but looks up whole words first, does just that.
+    """
+    # rank the words by their frequency, then by the alphabet
+    counter = Tokenizer(models.WordLevel())
+    counter.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    counter.train_from_iterator(texts, trainers.WordLevelTrainer(vocab_size=vocab_size, show_progress=False))
+    rank = counter.get_vocab()
+    words = [word for word in sorted(rank, key=rank.get) if len(word) > 1 and word not in SPECIAL_TOKENS]
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    by_rank = sorted(words.get_vocab(), key=words.get_vocab().get)
-    vocab = [*SPECIAL_TOKENS, *alphabet, *(w for w in by_rank if len(w) > 1 and w not in SPECIAL_TOKENS)][:vocab_size]
+    vocab = [*SPECIAL_TOKENS, *alphabet, *words][:vocab_size]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, [], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -87,32 +147,150 @@ def train_hybrid(texts, vocab_size):
     return tokenizer
 
 
-def train_chunk(texts, vocab_size):
-    """i3's tokenizer: lowercase text in chunks of two or three characters. Special tokens, the most frequent characters, in at most
-    a quarter of the vocabulary, and the most frequent chunks. A chunk in the vocabulary is one token, any other is spelled by
-    characters, and a character that is not there is <|unk|>. Text with few different chunks gives a smaller vocabulary."""
-    lowercase, cut, most = normalizers.Lowercase(), re.compile(CHUNKS), max(COUNTED_CHUNKS, 4 * vocab_size)
-    characters, chunks = Counter(), Counter()
-    for text in texts:
-        for i in range(0, len(text), PIECE):  # the list of a long document's chunks would take 30 times its size
-            piece = lowercase.normalize_str(text[i:i + PIECE])
-            characters.update(piece)
-            chunks.update(cut.findall(piece))
-            if len(chunks) > most:  # the rarer half goes, of equal ones the later: the same every time
-                chunks = Counter(dict(chunks.most_common(most // 2)))
+TRIGRAMS = (
+    "the and ing ion tio ent ati for her ter hat tha ere ate his con res ver all ons nce men ith ted ers "
+    "pro thi wit are ess not ive was ect rea com eve per int est sta cti ica ist ear ain one our iti rat"
+).split()
 
-    def by_rank(counts):
-        return sorted(counts, key=lambda x: (-counts[x], x))
-    vocab = [*SPECIAL_TOKENS, *by_rank(characters)[:vocab_size // 4], *(c for c in by_rank(chunks) if len(c) > 1)][:vocab_size]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, [], ignore_merges=True, unk_token="<|unk|>"))
+
+def chunk_pattern():
+    """The regular expression that cuts lowercase text into chunks.
+
+    A chunk is one of TRIGRAMS; else three characters of which the first is a space; else three of which the last is
+    one; else two characters; else one.
+    """
+    # trigrams that begin with the same letter share a branch, which is a quarter faster
+    endings = {}
+    for trigram in TRIGRAMS:
+        endings.setdefault(trigram[0], []).append(trigram[1:])
+    branches = [f"{first}(?:{'|'.join(rest)})" for first, rest in endings.items()]
+
+    # [\s\S] is any character, a line end too, for every regular expression engine
+    branches += [r" [\s\S]{2}", r"[\s\S]{2} ", r"[\s\S]{2}", r"[\s\S]"]
+    return "|".join(branches)
+
+
+CHUNKS = chunk_pattern()
+
+COUNTED_CHUNKS = 2 ** 19  # different chunks counted at a time; pydocs has 7,400 of them, Chinese text far more
+
+
+def train_chunk(texts, vocab_size):
+    """i3's tokenizer: lowercase text in chunks of two or three characters.
+
+    The vocabulary is the special tokens, the most frequent characters (at most a quarter of it), and the most frequent
+    chunks. A chunk in it is one token, any other chunk is spelled by its characters, and a character that is not in it
+    is <|unk|>. It is smaller than vocab_size if the text has few different chunks.
+    """
+    lowercase = normalizers.Lowercase()
+    characters, chunks = count_chunks(texts, lowercase, most=max(COUNTED_CHUNKS, 4 * vocab_size))
+    longer = [chunk for chunk in by_frequency(chunks) if len(chunk) > 1]
+    vocab = [*SPECIAL_TOKENS, *by_frequency(characters)[:vocab_size // 4], *longer][:vocab_size]
+
+    ids = {token: i for i, token in enumerate(vocab)}
+    tokenizer = Tokenizer(models.BPE(ids, [], ignore_merges=True, unk_token="<|unk|>"))
     tokenizer.normalizer = lowercase
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(CHUNKS), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(added_tokens())
     return tokenizer
 
+
+def count_chunks(texts, lowercase, most):
+    """How often each character and each chunk occurs in the texts: two Counters, the second of about `most` chunks."""
+    cut = re.compile(CHUNKS)
+    characters, chunks = Counter(), Counter()
+    for text in texts:
+        for i in range(0, len(text), PIECE):  # the chunks of a long document, listed, would take 30 times its memory
+            piece = lowercase.normalize_str(text[i:i + PIECE])
+            characters.update(piece)
+            chunks.update(cut.findall(piece))
+
+            # Too many: the rarer half goes. Of equally rare ones the later go, so that the result is always the same.
+            if len(chunks) > most:
+                chunks = Counter(dict(chunks.most_common(most // 2)))
+    return characters, chunks
+
+
+def by_frequency(counts):
+    """The keys, the most frequent one first; equally frequent ones in the order of the alphabet."""
+    return sorted(counts, key=lambda key: (-counts[key], key))
+
+
 TRAINERS = {"bpe": train_bpe, "hybrid": train_hybrid, "chunk": train_chunk}
 
+
+# ---------------------------------------------------------------------------------------------------- GPT-2's merges
+
+GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # where tiktoken downloads them from
+
+
+def gpt2_tokenizer():
+    """GPT-2's own tokenizer (Radford et al. 2019), with the same 50,257 ids as tiktoken's encoding "gpt2".
+
+    The first call downloads GPT-2's merges through tiktoken and keeps the tokenizer.json in the user's cache folder;
+    later calls need no network. Raises UserError if the merges are not there and cannot be downloaded.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache / "small-language-models" / "gpt2-tokenizer.json"
+    if not path.exists():
+        text = from_tiktoken(gpt2_encoding()).to_str(pretty=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as f:
+            f.write(text.encode())
+    return load_tokenizer(str(path))
+
+
+def gpt2_encoding():
+    """tiktoken's encoding "gpt2", which it downloads once and keeps. UserError says how to do without a network."""
+    import tiktoken
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as e:  # no network, or a file with another checksum
+        urls = [f"{GPT2_FILES}/{name}" for name in ("vocab.bpe", "encoder.json")]
+        names = [hashlib.sha1(url.encode()).hexdigest() for url in urls]  # tiktoken's cache calls a file by its address
+        raise UserError(
+            f"tiktoken cannot download GPT-2's merges ({type(e).__name__}); download {urls[0]} and {urls[1]} "
+            f"elsewhere, name them {names[0]} and {names[1]}, and set TIKTOKEN_CACHE_DIR to the folder they are in"
+        ) from None
+
+
+def from_tiktoken(encoding):
+    """A byte-level BPE encoding of tiktoken that has one special token, <|endoftext|>, as a tokenizer with equal ids.
+
+    tiktoken lists the tokens alone, and a token's id is its rank: the lower the rank, the earlier two neighbours are
+    merged into it. tokenizers wants the merges, that is, the two parts that each token is made of.
+    """
+    end = encoding.eot_token
+    tokens = [encoding.decode_single_token_bytes(i) for i in range(end)]  # <|endoftext|> has the last id
+    rank = {token: i for i, token in enumerate(tokens)}
+    character = {byte: char for char, byte in byte_of_character().items()}
+    spelling = {token: "".join(character[byte] for byte in token) for token in tokens}
+
+    vocab = {spelling[token]: i for token, i in rank.items()} | {END_OF_TEXT: end}
+    pairs = [last_merge(token, rank) for token in tokens if len(token) > 1]
+    tokenizer = Tokenizer(models.BPE(vocab, [(spelling[a], spelling[b]) for a, b in pairs]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return tokenizer
+
+
+def last_merge(token, rank):
+    """The two parts that the last merge joins to `token` (bytes), found by merging its bytes in the order of `rank`."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        ranks = [rank.get(a + b, len(rank)) for a, b in zip(parts, parts[1:])]
+        i = ranks.index(min(ranks))
+        assert ranks[i] < rank[token], "a token must be made of tokens with lower ranks"
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+READY = {"gpt2": gpt2_tokenizer}  # name -> a function without arguments that returns the tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------- facts
 
 def vocabulary_size(tokenizer):
     """One more than the highest id: a tokenizer from elsewhere may leave ids unused."""
@@ -120,67 +298,124 @@ def vocabulary_size(tokenizer):
 
 
 def unknown_id(tokenizer):
-    """The token id that stands for text outside the vocabulary; None if the tokenizer can spell any text."""
+    """The id of the token for text outside the vocabulary; None if the tokenizer can spell any text."""
     model = json.loads(tokenizer.to_str())["model"]
-    return model["unk_id"] if "unk_id" in model else tokenizer.token_to_id(model.get("unk_token") or "")
+    if "unk_id" in model:  # a unigram model names the id, the other models name the token
+        return model["unk_id"]
+    return tokenizer.token_to_id(model.get("unk_token") or "")
 
 
 def byte_of_character():
-    """ByteLevel's alphabet: printable bytes stand for themselves, the others for the characters from U+0100 on. char -> byte."""
+    """The alphabet of ByteLevel, as a dict from its 256 characters to the bytes they stand for.
+
+    Printable bytes stand for themselves. The others have the characters from U+0100 on, in order.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    return alphabet
 
 
 def token_byte_counts(tokenizer):
-    """UTF-8 bytes of text behind each token id, int64 (vocabulary size,); special tokens stand for none.
+    """UTF-8 bytes of text behind each token id, int64 (vocabulary size,). Special tokens stand for none.
 
-    So does <|unk|>: text that a tokenizer cannot spell adds no bytes, which can only raise bits per byte. The text is the
-    normalized one: of İ, which has two bytes, chunk sees i̇, which has three.
+    So does <|unk|>: text that a tokenizer cannot spell adds no bytes, which can only raise bits per byte. The text is
+    the normalized one: chunk, which lowercases, makes three bytes of the two of İ.
     """
-    is_bytes, special = byte_of_character(), {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
-    counts = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
+    is_byte = byte_of_character()
+    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     byte_level = '"ByteLevel"' in tokenizer.to_str()
+
+    counts = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
     for token, i in tokenizer.get_vocab().items():
-        if i not in special:
-            counts[i] = len(token) if byte_level and all(c in is_bytes for c in token) else len(tokenizer.decode([i]).encode())
+        if i in special:
+            continue
+        if byte_level and all(char in is_byte for char in token):
+            counts[i] = len(token)  # a token may be a part of a character, which cannot be decoded by itself
+        else:
+            counts[i] = len(tokenizer.decode([i]).encode())
     return counts
 
 
-def fast_encoder(tokenizer):
-    """A function texts -> list of id arrays, the ids of tokenizer.encode, by the quickest way there is.
+# ---------------------------------------------------------------------------------------------------- encoding fast
 
-    GPT-2-style byte-level BPE goes through tiktoken's merge loop, built from the same merges: 3 to 7 times faster. Ids are
-    the same if every token's own text encodes to that token, by one merge only, which is checked. All else goes through encode_batch.
+# GPT-2's rule for cutting text into words, as ByteLevel of the tokenizers library has it
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+TASK = 2 ** 16  # characters that a thread encodes at a time
+
+
+def fast_encoder(tokenizer):
+    """A function from a list of texts to a list of id arrays, uint32 (n,) each: the ids that tokenizer.encode gives.
+
+    A byte-level BPE like GPT-2's goes through tiktoken's merge loop, which is built from the same merges and takes a
+    third to a seventh of the time. Any other tokenizer goes through the library's own encode_batch.
     """
-    spec = json.loads(tokenizer.to_str())
-    model, pre = spec["model"], spec["pre_tokenizer"] or {}
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
     byte = byte_of_character()
-    tokens = sorted(byte, key=byte.get) + [a + b for a, b in merges]  # tiktoken merges the pair of lowest rank first
-    plain = (model["type"] == "BPE" and merges and not spec["normalizer"] and pre.get("type") == "ByteLevel"
-             and not pre["add_prefix_space"] and pre.get("use_regex", True) and not model["dropout"] and not model["ignore_merges"]
-             and not model["continuing_subword_prefix"] and not model["end_of_word_suffix"]
-             and len({a + b for a, b in merges}) == len(merges) and byte.keys() <= model["vocab"].keys()
-             and all(t.special for t in tokenizer.get_added_tokens_decoder().values())  # others are found in the text first
-             and all(len(tokenizer.model.tokenize(t)) == 1 for t in tokens))
-    if not plain:
-        return lambda texts: [np.array(e.ids, dtype=np.uint32) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    tokens = sorted(byte, key=byte.get) + [a + b for a, b in merges]  # in the order of their ranks
+    if not tiktoken_gives_equal_ids(tokenizer, merges, tokens):
+        return library_encoder(tokenizer)
 
     import tiktoken
-    ranks = {bytes(byte[c] for c in t): rank for rank, t in enumerate(tokens)}
-    ids = np.array([model["vocab"][t] for t in tokens], dtype=np.uint32)
-    encoding = tiktoken.Encoding("prepare", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens={})
+    rank = {bytes(byte[char] for char in token): i for i, token in enumerate(tokens)}
+    ids = np.array([model["vocab"][token] for token in tokens], dtype=np.uint32)  # rank -> id
+    encoding = tiktoken.Encoding("prepare", pat_str=GPT2_WORDS, mergeable_ranks=rank, special_tokens={})
     pool = ThreadPoolExecutor(os.cpu_count())  # the merge loop runs outside Python's lock
 
+    def encode_task(texts):
+        return [ids[encoding.encode_to_numpy(text, disallowed_special=())] for text in texts]
+
     def encode(texts):
-        tasks, size = [[]], 0
-        for text in texts:  # a task for each would take longer than a short text itself
-            tasks[-1].append(text)
-            size += len(text)
-            if size >= TASK:
-                tasks.append([])
-                size = 0
-        done = pool.map(lambda task: [ids[encoding.encode_to_numpy(t, disallowed_special=())] for t in task], tasks)
-        return list(itertools.chain.from_iterable(done))
+        return list(itertools.chain.from_iterable(pool.map(encode_task, tasks(texts))))
     return encode
+
+
+def tiktoken_gives_equal_ids(tokenizer, merges, tokens):
+    """Whether tiktoken's merge loop finds the ids that the tokenizer gives.
+
+    It merges the pair whose union has the lowest rank, the library applies the merges in their order. That is the same
+    if each token comes from one merge only and if each token's own text is encoded to that token alone. Beside that,
+    nothing may change the text before or find tokens in it, and the words must be GPT-2's.
+    """
+    spec = json.loads(tokenizer.to_str())
+    model = spec["model"]
+    words = spec["pre_tokenizer"] or {}
+
+    if model["type"] != "BPE" or not merges or spec["normalizer"]:
+        return False
+    if words.get("type") != "ByteLevel" or words["add_prefix_space"] or not words.get("use_regex", True):
+        return False
+    if model["dropout"] or model["ignore_merges"]:
+        return False
+    if model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
+        return False
+    if not all(token.special for token in tokenizer.get_added_tokens_decoder().values()):
+        return False  # an added token that is not special is found in the text first
+
+    if len({a + b for a, b in merges}) != len(merges):
+        return False
+    if not byte_of_character().keys() <= model["vocab"].keys():
+        return False
+    return all(len(tokenizer.model.tokenize(token)) == 1 for token in tokens)
+
+
+def library_encoder(tokenizer):
+    def encode(texts):
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+    return encode
+
+
+def tasks(texts):
+    """Shares texts out into lists of some TASK characters: a task for a short text would take longer than the text."""
+    task, size = [], 0
+    for text in texts:
+        task.append(text)
+        size += len(text)
+        if size >= TASK:
+            yield task
+            task, size = [], 0
+    yield task
