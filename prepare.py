@@ -1,21 +1,30 @@
-"""Text in, token files out: `python prepare.py NAME...` writes a folder that train.py, nanoGPT and `np.memmap` can read.
+"""Text in, token files out: `python prepare.py NAME...` writes a folder that train.py and nanoGPT can read.
 
-NAME is `pydocs` (this Python's own library and help topics: nothing to download) or `pydocs-chat` (questions and answers about that
-library), a data set of the Hugging Face Hub or a mix of them (`python prepare.py --list`), or a file or folder of yours (.txt, .md,
-.jsonl, .jsonl.gz, .parquet) with texts or chats, with language and kind behind an @ and a budget of training tokens behind a colon
-if you like: `novels_it@it/books:50M`. Several names become several sources of one corpus, each with files of its own, and one
-tokenizer that learns from them all. The folder data/NAME-TOKENIZER holds
+NAME is one of these, with a budget of training tokens behind a colon if you like (`finemath:50M`):
 
-    tokenizer.json                  a Hugging Face `tokenizers` file
-    train.<i>-<source>.bin, val...  raw little-endian uint16 token ids (uint32 above 65,536), documents as <|bos|> text <|eos|>
-    train.<i>-<source>.mask.bin     only of chats, and val...: a byte per token, 1 for a reply's, see encode_chats
-    meta.json                       what it is made of, with counts of tokens, documents and UTF-8 bytes, sizes and checksums
+    pydocs           this Python's own library and help topics, with nothing to download
+    pydocs-chat      questions and answers about that library
+    finemath, ivme   a data set of the Hugging Face Hub that is known here, or a mix of them: `python prepare.py --list`
+    ORG/NAME         any other data set of the Hub, with --config and --column where they are needed
+    PATH             a file or folder of yours with texts or chats (.txt, .md, .jsonl, .jsonl.gz, .parquet)
 
-The input is read as a stream, twice: once to sample the text that the tokenizer learns from (of the Hub's sets their beginning), once
-to encode. Memory does not grow with it. Stopped by whatever while it encodes, the same command goes on where it was, and the result is
-the same to the byte. Exact duplicates within a source are left out. Whether a document is training or validation text depends on the hash of its
-text alone, not on the order of files or on what is added later; only a source so small that no hash falls below val_fraction lends
-its lowest one. A chat of pydocs-chat goes where its module's source goes in pydocs.
+PATH and ORG/NAME take a language and a kind behind an @: `novels_it@it/books:50M`. Several names become several
+sources of one corpus. Each has files of its own, and one tokenizer learns from them all. data/NAME-TOKENIZER holds
+
+    tokenizer.json                  a file of the Hugging Face `tokenizers` library
+    train.<i>-<source>.bin, val...  raw little-endian uint16 token ids (uint32 if there are more than 65,536),
+                                    documents as <|bos|> text <|eos|> (for gpt2, <|endoftext|> is both)
+    train.<i>-<source>.mask.bin     only for chats, and val...: a byte per token, 1 for a reply's, see encode_chats()
+    meta.json                       the settings and where the text is from; counts, sizes and checksums of the files
+
+The input is read as a stream, twice: first for a sample of the text, from which the tokenizer learns (of a Hub data set
+only the beginning is read for that), then to encode it. Memory does not grow with the input. If the program is stopped
+while it encodes, the same command goes on where it was, and the result is the same to the byte.
+
+Exact duplicates within a source are left out. Whether a document is training or validation text depends on the hash of
+its text alone, not on the order of files or on what is added later. If a source is so small that no hash falls below
+val_fraction, its document of the lowest hash is the validation text. A chat of pydocs-chat goes where its module's
+source goes in pydocs.
 """
 import dataclasses
 import hashlib
@@ -28,87 +37,224 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from common import Progress, UserError, clock, nearest, parse_flags, run_tool
+from common import Progress, UserError, clock, columns, nearest, parse_flags, run_tool
 from corpus.chats import chat_ids, encode_chats
-from corpus.folder import corpus_name, document_edges, read_meta, read_tokens, token_files
-from corpus.hub import HUB, MIXES, HubSource, hub_revision, hub_setup, hub_source, list_table
+from corpus.folder import (
+    EncodedDocument, SourceWriter, corpus_name, document_edges, first_place, read_meta, read_tokens, token_files,
+)
+from corpus.hub import HUB, MIXES, HubSource, find_source, hub_name, hub_revision, hub_setup, hub_source, list_table
 from corpus.pydocs import EMBEDDED
-from corpus.text import SKIPPED, Document, Seen, clean, local_source, split_budget
-from corpus.tokenizer import DEFAULT_VOCAB, SPECIAL_TOKENS, TRAINERS, fast_encoder, load_tokenizer, unknown_id, vocabulary_size
+from corpus.text import Document, clean, local_source, split_budget
+from corpus.tokenizer import (
+    DEFAULT_VOCAB, READY, SPECIAL_TOKENS, TRAINERS, bos_eos, fast_encoder, load_tokenizer, tokenizer_text, unknown_id,
+    vocabulary_size,
+)
 
 
 @dataclass
 class Settings:
     out_dir: str = "data"  # folder in which the prepared folder is made
     name: str = ""  # the prepared folder's name; empty: NAME-TOKENIZER
-    tokenizer: str = "bpe"  # bpe, hybrid (characters and frequent words), chunk (lowercase, by two or three), or a tokenizer.json to reuse
+    tokenizer: str = "bpe"  # bpe, hybrid, chunk or gpt2, or a tokenizer.json or checkpoint whose tokenizer is reused
     vocab_size: int = 0  # tokens in a new tokenizer's vocabulary; 0: bpe 16,384, hybrid 2,111, chunk 4,466
-    max_tokens: int = -1  # training tokens to take from each source that names no budget, such as 235M; 0: all; -1: all, or what --list says
-    val_fraction: float = 0.05  # share of the documents that become validation text
-    column: str = ""  # field of .jsonl and .parquet rows that holds the text; empty: text or content, and rows of chats are chats
-    source_dir: str = ""  # read the Hub's data sets from copies of their repositories in this folder: DIR/ORG/NAME, DIR/NAME, or DIR itself
+    max_tokens: int = -1  # training tokens from each source without a budget; 0: all; -1: all, or what --list says
+    val_fraction: float = 0.05  # fraction of the documents that become validation text
+    column: str = ""  # field that holds the text of a row; empty: text or content, and rows of chats are chats
+    config: str = ""  # configuration of the data sets that are given as ORG/NAME; empty: their only or default one
+    source_dir: str = ""  # read the Hub's data sets from copies of them here: DIR/ORG/NAME, DIR/NAME, or DIR itself
     list: bool = False  # show the data sets and mixes that can be named, and nothing else
     show: str = ""  # tell what this prepared folder holds, and nothing else
-    plot: bool = False  # with --show: draw the lengths of the documents, FOLDER/lengths.png
-
-SAMPLE_BYTES = 32 * 2 ** 20  # text a tokenizer learns from, shared equally by the sources
 
 
-def why_skipped(skipped):
-    """{"empty": 3} -> '; left out: 3 empty', nothing where nothing was."""
-    counts = ", ".join(f"{n:,} {what}" for what, n in skipped.items() if n)
-    return f"; left out: {counts}" * bool(counts)
-
-
-def scan(source, threshold, sample_bytes):
-    """First pass: how much there is, a sample of the training text, and where the validation split lies.
-
-    The sample is the documents of lowest rehashed hash that fit sample_bytes: even over all that is read, the same whatever its order,
-    and never more than that in memory. Of a source with a budget no more is read than the budget can need, of a Hub set its beginning,
-    sample_bytes or a megabyte. If no document's hash is below `threshold`, the split moves up to the lowest one, so that a small source has
-    validation text too. Returns (texts, threshold, bytes, or None where there is more, documents).
-    """
-    sample, sampled, bar, total, lowest, highest, n, skipped = [], 0, 2 ** 64, 0, 2 ** 64, -1, 0, Counter()
-    progress = Progress()
-    for d in clean(source.reader(), chat=source.chat):
-        if not isinstance(d, Document):
-            skipped[d] += 1
-            continue
-        progress.show(f"{source.name:<12} reading, {total / 1e6:,.1f} MB")
-        total, n, lowest, highest = total + len(d.utf8), n + 1, min(lowest, d.split_hash), max(highest, d.split_hash)
-        key = d.hash * 0x9E3779B97F4A7C15 % 2 ** 64  # independent of the split's order
-        if d.split_hash >= threshold and sample_bytes and key < bar:
-            heapq.heappush(sample, (-key, d.text, len(d.utf8), d.split_hash))
-            sampled += len(d.utf8)
-            while sampled > sample_bytes and len(sample) > 1:
-                bar = -sample[0][0]  # what ranks behind a document that did not fit stays out, even if it is short
-                sampled -= heapq.heappop(sample)[2]
-        if isinstance(source, HubSource) and total > max(sample_bytes, HUB_SCAN) and lowest < highest:
-            total = None
-            break
-        if source.budget and total > 8 * source.budget and lowest < highest:  # no tokenizer here makes tokens that long: the budget ends before this
-            break
-    if not n or threshold and lowest == highest:
-        raise UserError(f"{source.name} holds {'only one document' if n else 'no document'} of text; "
-                        f"a training and a validation split need two different ones{why_skipped(skipped)}")
-    if threshold:
-        threshold = min(max(threshold, lowest + 1), highest)
-    texts = [text for _, text, _, split_hash in sorted(sample, reverse=True) if split_hash >= threshold]
-    return texts, threshold, total, n
-
-HUB_SCAN = 2 ** 20  # bytes of a Hub set that the first pass reads at least
-
+SAMPLE_BYTES = 32 * 2 ** 20  # text that a tokenizer learns from, shared equally by the sources
+HUB_SCAN = 2 ** 20  # bytes of a Hub data set that the first pass reads at least
 BATCH_BYTES = 4 * 2 ** 20  # text that is encoded at once: enough to keep every core busy, little to hold
-
+BATCH_ROWS = 100_000  # rows that are encoded at once at most
 SAVE_SECONDS = 10  # between two records of how far the work is
 
 
+# ---------------------------------------------------------------------------------------------------- the whole of it
+
+def prepare(names, s):
+    """Prepares the corpora `names` as Settings s says, and returns the folder.
+
+    A folder that was made with the same settings is left as it is. Raises UserError for a mistake in the names or the
+    settings, for input that cannot be read, and if the folder was made with other settings.
+    """
+    check_settings(names, s)
+    tokenizer_plan = plan_tokenizer(s)
+    sources = plan_sources(names, s)
+    if tokenizer_plan.load and any(source.chat for source in sources):
+        chat_ids(tokenizer_plan.load())  # without the tokens of the roles it is no use: better known before the work
+    asked = settings_asked(sources, tokenizer_plan, s)
+
+    words = [split_budget(name)[0] for name in names]
+    folder = Path(s.out_dir) / (s.name or corpus_name(words, s.tokenizer, tokenizer_plan.vocab_size))
+    if folder.exists():
+        check_made_alike(folder, asked)
+        return folder
+
+    # The work is done in a hidden folder, which is renamed at the end: a folder that exists is whole
+    part = folder.with_name(f".{folder.name}.part")
+    record = Record(part, asked | dict(stamps=[source.stamp for source in sources]))
+    choose_revisions(sources, record)
+    if record.resumed:
+        done = len(record.data["done"])
+        Progress().done(f"going on       {part} holds {done} of {len(sources)} sources and perhaps a part of the next")
+    else:
+        first_pass(sources, tokenizer_plan, s.val_fraction, part, record)
+    second_pass(sources, part, record)
+    finish(part, folder, asked, record)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------- what is asked for
+
+def check_settings(names, s):
+    """Raises UserError for names and numbers that make no sense."""
+    if not names:
+        raise UserError(f"name what to prepare: {', '.join(EMBEDDED)}, a data set or mix of --list, ORG/NAME for any "
+                        "other data set of the Hugging Face Hub, or a file or folder of yours")
+    if not 0 <= s.val_fraction < 1:
+        raise UserError(f"--val_fraction={s.val_fraction} is not a fraction from 0 up to 1")
+    if s.max_tokens < -1 or s.vocab_size < 0:
+        raise UserError("--max_tokens and --vocab_size cannot be negative")
+
+
+def plan_sources(names, s):
+    """The names as sources with their budgets: one for each name, and for a mix one for each of its parts."""
+    budgets = dict(map(split_budget, names))
+    if len(budgets) < len(names):
+        raise UserError("a name is given twice; one source is made of each")
+    if s.config and not any(is_of_the_hub(name) for name in budgets):
+        known = [name for name in budgets if name in HUB or name in MIXES]
+        why = f"; {known[0]} has a configuration of its own" if known else ""
+        raise UserError(f"--config is for data sets that are given as ORG/NAME{why}")
+
+    asked = None if s.max_tokens < 0 else s.max_tokens
+    sources = []
+    for name, own in budgets.items():
+        if name not in MIXES:
+            source = make_source(name, s, several=len(budgets) > 1)
+            sources.append(with_budget(source, own, asked))
+            continue
+        if own is not None:
+            raise UserError(f"the sources of {name} have budgets of their own; "
+                            "--max_tokens gives all of them another one")
+        for part, budget in MIXES[name][1]:
+            source = make_source(part, s, several=True)
+            sources.append(with_budget(source, asked, budget))
+    return sources
+
+
+def make_source(name, s, several):
+    """One name as a source. UserError if there is no such thing. `several`: whether it is one of several."""
+    if name in EMBEDDED:
+        return EMBEDDED[name]()
+    if name in HUB:
+        return hub_source(name, s.source_dir, several)
+    if is_of_the_hub(name):
+        return find_source(name, s.config, s.column, s.source_dir, several)
+    return local_source(name, s.column, known=(*EMBEDDED, *HUB, *MIXES))
+
+
+def is_of_the_hub(name):
+    """Whether this is ORG/NAME, with @language/kind perhaps, and no file or folder here."""
+    here = os.path.exists(name) or os.path.exists(name.rpartition("@")[0])
+    return not here and hub_name(name) is not None
+
+
+def with_budget(source, *choices):
+    """The source with the first budget that is not None; otherwise it keeps its own."""
+    for budget in choices:
+        if budget is not None:
+            return dataclasses.replace(source, budget=budget)
+    return source
+
+
+class TokenizerPlan(NamedTuple):
+    """The tokenizer that was asked for."""
+    label: str  # what meta.json's settings say: its kind, or the checksum of the text of an existing one
+    vocab_size: int  # of a new one; 0 if it exists
+    load: object  # () -> the existing tokenizer; None if it is to be trained
+
+
+def plan_tokenizer(s):
+    """Checks --tokenizer and --vocab_size, and says where the tokenizer comes from."""
+    if s.tokenizer in TRAINERS:
+        vocab_size = s.vocab_size or DEFAULT_VOCAB[s.tokenizer]
+        least, why = len(SPECIAL_TOKENS) + 256, "the special tokens and the bytes alone are"
+        if s.tokenizer == "chunk":
+            least = 4 * 71
+            why = "a quarter of it is for single characters, and ASCII without capitals has 71 of them; take at least"
+        if vocab_size < least:
+            raise UserError(f"--vocab_size={vocab_size} is too small: {why} {least}")
+        return TokenizerPlan(s.tokenizer, vocab_size, None)
+
+    kinds = [*TRAINERS, *READY]
+    if s.tokenizer not in READY and not os.path.isfile(s.tokenizer):
+        hint = nearest(s.tokenizer, kinds)
+        raise UserError(f"--tokenizer={s.tokenizer} is neither {' nor '.join(kinds)} nor a file{hint}")
+    if s.vocab_size:
+        raise UserError("--vocab_size belongs to a new tokenizer, and --tokenizer names an existing one")
+    if s.tokenizer in READY:
+        return TokenizerPlan(s.tokenizer, 0, READY[s.tokenizer])
+    return TokenizerPlan(tokenizer_checksum(s.tokenizer), 0, lambda: load_tokenizer(s.tokenizer))
+
+
+def tokenizer_checksum(path):
+    """The sha256 of a tokenizer.json, or of the text of one that a checkpoint holds."""
+    content = tokenizer_text(path).encode() if path.endswith(".pt") else Path(path).read_bytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+def settings_asked(sources, tokenizer_plan, s):
+    """The settings that meta.json keeps: everything that the folder's contents depend on."""
+    entries = []
+    for source in sources:
+        entry = dict(name=source.name, language=source.language, kind=source.kind, **source.origin)
+        if source.budget != max(0, s.max_tokens):
+            entry["budget"] = source.budget
+        entries.append(entry)
+    return dict(sources=entries, tokenizer=tokenizer_plan.label, vocab_size=tokenizer_plan.vocab_size,
+                max_tokens=max(0, s.max_tokens), val_fraction=s.val_fraction, column=s.column)
+
+
+def check_made_alike(folder, asked):
+    """Raises UserError unless the folder, which is there already, was made with the settings `asked`."""
+    made = read_meta(folder)["settings"]
+    if made != asked:
+        changes = [f"{k} was {made.get(k)!r} and is now {asked[k]!r}" for k in asked if made.get(k) != asked[k]]
+        raise UserError(f"{folder} was made with other settings ({', '.join(changes)}); "
+                        "give --name for a second one, or delete it")
+    print(f"{folder} is there already, made with these settings")
+
+
+def choose_revisions(sources, record):
+    """Decides at which commit each data set of the Hub is read: as before, if the work was begun, else the newest."""
+    if any(isinstance(source, HubSource) for source in sources):
+        hub_setup()
+    begun = record.data.get("revisions") or {}
+    for stem, source in stems(sources):
+        if isinstance(source, HubSource) and not source.folder:
+            source.revision = begun.get(stem) or source.revision or hub_revision(source.name, source.hub.repo)
+            source.origin = dict(source.origin, revision=source.revision)
+
+
+def stems(sources):
+    """(stem, source) of each: the stem is '0-pydocs', what its files are called after."""
+    return [(f"{i}-{source.name}", source) for i, source in enumerate(sources)]
+
+
+# ---------------------------------------------------------------------------------------------------- the record
+
 class Record:
-    """progress.json in a folder that is being made: the settings asked for, the sources that are done, and where the present one is.
-    It is replaced as a whole, after the token files that it speaks of have reached the disk."""
+    """progress.json in a folder that is being made: what was asked for, which sources are done, and where the present
+    one is. It is replaced as a whole, after the token files that it speaks of have reached the disk."""
 
     def __init__(self, folder, asked):
         self.path = folder / "progress.json"
@@ -130,270 +276,371 @@ class Record:
         os.replace(part, self.path)
 
 
-def encode_source(source, stem, folder, tokenizer, encode, dtype, threshold, total_bytes, record):
-    """Second pass: writes train.<stem>.bin and val.<stem>.bin, beside them the masks of chats, and returns the source's entry for meta.json.
+# ---------------------------------------------------------------------------------------------------- the first pass
 
-    Goes on where `record` says; it is brought up to date every few seconds. The next batch is read while one is encoded.
+def first_pass(sources, tokenizer_plan, val_fraction, part, record):
+    """Scans the sources, trains or loads the tokenizer, and begins the folder with it."""
+    threshold = int(val_fraction * 2 ** 64)
+    sample_bytes = 0 if tokenizer_plan.load else SAMPLE_BYTES // len(sources)
+    scans = [scan(source, threshold, sample_bytes) for source in sources]
+
+    if tokenizer_plan.load:
+        tokenizer = tokenizer_plan.load()
+    else:
+        texts = [text for found in scans for text in found.texts]
+        tokenizer = train_tokenizer(tokenizer_plan.label, tokenizer_plan.vocab_size, texts)
+
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    (part / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    revisions = {stem: source.revision for stem, source in stems(sources) if isinstance(source, HubSource)}
+    record.save(scans=[(found.threshold, found.total_bytes) for found in scans], revisions=revisions)
+
+
+def train_tokenizer(kind, vocab_size, texts):
+    started = time.monotonic()
+    tokenizer = TRAINERS[kind](texts, vocab_size)
+    Progress().done(f"tokenizer    {kind}, {tokenizer.get_vocab_size():,} tokens, "
+                    f"from {sum(map(len, texts)) / 1e6:,.1f} M characters in {time.monotonic() - started:.1f} s")
+    return tokenizer
+
+
+class Scan(NamedTuple):
+    """What the first pass finds in a source."""
+    texts: list  # the sample for the tokenizer
+    threshold: int  # documents with a lower split_hash are validation text
+    total_bytes: int | None  # UTF-8 bytes of what was read; None if it was only the beginning of a Hub data set
+    documents: int
+
+
+def scan(source, threshold, sample_bytes):
+    """First pass over a source: how much there is, a sample of its training text, and where its validation split lies.
+
+    No more is read than the source's budget can need, and of a Hub data set no more than sample_bytes or a megabyte.
+    If no document's hash is below `threshold`, the threshold moves up to the lowest hash, so that a small source has
+    validation text too. Raises UserError if there are not enough documents for that.
     """
-    bos, eos = (np.array([tokenizer.token_to_id(token)], np.uint32) for token in ("<|bos|>", "<|eos|>"))
-    chat = chat_ids(tokenizer) if source.chat else None
-    unknown, normalizer, max_tokens = unknown_id(tokenizer), tokenizer.normalizer, source.budget
-    where = record.data["source"] or dict(splits={s: dict(file=f"{s}.{stem}.bin", tokens=0, unknown=0, documents=0, bytes=0,
-                                                          **(dict(mask=dict(file=f"{s}.{stem}.mask.bin")) if chat else {})) for s in ("train", "val")},
-                                          skipped=dict.fromkeys(SKIPPED, 0), state=None, hashes=0, seen_bytes=0)
-    splits, hashes = where["splits"], f"hashes.{stem}.bin"
-    sizes = {x["file"]: tokens * width for x, tokens, width in token_files([splits], dtype.itemsize)} | {hashes: 8 * where["hashes"]}
-    out = {file: open(folder / file, "ab") for file in sizes}
-    for file, f in out.items():
-        if os.path.getsize(f.name) < sizes[file]:
-            raise UserError(f"{f.name} is shorter than progress.json beside it says; delete {folder} to start anew")
-        f.truncate(sizes[file])  # what was written behind the record is written again
-    first = max(0, (where["hashes"] - 1) // Seen.LIMIT * Seen.LIMIT - Seen.LIMIT)  # what comes before is forgotten by now
-    seen = Seen(np.fromfile(folder / hashes, dtype="<u8", offset=8 * first).tolist())
-    reader = source.reader(where["state"])
-    progress, started, at_start, shares = Progress(), time.monotonic(), where["seen_bytes"], []
+    sample = Sample(sample_bytes)
+    lowest, highest = 2 ** 64, -1
+    total, n = 0, 0
+    skipped = Counter()
+    progress = Progress()
+    for document in clean(source.reader(), chat=source.chat):
+        if not isinstance(document, Document):
+            skipped[document] += 1
+            continue
+        progress.show(f"{source.name:<12} reading, {total / 1e6:,.1f} MB")
+        n += 1
+        total += len(document.utf8)
+        lowest = min(lowest, document.split_hash)
+        highest = max(highest, document.split_hash)
+        if document.split_hash >= threshold:
+            sample.add(document)
 
-    def batches():
-        """(what `clean` gives, the reader's state behind it), and None at the end"""
-        batch, size = [], 0
-        for x in clean(reader, seen, source.chat):
-            batch.append(x)
-            size += len(x.utf8) if isinstance(x, Document) else 0
-            if size > BATCH_BYTES or len(batch) > 100_000:
-                yield batch, reader.state
-                batch, size = [], 0
-        yield batch, reader.state
-        yield None
+        if lowest == highest:  # there are no two sides yet
+            continue
+        if isinstance(source, HubSource) and total > max(sample_bytes, HUB_SCAN):
+            total = None
+            break
+        if source.budget and total > 8 * source.budget:  # tokens are shorter than that: the budget ends before this
+            break
 
-    def full():  # the training budget is spent, and there is something to validate on
-        return max_tokens and splits["train"]["tokens"] >= max_tokens and (splits["val"]["tokens"] or not threshold)
+    if n == 0 or threshold and lowest == highest:
+        found = "only one document" if n else "no document"
+        raise UserError(f"{source.name} holds {found} of text; "
+                        f"a training and a validation split need two different ones{why_skipped(skipped)}")
+    if threshold:
+        threshold = min(max(threshold, lowest + 1), highest)
+    return Scan(sample.texts(threshold), threshold, total, n)
 
-    pending, saved = batches(), time.monotonic()
+
+class Sample:
+    """The documents that a tokenizer learns from: those of the lowest rank that fit `limit` bytes.
+
+    A document's rank is its hash, hashed again. So the sample is spread evenly over all that is read, it is the same
+    whatever the order, and there is never more than that in memory.
+    """
+
+    def __init__(self, limit):
+        self.limit = limit
+        self.size = 0
+        self.bar = 2 ** 64  # documents of this rank and higher stay out
+        self.heap = []  # (-rank, text, bytes, split_hash): the highest rank comes first
+
+    def add(self, document):
+        rank = document.hash * 0x9E3779B97F4A7C15 % 2 ** 64  # independent of the split's order
+        if self.limit == 0 or rank >= self.bar:
+            return
+        heapq.heappush(self.heap, (-rank, document.text, len(document.utf8), document.split_hash))
+        self.size += len(document.utf8)
+        while self.size > self.limit and len(self.heap) > 1:
+            # what ranks behind a document that did not fit stays out, even if it is short
+            self.bar = -self.heap[0][0]
+            self.size -= heapq.heappop(self.heap)[2]
+
+    def texts(self, threshold):
+        """The texts in the order of their ranks, without those that turned out to be validation text."""
+        return [text for _, text, _, split_hash in sorted(self.heap, reverse=True) if split_hash >= threshold]
+
+
+def why_skipped(skipped):
+    """{"empty": 3} -> '; left out: 3 empty', and '' if nothing was left out."""
+    counts = ", ".join(f"{n:,} {reason}" for reason, n in skipped.items() if n)
+    return f"; left out: {counts}" if counts else ""
+
+
+# ---------------------------------------------------------------------------------------------------- the second pass
+
+def second_pass(sources, part, record):
+    """Encodes the sources one after the other, from where the record says."""
+    encoder = Encoder(load_tokenizer((part / "tokenizer.json").read_text(encoding="utf-8")))
+    for i, (stem, source) in enumerate(stems(sources)):
+        if i == len(record.data["done"]):
+            threshold, total_bytes = record.data["scans"][i]
+            entry = encode_source(source, stem, part, encoder, threshold, total_bytes, record)
+            record.save(done=[*record.data["done"], entry], source=None)
+
+
+def encode_source(source, stem, folder, encoder, threshold, total_bytes, record):
+    """Writes the token files of one source, with their masks if it holds chats. Returns its entry for meta.json.
+
+    Goes on where the record says, and brings the record up to date every few seconds. The next batch is read while one
+    is encoded.
+    """
+    place = record.data["source"] or first_place(stem, source.chat)
+    writer = SourceWriter(folder, stem, encoder.dtype, threshold, source.budget, place)
+    reader = source.reader(place["state"])
+    upcoming = batches(reader, writer.hashes_before(), source.chat)
+    pace = Pace(source, total_bytes, place)
+    progress = Progress()
+    saved_at = time.monotonic()
     with ThreadPoolExecutor(1) as ahead:
         try:
-            future = ahead.submit(next, pending)
-            while not full() and (item := future.result()):
-                batch, where["state"] = item
-                future = ahead.submit(next, pending)
-                pieces, documents = {file: [] for file in sizes}, [x for x in batch if isinstance(x, Document)]
-                if chat:
-                    encoded = iter(encode_chats([d.messages for d in documents], encode, chat))
-                else:
-                    encoded = ((np.concatenate((bos, ids, eos)), None) for ids in encode([d.text for d in documents]))
-                for d in batch:
-                    if not isinstance(d, Document):
-                        where["skipped"][d] = where["skipped"].get(d, 0) + 1
-                        continue
-                    ids, mask = next(encoded)
-                    split = "val" if d.split_hash < threshold else "train"
-                    count = splits[split]
-                    if split == "train" and max_tokens and count["tokens"] >= max_tokens:
-                        continue
-                    count["tokens"], count["documents"] = count["tokens"] + len(ids), count["documents"] + 1
-                    count["unknown"] += 0 if unknown is None else int(np.count_nonzero(ids == unknown))
-                    texts = [text for _, text in d.messages] if chat else [d.text]
-                    # as token_byte_counts has them
-                    count["bytes"] += sum(len(normalizer.normalize_str(text).encode()) for text in texts) if normalizer else len(d.utf8)
-                    pieces[count["file"]].append(ids.astype(dtype))
-                    if chat:
-                        pieces[count["mask"]["file"]].append(mask)
-                    where["seen_bytes"] += len(d.utf8)
-                    if full():
-                        break
-                pieces[hashes].append(np.array([d.hash for d in documents], dtype="<u8"))
-                for file, arrays in pieces.items():
-                    if arrays:
-                        out[file].write(np.concatenate(arrays).tobytes())
-                where["hashes"] += len(documents)
-                if time.monotonic() - saved > SAVE_SECONDS:
-                    for f in out.values():
-                        f.flush()
-                        os.fsync(f.fileno())
-                    record.save(source=where)
-                    saved = time.monotonic()
-                rate = (where["seen_bytes"] - at_start) / max(time.monotonic() - started, 1e-9)
-                shares.append(max(splits["train"]["tokens"] / max_tokens if max_tokens else 0, where["seen_bytes"] / total_bytes if total_bytes else 0))
-                left = f", {clock((time.monotonic() - started) * (1 - shares[-1]) / (shares[-1] - shares[0]))} left" if shares[-1] > shares[0] else ""
-                progress.show(f"{source.name:<12} {where['seen_bytes'] / 1e6:,.1f} MB, {splits['train']['tokens'] / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s{left}")
+            future = ahead.submit(next, upcoming, None)
+            while not writer.full() and (read := future.result()):
+                future = ahead.submit(next, upcoming, None)
+                batch, place["state"] = read
+                documents = [item for item in batch if isinstance(item, Document)]
+                writer.write(batch, encoder.encoded(documents, source.chat))
+                if time.monotonic() - saved_at > SAVE_SECONDS:
+                    writer.sync()
+                    record.save(source=place)
+                    saved_at = time.monotonic()
+                progress.show(pace.line(place))
         finally:
             reader.stopped.set()  # the thread that reads ahead need not wait for a lost connection
-    for f in out.values():
-        f.flush()
-        os.fsync(f.fileno())
-        f.close()
-    for x, _, _ in token_files([splits]):
-        with open(folder / x["file"], "rb") as f:
-            x.update(file_size=os.path.getsize(f.name), sha256=hashlib.file_digest(f, "sha256").hexdigest())
-    train, val, skipped = splits["train"], splits["val"], where["skipped"]
-    share = (train["unknown"] + val["unknown"]) / max(1, train["tokens"] + val["tokens"])
-    progress.done(f"{source.name:<12} {where['seen_bytes'] / 1e6:,.1f} MB, {train['documents'] + val['documents']:,} documents: {train['tokens']:,} training and "
-                  f"{val['tokens']:,} validation tokens" + f", {share:.2%} unknown" * (unknown is not None) + why_skipped(skipped))
-    return dict(name=source.name, language=source.language, kind=source.kind, origin=source.origin, budget=max_tokens, skipped=skipped, **splits)
+    writer.close()
+    progress.done(summary(source, place, encoder))
+    return dict(name=source.name, language=source.language, kind=source.kind, origin=source.origin,
+                budget=source.budget, skipped=place["skipped"], **place["splits"])
 
 
-def prepare(names, s):
-    """Prepares the corpora `names` with Settings s and returns the folder. A folder with the same settings is left as it is."""
-    if not names:
-        raise UserError(f"name what to prepare: {', '.join(EMBEDDED)}, a data set or mix of --list, or a file or folder of yours")
-    if not 0 <= s.val_fraction < 1:
-        raise UserError(f"--val_fraction={s.val_fraction} is not a share from 0 up to 1")
-    if s.max_tokens < -1 or s.vocab_size < 0:
-        raise UserError("--max_tokens and --vocab_size cannot be negative")
-    budgets = dict(map(split_budget, names))
-    if len(budgets) < len(names):
-        raise UserError("a name is given twice; one source is made of each")
-    names, sources = list(budgets), []
-    for name, budget in budgets.items():
-        if name in MIXES and budget is not None:
-            raise UserError(f"the sources of {name} have budgets of their own; --max_tokens gives all of them another one")
-        for part, own in MIXES[name][1] if name in MIXES else ((name, budget),):
-            several = len(budgets) > 1 or name in MIXES
-            source = EMBEDDED[part]() if part in EMBEDDED else hub_source(part, s.source_dir, several) if part in HUB else local_source(part, s.column, (*EMBEDDED, *HUB, *MIXES))
-            asked_for = s.max_tokens if s.max_tokens >= 0 else None
-            choices = (asked_for, own) if name in MIXES else (own, asked_for)
-            sources.append(dataclasses.replace(source, budget=next((n for n in choices if n is not None), source.budget)))
-    reuse = s.tokenizer not in TRAINERS
-    if reuse and not os.path.isfile(s.tokenizer):
-        raise UserError(f"--tokenizer={s.tokenizer} is neither {' nor '.join(TRAINERS)} nor a file{nearest(s.tokenizer, TRAINERS)}")
-    if reuse and s.vocab_size:
-        raise UserError("--vocab_size belongs to a new tokenizer, and --tokenizer names an existing one")
-    if reuse and any(x.chat for x in sources):
-        chat_ids(load_tokenizer(s.tokenizer))  # one without the roles' tokens is no use: better known before the text is read
-    vocab_size = 0 if reuse else s.vocab_size or DEFAULT_VOCAB[s.tokenizer]
-    least, why = len(SPECIAL_TOKENS) + 256, "the special tokens and the bytes alone are"
-    if s.tokenizer == "chunk":
-        least, why = 4 * 71, "a quarter of it is for single characters, and ASCII without capitals has 71 of them; take at least"
-    if not reuse and vocab_size < least:
-        raise UserError(f"--vocab_size={vocab_size} is too small: {why} {least}")
+def batches(reader, seen, chat):
+    """Yields (what clean() gives, the reader's state behind it), for BATCH_BYTES of text at a time."""
+    batch, size = [], 0
+    for item in clean(reader, seen, chat):
+        batch.append(item)
+        if isinstance(item, Document):
+            size += len(item.utf8)
+        if size > BATCH_BYTES or len(batch) > BATCH_ROWS:
+            yield batch, reader.state
+            batch, size = [], 0
+    yield batch, reader.state
 
-    folder = Path(s.out_dir) / (s.name or corpus_name(names, s.tokenizer, vocab_size))
-    asked = dict(sources=[dict(name=x.name, language=x.language, kind=x.kind, **x.origin, **dict(budget=x.budget) if x.budget != max(0, s.max_tokens) else {})
-                          for x in sources],
-                 tokenizer=hashlib.sha256(Path(s.tokenizer).read_bytes()).hexdigest() if reuse else s.tokenizer,
-                 vocab_size=vocab_size, max_tokens=max(0, s.max_tokens), val_fraction=s.val_fraction, column=s.column)
-    if folder.exists():
-        made = read_meta(folder)["settings"]
-        if made == asked:
-            print(f"{folder} is there already, made with these settings")
-            return folder
-        differs = ", ".join(f"{k} was {made.get(k)!r} and is now {asked[k]!r}" for k in asked if made.get(k) != asked[k])
-        raise UserError(f"{folder} was made with other settings ({differs}); give --name for a second one, or delete it")
 
-    part = folder.with_name(f".{folder.name}.part")  # renamed at the end: a folder that exists is whole
-    record = Record(part, asked | dict(stamps=[x.stamp for x in sources]))
-    if any(isinstance(x, HubSource) for x in sources):
-        hub_setup()
-    for i, x in enumerate(sources):  # what was begun goes on with the same commits
-        if isinstance(x, HubSource) and not x.folder:
-            x.revision = (record.data.get("revisions") or {}).get(x.name) or hub_revision(x.name, x.hub)
-            x.origin = dict(x.origin, revision=x.revision)
-    if record.resumed:
-        Progress().done(f"going on       {part} holds {len(record.data['done'])} of {len(sources)} sources and perhaps a part of the next")
-    else:
-        threshold = int(s.val_fraction * 2 ** 64)
-        scans = [scan(x, threshold, 0 if reuse else SAMPLE_BYTES // len(sources)) for x in sources]
-        tokenizer = load_tokenizer(s.tokenizer) if reuse else None
-        if not reuse:
-            started, texts = time.monotonic(), [t for texts, *_ in scans for t in texts]
-            tokenizer = TRAINERS[s.tokenizer](texts, vocab_size)
-            Progress().done(f"tokenizer    {s.tokenizer}, {tokenizer.get_vocab_size():,} tokens, from {sum(map(len, texts)) / 1e6:,.1f} M characters "
-                            f"in {time.monotonic() - started:.1f} s")
-            del texts
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        (part / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        record.save(scans=[(t, total) for _, t, total, _ in scans], revisions={x.name: x.revision for x in sources if isinstance(x, HubSource)})
-        del scans  # the sample is no longer needed
+class Encoder:
+    """Turns documents into tokens. It is the same for all sources of a folder."""
 
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.encode = fast_encoder(tokenizer)
+        self.bos, self.eos = (np.array([i], np.uint32) for i in bos_eos(tokenizer))
+        self.unknown = unknown_id(tokenizer)
+        self.dtype = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2 ** 16 else "<u4")
+
+    def encoded(self, documents, chat):
+        """Yields an EncodedDocument for each document: <|bos|> text <|eos|>, or a chat as encode_chats() frames it."""
+        if chat:
+            pairs = encode_chats([document.messages for document in documents], self.encode, chat_ids(self.tokenizer))
+        else:
+            all_ids = self.encode([document.text for document in documents])
+            pairs = ((np.concatenate((self.bos, ids, self.eos)), None) for ids in all_ids)
+        for document, (ids, mask) in zip(documents, pairs):
+            unknown = 0 if self.unknown is None else int(np.count_nonzero(ids == self.unknown))
+            yield EncodedDocument(document, ids, mask, unknown, self.count_bytes(document))
+
+    def count_bytes(self, document):
+        """UTF-8 bytes of a document's text as the tokenizer sees it, which is what token_byte_counts() adds up to."""
+        normalizer = self.tokenizer.normalizer
+        if normalizer is None:
+            return len(document.utf8)
+        texts = [document.text] if document.messages is None else [text for _, text in document.messages]
+        return sum(len(normalizer.normalize_str(text).encode()) for text in texts)
+
+
+class Pace:
+    """How fast the encoding of a source goes, and about how long it still takes."""
+
+    def __init__(self, source, total_bytes, place):
+        self.source = source
+        self.total_bytes = total_bytes  # None if nobody knows
+        self.bytes_at_start = place["seen_bytes"]
+        self.started = time.monotonic()
+        self.first_fraction = None  # how much was done after the first batch
+
+    def line(self, place):
+        """The line of progress at this place."""
+        seen_bytes, tokens = place["seen_bytes"], place["splits"]["train"]["tokens"]
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        rate = (seen_bytes - self.bytes_at_start) / seconds
+        line = f"{self.source.name:<12} {seen_bytes / 1e6:,.1f} MB, {tokens / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s"
+
+        # The source ends with its budget or with its text, whichever comes first
+        of_budget = tokens / self.source.budget if self.source.budget else 0
+        of_text = seen_bytes / self.total_bytes if self.total_bytes else 0
+        fraction = max(of_budget, of_text)
+        if self.first_fraction is None:
+            self.first_fraction = fraction
+        if fraction > self.first_fraction:
+            left = seconds * (1 - fraction) / (fraction - self.first_fraction)
+            line += f", {clock(left)} left"
+        return line
+
+
+def summary(source, place, encoder):
+    """The line that stays on the terminal when a source is done."""
+    train, val = place["splits"]["train"], place["splits"]["val"]
+    documents = train["documents"] + val["documents"]
+    line = (f"{source.name:<12} {place['seen_bytes'] / 1e6:,.1f} MB, {documents:,} documents: "
+            f"{train['tokens']:,} training and {val['tokens']:,} validation tokens")
+    if encoder.unknown is not None:
+        fraction = (train["unknown"] + val["unknown"]) / max(1, train["tokens"] + val["tokens"])
+        line += f", {fraction:.2%} unknown"
+    return line + why_skipped(place["skipped"])
+
+
+def finish(part, folder, asked, record):
+    """Writes meta.json, removes what only the work needed, and gives the folder its name."""
     text = (part / "tokenizer.json").read_text(encoding="utf-8")
-    tokenizer = load_tokenizer(text)
-    dtype, encode = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2 ** 16 else "<u4"), fast_encoder(tokenizer)
-    for i, (source, (threshold, total)) in enumerate(zip(sources, record.data["scans"])):
-        if i == len(record.data["done"]):
-            entry = encode_source(source, f"{i}-{source.name}", part, tokenizer, encode, dtype, threshold, total, record)
-            record.save(done=[*record.data["done"], entry], source=None)
-    meta = dict(format=1, dtype=dtype.name, vocab_size=vocabulary_size(tokenizer),
-                tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(), settings=asked, sources=record.data["done"])
+    vocab_size = vocabulary_size(load_tokenizer(text))
+    sources = record.data["done"]
+    meta = dict(
+        format=1,
+        dtype="uint16" if vocab_size <= 2 ** 16 else "uint32",
+        vocab_size=vocab_size,
+        tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        settings=asked,
+        sources=sources)
     (part / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
-    whole = {"tokenizer.json", "meta.json"} | {x["file"] for x, _, _ in token_files(meta["sources"])}
-    for other in (p for p in part.iterdir() if p.name not in whole):  # progress.json, hashes, and what an end half-way left behind
-        other.unlink()
+
+    keep = {"tokenizer.json", "meta.json"} | {entry["file"] for entry, _, _ in token_files(sources)}
+    for path in list(part.iterdir()):  # others are progress.json, hashes, and what an end half-way left behind
+        if path.name not in keep:
+            path.unlink()
     part.rename(folder)
-    return folder
 
 
-def show(folder, plot=False):
-    """Tells what a prepared folder holds: its sources, how long their documents are, and the beginning of each one's first document."""
-    folder, meta = Path(folder), read_meta(folder)
-    tokenizer, dtype = load_tokenizer(str(folder / "tokenizer.json")), np.dtype(meta["dtype"]).newbyteorder("<")
-    print(f"{folder}: {meta['settings']['tokenizer']} tokenizer of {meta['vocab_size']:,} tokens, {meta['dtype']}")
-    rows, lengths, firsts = [("source", "language/kind", "split", "tokens", "documents", "bytes", "bytes/token", "characters/token", "from")], {}, []
-    for x in meta["sources"]:
-        origin = " ".join(str(v) for k, v in x["origin"].items() if k in ("dataset", "path", "python", "revision"))
-        for split in ("train", "val"):
-            n, tokens = x[split], np.fromfile(folder / x[split]["file"], dtype, 2 ** 20)
-            characters = len(tokenizer.decode(tokens.tolist())) / max(1, len(tokens))  # of the first million
-            rows.append((x["name"], f"{x['language']}/{x['kind']}", split, f"{n['tokens']:,}", f"{n['documents']:,}", f"{n['bytes']:,}",
-                         f"{n['bytes'] / max(1, n['tokens']):.2f}", f"{characters:.2f}", origin))
-        lengths[x["name"]] = np.diff(document_edges(read_tokens(folder / x["train"]["file"], dtype), tokenizer.token_to_id("<|bos|>")))
-        first = np.fromfile(folder / x["train"]["file"], dtype, min(400, int(lengths[x["name"]][0]) if len(lengths[x["name"]]) else 0))
-        firsts.append((x["name"], tokenizer.decode(first.tolist(), skip_special_tokens=False)))
-    wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    print("\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, wide)).rstrip() for row in rows))
-    for name, n in lengths.items():
-        print(f"\n{name}, tokens per training document: " + (f"shortest {n.min():,}, median {int(np.median(n)):,}, longest {n.max():,}" if len(n) else "there is none"))
-        counts = np.bincount(np.frexp(n)[1]) if len(n) else []  # powers of two
-        for power, count in enumerate(counts):
-            if count:
-                print(f"  {2 ** (power - 1):>9,} to {2 ** power - 1:>9,}  {count:>9,}  {'#' * round(50 * count / max(counts))}")
-    for name, text in firsts:
-        print(f"\n{name} begins:\n{text}")
-    if plot:
-        draw_lengths(lengths, folder / "lengths.png")
-        print(f"\nwrote {folder / 'lengths.png'}")
+# ---------------------------------------------------------------------------------------------------- --show
+
+def show(folder):
+    """Tells what a prepared folder holds: its sources, how long their documents are, and how each source begins."""
+    folder = Path(folder)
+    meta = read_meta(folder)
+    tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
+    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+    kind = meta["settings"]["tokenizer"]
+    print(f"{folder}: {kind} tokenizer of {meta['vocab_size']:,} tokens, {meta['dtype']}")
+
+    rows = [("source", "language/kind", "split", "tokens", "documents", "bytes",
+             "bytes/token", "characters/token", "from")]
+    for source in meta["sources"]:
+        rows += [split_row(source, split, folder, tokenizer, dtype) for split in ("train", "val")]
+    print("\n".join(columns(rows)))
+
+    lengths = []  # tokens of each training document of a source
+    for source in meta["sources"]:
+        tokens = read_tokens(folder / source["train"]["file"], dtype)
+        lengths.append(np.diff(document_edges(tokens, *bos_eos(tokenizer))))
+    for source, n in zip(meta["sources"], lengths):
+        print("\n" + "\n".join(histogram(source["name"], n)))
+    for source, n in zip(meta["sources"], lengths):
+        first = np.fromfile(folder / source["train"]["file"], dtype, min(400, int(n[0])) if len(n) else 0)
+        print(f"\n{source['name']} begins:\n{tokenizer.decode(first.tolist(), skip_special_tokens=False)}")
 
 
-def draw_lengths(lengths, path):
-    """Histograms over logarithmic bins, a line for each source."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(8, 4.5), dpi=100, layout="constrained")
-    every = np.concatenate([n for n in lengths.values() if len(n)] or [[1, 2]])
-    bins = np.geomspace(every.min(), every.max() + 1, 60)
-    for name, n in lengths.items():
-        ax.hist(n, bins=bins, weights=n / max(1, n.sum()), histtype="step", lw=1.6, label=f"{name}: {len(n):,} documents, median {int(np.median(n)) if len(n) else 0:,}")
-    ax.set(xscale="log", xlabel="tokens in a training document", ylabel="share of the source's tokens")
-    ax.grid(alpha=0.25)
-    ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(path)
-    plt.close(fig)
+def split_row(source, split, folder, tokenizer, dtype):
+    """A row of the table that --show prints."""
+    entry = source[split]
+    origin = [str(v) for k, v in source["origin"].items() if k in ("dataset", "path", "python", "revision")]
+    tokens = np.fromfile(folder / entry["file"], dtype, 2 ** 20)  # the first million is enough for an average
+    characters = len(tokenizer.decode(tokens.tolist())) / max(1, len(tokens))
+    return (source["name"], f"{source['language']}/{source['kind']}", split, f"{entry['tokens']:,}",
+            f"{entry['documents']:,}", f"{entry['bytes']:,}", f"{entry['bytes'] / max(1, entry['tokens']):.2f}",
+            f"{characters:.2f}", " ".join(origin))
+
+
+def histogram(name, lengths):
+    """Yields lines about the lengths of a source's documents: the extremes, and a bar for each power of two."""
+    heading = f"{name}, tokens per training document: "
+    if len(lengths) == 0:
+        yield heading + "there is none"
+        return
+    median = int(np.median(lengths))
+    yield heading + f"shortest {lengths.min():,}, median {median:,}, longest {lengths.max():,}"
+    counts = np.bincount(np.frexp(lengths)[1])  # frexp's exponent of 4, 5, 6 and 7 is 3
+    for power, count in enumerate(counts):
+        if count:
+            bar = "#" * round(50 * count / max(counts))
+            yield f"  {2 ** (power - 1):>9,} to {2 ** power - 1:>9,}  {count:>9,}  {bar}"
+
+
+# ---------------------------------------------------------------------------------------------------- the tool
+
+def next_command(folder, meta, s):
+    """The command that trains a model on the folder.
+
+    A new vocabulary names the model that it is for, and its size if it is not the default. Chats in the tokenizer of
+    a model that exists are for fine-tuning it.
+    """
+    kind, vocab_size = meta["settings"]["tokenizer"], meta["settings"]["vocab_size"]
+    if kind not in TRAINERS and kind not in READY:
+        chats = any("mask" in source["train"] for source in meta["sources"])
+        if not chats:
+            return f"python train.py --data={folder}"
+        checkpoint = s.tokenizer if s.tokenizer.endswith(".pt") else "CHECKPOINT"
+        return f"python finetune.py --init_from={checkpoint} --data={folder}"
+
+    if (kind, vocab_size) == ("bpe", 32_000):
+        return f"python train.py --model=gpt2preln --data={folder}"
+    model = {"bpe": "ivme", "hybrid": "tinymemory", "chunk": "i3", "gpt2": "gpt2preln-gpt2"}[kind]
+    command = f"python train.py --model={model} --data={folder}"
+    if vocab_size not in (0, DEFAULT_VOCAB[kind]):
+        command += f" --vocab_size={meta['vocab_size']}"
+    return command
 
 
 def main(argv):
     if argv == ["--list"]:
         print("\n".join(list_table()))
         return 0
-    given, names = parse_flags(argv, Settings(), description=__doc__.split("\n")[0],
-                               positional=("NAME", f"{', '.join(EMBEDDED)}, a data set or mix of --list, or a file or folder of yours, as PATH or PATH@language/kind, and :TOKENS behind it for a budget"))
-    if given.get("list"):
+    what = (f"{', '.join(EMBEDDED)}, a data set or mix of --list, ORG/NAME for any other data set of the Hub, or a "
+            "file or folder of yours; @language/kind may follow the last two, and :TOKENS, a budget, all but mixes")
+    given, names = parse_flags(argv, Settings(), description=__doc__.split("\n")[0], positional=("NAME", what))
+    s = Settings(**given)
+    if s.list:
         raise UserError("--list goes alone")
-    if given.get("plot") and not given.get("show"):
-        raise UserError("--plot draws what --show=FOLDER tells")
-    if given.get("show"):
-        show(given["show"], given.get("plot", False))
+    if s.show:
+        show(s.show)
         return 0
-    folder = prepare(names, Settings(**given))
+
+    folder = prepare(names, s)
     meta = read_meta(folder)
-    files = [x["file"] for x, _, _ in token_files(meta["sources"])]
-    made = meta["settings"]  # name the model that this kind of vocabulary is for, and its size where it is not the default
-    model = {"bpe": " --model=ivme", "hybrid": " --model=tinymemory", "chunk": " --model=i3"}.get(made["tokenizer"], "")
-    size = f" --vocab_size={meta['vocab_size']}" if model and made["vocab_size"] != DEFAULT_VOCAB[made["tokenizer"]] else ""
-    if (made["tokenizer"], made["vocab_size"]) == ("bpe", 32_000):
-        model, size = " --model=gpt2preln", ""
-    print(f"wrote {folder}: {' '.join([*files[:6], *['...'] * (len(files) > 6)])} tokenizer.json meta.json        "
-          f"next: python train.py{model} --data={folder}{size}")
+    files = [entry["file"] for entry, _, _ in token_files(meta["sources"])]
+    if len(files) > 6:
+        files = [*files[:6], "..."]
+    print(f"wrote {folder}: {' '.join(files)} tokenizer.json meta.json        next: {next_command(folder, meta, s)}")
+    return 0
+
 
 if __name__ == "__main__":
     run_tool(main)

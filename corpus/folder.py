@@ -1,65 +1,261 @@
-"""Prepared folders."""
+"""Prepared folders: how they are named, what meta.json says, and how the token files are written and read.
+
+meta.json names every token file with its numbers of tokens, documents and UTF-8 bytes, its size and its checksum.
+read_meta() compares it with the files, so a folder that it accepts is whole. It looks as follows (shortened):
+
+    {"format": 1, "dtype": "uint16", "vocab_size": 2111, "tokenizer_sha256": "51c3...",
+     "settings": {"sources": [...], "tokenizer": "hybrid", "vocab_size": 2111, ...},
+     "sources": [{"name": "pydocs", "language": "en", "kind": "code", "origin": {...}, "budget": 0, "skipped": {...},
+                  "train": {"file": "train.0-pydocs.bin", "tokens": 4442664, "unknown": 0, "documents": 703,
+                            "bytes": 10158329, "file_size": 8885328, "sha256": "ba5b..."},
+                  "val": {...}}]}
+
+A source of chats also has "mask": {"file", "file_size", "sha256"} in "train" and in "val".
+"""
 import hashlib
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from common import UserError
-from corpus.hub import HUB, MIXES
-from corpus.pydocs import EMBEDDED
-from corpus.tokenizer import DEFAULT_VOCAB, TRAINERS
+from corpus.text import SKIPPED, SUFFIXES, Document, Seen
+from corpus.tokenizer import DEFAULT_VOCAB, READY, TRAINERS
 
+
+# ---------------------------------------------------------------------------------------------------- names
 
 def corpus_name(names, tokenizer, vocab_size):
-    """pydocs, hybrid, 2111 -> 'pydocs-hybrid'; a vocabulary size that is not the default is appended."""
-    base = "+".join(n if n in (*EMBEDDED, *HUB, *MIXES) else Path(n.rpartition("@")[0] if "@" in n and not os.path.exists(n) else n).resolve().name.split(".")[0] for n in names)
-    path = Path(tokenizer)
-    kind = tokenizer if tokenizer in TRAINERS else path.resolve().parent.name if path.name == "tokenizer.json" else path.stem
-    return f"{base}-{kind}" + (f"-{vocab_size}" if vocab_size and vocab_size != DEFAULT_VOCAB[kind] else "")
+    """The name of the folder for some inputs and a tokenizer, such as 'pydocs-hybrid' or 'en+it-bpe-1000'.
 
+    names: what was prepared, without budgets. tokenizer: a kind (bpe, gpt2...) or the path of a tokenizer.json or of a
+    checkpoint. vocab_size: appended if it is neither 0 nor the default of that kind.
+    """
+    base = "+".join(base_name(name) for name in names)
+    kind = tokenizer_name(tokenizer)
+    if vocab_size and vocab_size != DEFAULT_VOCAB.get(kind):
+        return f"{base}-{kind}-{vocab_size}"
+    return f"{base}-{kind}"
+
+
+def base_name(word):
+    """'books/novels.jsonl' -> 'novels', 'novels@it/books' -> 'novels', 'ORG/NAME' -> 'NAME', 'pydocs' -> 'pydocs'."""
+    if "@" in word and not os.path.exists(word):
+        word = word.rpartition("@")[0]
+    if os.path.exists(word) or word.endswith(SUFFIXES):
+        return Path(word).resolve().name.split(".")[0]
+    return Path(word).name
+
+
+def tokenizer_name(tokenizer):
+    """The name of a kind of tokenizer, or of the file that holds one.
+
+    Files of the names tokenizer.json and *.pt are many, so they are called after their folder.
+    """
+    if tokenizer in TRAINERS or tokenizer in READY:
+        return tokenizer
+    path = Path(tokenizer)
+    if path.name == "tokenizer.json" or path.suffix == ".pt":
+        return path.resolve().parent.name
+    return path.stem
+
+
+# ---------------------------------------------------------------------------------------------------- meta.json
 
 def token_files(sources, width=0):
-    """What meta.json has about each .bin and .mask.bin of its sources: (entry, tokens, bytes per token); `width` is that of an id."""
-    for x in (source[split] for source in sources for split in ("train", "val")):
-        yield x, x["tokens"], width
-        if "mask" in x:
-            yield x["mask"], x["tokens"], 1
+    """Yields (entry, tokens, bytes per token) for each .bin and .mask.bin file of meta.json's sources.
+
+    `width` is the number of bytes of a token id; a mask has one byte per token.
+    """
+    for source in sources:
+        for split in ("train", "val"):
+            entry = source[split]
+            yield entry, entry["tokens"], width
+            if "mask" in entry:
+                yield entry["mask"], entry["tokens"], 1
 
 
 def read_meta(folder):
-    """meta.json of a prepared folder. UserError if it is missing, unreadable, or does not fit the files beside it."""
-    path = Path(folder) / "meta.json"
+    """Reads meta.json of a prepared folder. Raises UserError if it is missing, damaged, or does not fit its files."""
+    folder = Path(folder)
+    path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        files = [(x["file"], x["file_size"], *counts) for x, *counts in token_files(meta["sources"], np.dtype(meta["dtype"]).itemsize)]
+        width = np.dtype(meta["dtype"]).itemsize
+        files = [(entry["file"], entry["file_size"], tokens, width)
+                 for entry, tokens, width in token_files(meta["sources"], width)]
     except FileNotFoundError:
         raise UserError(f"{folder} is not a prepared folder: it has no meta.json") from None
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); prepare the folder again") from None
     if meta.get("format") != 1:
         raise UserError(f"{path} has format {meta.get('format')!r}; this version reads format 1")
-    for file, size, tokens, width in files:
-        file = Path(folder) / file
-        if not file.exists():
-            raise UserError(f"{file} is missing, though meta.json names it; prepare the folder again")
-        if file.stat().st_size != size or size != tokens * width:
-            raise UserError(f"{file} has {file.stat().st_size:,} bytes, but meta.json says {tokens:,} tokens of {width} byte{'s' * (width > 1)}; "
-                            "prepare the folder again")
-    tokenizer = Path(folder) / "tokenizer.json"
-    if not tokenizer.exists() or hashlib.sha256(tokenizer.read_bytes()).hexdigest() != meta["tokenizer_sha256"]:
-        raise UserError(f"{tokenizer} is {'not the one this folder was encoded with' if tokenizer.exists() else 'missing'}; prepare the folder again")
+
+    for name, size, tokens, width in files:
+        check_file(folder / name, size, tokens, width)
+    check_tokenizer(folder / "tokenizer.json", meta["tokenizer_sha256"])
     return meta
 
 
+def check_file(path, size, tokens, width):
+    """Raises UserError unless a token file has `size` bytes, and this is `tokens` times `width` bytes."""
+    if not path.exists():
+        raise UserError(f"{path} is missing, though meta.json names it; prepare the folder again")
+    actual = path.stat().st_size
+    if actual != size or actual != tokens * width:
+        unit = "byte" if width == 1 else "bytes"
+        raise UserError(f"{path} has {actual:,} bytes, but meta.json says {tokens:,} tokens of {width} {unit}; "
+                        "prepare the folder again")
+
+
+def check_tokenizer(path, sha256):
+    """Raises UserError unless tokenizer.json is there and has this checksum."""
+    if not path.exists():
+        raise UserError(f"{path} is missing; prepare the folder again")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise UserError(f"{path} is not the one this folder was encoded with; prepare the folder again")
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
 def read_tokens(path, dtype):
-    """A token file as a memory map; an empty one, which cannot be mapped, as an empty array."""
-    return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r") if os.path.getsize(path) else np.empty(0, dtype)
+    """A token file as a memory map. An empty file cannot be mapped and gives an empty array."""
+    if os.path.getsize(path) == 0:
+        return np.empty(0, dtype)
+    return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r")
 
 
-def document_edges(tokens, bos):
-    """Where the documents of a token file begin, and where the last one ends: int64 (documents + 1,)."""
+def document_edges(tokens, bos, eos=None):
+    """Where the documents of a token file begin, and where the last one ends: int64 (documents + 1,).
+
+    A document begins at each `bos`. GPT-2 has one token for bos and eos, and a document is then <|endoftext|> text
+    <|endoftext|>. Give that id as `eos` too: a document begins at an <|endoftext|> that is the first token of the file,
+    or that follows another one.
+    """
     step = 2 ** 24  # a comparison of the whole file would need a byte per token
-    begins = [i + np.flatnonzero(tokens[i:i + step] == bos) for i in range(0, len(tokens), step)]
-    return np.unique(np.concatenate([[0], *begins, [len(tokens)]]))
+    found = [i + np.flatnonzero(tokens[i:i + step] == bos) for i in range(0, len(tokens), step)]
+    begins = np.concatenate(found) if found else np.empty(0, np.int64)
+    if eos is not None and eos == bos:
+        follows_another = np.diff(begins, prepend=-1) == 1  # with -1, the first token of the file counts as such
+        begins = begins[follows_another]
+    return np.unique(np.concatenate([[0], begins, [len(tokens)]]))
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+class EncodedDocument(NamedTuple):
+    """A document in tokens, with what meta.json counts of it."""
+    document: Document
+    ids: np.ndarray  # (n,), with the tokens that begin and end a document
+    mask: np.ndarray | None  # uint8 (n,), of a chat: 1 for the tokens of replies
+    unknown: int  # tokens that stand for text outside the vocabulary
+    n_bytes: int  # UTF-8 bytes of the text as the tokenizer sees it
+
+
+def first_place(stem, chat):
+    """Where the writing of a source begins: a dict that JSON can keep, for SourceWriter to bring up to date."""
+    splits = {}
+    for split in ("train", "val"):
+        splits[split] = dict(file=f"{split}.{stem}.bin", tokens=0, unknown=0, documents=0, bytes=0)
+        if chat:
+            splits[split]["mask"] = dict(file=f"{split}.{stem}.mask.bin")
+    return dict(
+        splits=splits,  # the entries for meta.json
+        skipped=dict.fromkeys(SKIPPED, 0),  # reason -> rows that were left out
+        state=None,  # of the source's reader
+        hashes=0,  # how many are in the file of hashes
+        seen_bytes=0)  # UTF-8 bytes of the documents that were written
+
+
+class SourceWriter:
+    """Writes the files of one source: tokens and masks of both splits, and the hashes of all its documents.
+
+    The hashes are for the time until the source is done: by them, duplicates are found when the work goes on after a
+    stop. Then `place` says where to go on, and what was written behind it is written again.
+
+    threshold: documents with a split_hash below it are validation text. budget: training tokens to write; 0: all.
+    """
+
+    def __init__(self, folder, stem, dtype, threshold, budget, place):
+        self.folder = folder
+        self.dtype = dtype
+        self.threshold = threshold
+        self.budget = budget
+        self.place = place
+        self.hashes_file = f"hashes.{stem}.bin"
+        sizes = {entry["file"]: tokens * width
+                 for entry, tokens, width in token_files([place["splits"]], dtype.itemsize)}
+        sizes[self.hashes_file] = 8 * place["hashes"]
+        self.files = {name: open(folder / name, "ab") for name in sizes}
+        for name, f in self.files.items():
+            if os.path.getsize(f.name) < sizes[name]:
+                raise UserError(f"{f.name} is shorter than progress.json beside it says; delete {folder} to start anew")
+            f.truncate(sizes[name])
+
+    def hashes_before(self):
+        """The documents that were written before a stop, as a Seen."""
+        n = self.place["hashes"]
+        first = max(0, (n - 1) // Seen.LIMIT * Seen.LIMIT - Seen.LIMIT)  # what comes before is forgotten by now
+        return Seen(np.fromfile(self.folder / self.hashes_file, dtype="<u8", offset=8 * first).tolist())
+
+    def full(self):
+        """Whether the budget is spent, and there is validation text."""
+        train, val = self.place["splits"]["train"], self.place["splits"]["val"]
+        spent = self.budget and train["tokens"] >= self.budget
+        return spent and (val["tokens"] or not self.threshold)
+
+    def write(self, batch, encoded):
+        """Writes a batch, which ends early if the budget ends within it.
+
+        batch: Documents and reasons why there is none, as clean() gives them. encoded: an iterator over the
+        EncodedDocuments of its Documents.
+        """
+        skipped = self.place["skipped"]
+        pieces = {name: [] for name in self.files}
+        for item in batch:
+            if not isinstance(item, Document):
+                skipped[item] = skipped.get(item, 0) + 1
+                continue
+            self.take(next(encoded), pieces)
+            if self.full():
+                break
+
+        hashes = [item.hash for item in batch if isinstance(item, Document)]
+        pieces[self.hashes_file].append(np.array(hashes, dtype="<u8"))
+        self.place["hashes"] += len(hashes)
+        for name, arrays in pieces.items():
+            if arrays:
+                self.files[name].write(np.concatenate(arrays).tobytes())
+
+    def take(self, encoded, pieces):
+        """Counts an EncodedDocument and adds it to the pieces of its files, unless the budget is spent."""
+        split = "val" if encoded.document.split_hash < self.threshold else "train"
+        entry = self.place["splits"][split]
+        if split == "train" and self.budget and entry["tokens"] >= self.budget:
+            return
+        entry["tokens"] += len(encoded.ids)
+        entry["documents"] += 1
+        entry["unknown"] += encoded.unknown
+        entry["bytes"] += encoded.n_bytes
+        self.place["seen_bytes"] += len(encoded.document.utf8)
+        pieces[entry["file"]].append(encoded.ids.astype(self.dtype))
+        if encoded.mask is not None:
+            pieces[entry["mask"]["file"]].append(encoded.mask)
+
+    def sync(self):
+        """Returns when all that was written is on the disk."""
+        for f in self.files.values():
+            f.flush()
+            os.fsync(f.fileno())
+
+    def close(self):
+        """Closes the files, and adds their sizes and checksums to the entries for meta.json."""
+        self.sync()
+        for f in self.files.values():
+            f.close()
+        for entry, _, _ in token_files([self.place["splits"]]):
+            with open(self.folder / entry["file"], "rb") as f:
+                entry["file_size"] = os.path.getsize(f.name)
+                entry["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,8 +1,10 @@
-"""prepare.py and the Hugging Face Hub: the real `datasets` library streams from a stand-in on loopback that breaks in all the usual ways."""
+"""prepare.py and the Hugging Face Hub: the real `datasets` library streams from a stand-in on loopback that breaks in
+all the usual ways."""
 import gzip
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -14,28 +16,40 @@ import numpy as np
 import pytest
 
 import prepare
+from common import UserError
 from conftest import ROOT
-from fake_hub import FakeHub, Fault
 from corpus.chats import chat_messages
 from corpus.folder import read_meta
-from corpus.hub import HUB, MIXES
+from corpus.hub import HUB, MIXES, hub_name
 from corpus.tokenizer import load_tokenizer
-from test_prepare import snapshot, texts_of
+from corpus_helpers import expected as framed, masked, snapshot, texts_of
+from fake_hub import FakeHub, Fault, alpaca, prose, talk, turns, write_repository
 
-# Every name in turn, in one process: importing `datasets` takes longer than all of them. Blocks are small, so that there are several
+# Every name in turn, in one process: importing `datasets` takes longer than all of them. Blocks are small, so that
+# there are several
 PREPARE = """
 import json, sys, prepare
-from corpus.hub import HubReader
-HubReader.BLOCK, HubReader.TRIES, prepare.BATCH_BYTES, prepare.SAVE_SECONDS = 7, 3, 3000, -1
+from common import run_tool
+from corpus.hub import HubReader, Patience
+HubReader.BLOCK, Patience.TRIES, Patience.PAUSE, prepare.BATCH_BYTES, prepare.SAVE_SECONDS = 7, 3, 0.01, 3000, -1
 prepare.SAMPLE_BYTES, prepare.HUB_SCAN = 20_000, 3000
 for words in json.load(sys.stdin):
     prepare.main(words)
 """
 
+SMALL = ["--vocab_size=300", "--max_tokens=0", "--val_fraction=0.1"]
+JOB = ["cosmopedia", "hq-sentences", *SMALL, "--name=x"]
+
+# For processes that must not reach anything: nothing listens on this port
+NOWHERE = dict(HF_ENDPOINT="http://127.0.0.1:9")
+
 
 def child(hub, home, jobs, source=PREPARE, status=0, **env):
-    run = subprocess.run([sys.executable, "-c", source], input=json.dumps(jobs), capture_output=True, text=True, timeout=300,
-                         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(hub.env(home, impatient=True) if hub else {}), **env})
+    """Runs `source`, which reads `jobs` from standard input, in a process that takes `hub` for the Hub."""
+    hub_env = hub.env(home, impatient=True) if hub else {}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **hub_env, **env}
+    run = subprocess.run([sys.executable, "-c", source], input=json.dumps(jobs), capture_output=True, text=True,
+                         timeout=300, env=env)
     assert run.returncode == status, (run.stdout[-2000:], run.stderr[-3000:])
     return run
 
@@ -57,16 +71,13 @@ def own_root(hub_root, layouts, tmp_path):
     return tmp_path / "own"
 
 
-SMALL = ["--vocab_size=300", "--max_tokens=0", "--val_fraction=0.1"]
-JOB = ["cosmopedia", "hq-sentences", *SMALL, "--name=x"]
-
-
 @pytest.fixture(scope="module")
 def prepared(hub_root, layouts, tmp_path_factory):
     """data/NAME of every set and mix, prepared through the stand-in; the hub, for what it was asked."""
     data = tmp_path_factory.mktemp("prepared")
     with FakeHub(hub_root) as hub:
-        child(hub, data / "home", [[name, *SMALL, f"--out_dir={data}", f"--name={name}"] for name in (*HUB, *MIXES)])
+        jobs = [[name, *SMALL, f"--out_dir={data}", f"--name={name}"] for name in (*HUB, *MIXES)]
+        child(hub, data / "home", jobs)
     return data, hub
 
 
@@ -74,21 +85,31 @@ def documents(folder, i=0):
     return texts_of(folder, "train", i) + texts_of(folder, "val", i)
 
 
+# ---------------------------------------------------------------------------------------------------- the catalogue
+
+TEXTS = [name for name, spec in HUB.items() if not spec.chat]
+CHATS = [name for name, spec in HUB.items() if spec.chat]
+
+
+def written_rows(layouts, repo, config=None):
+    """The training rows that were written for a repository, or for one of its configurations."""
+    return next(rows for (r, c, split), rows in layouts.items()
+                if r == repo and split == "train" and config in (None, c))
+
+
 def expected(name, layouts):
     """The documents of a set in file order, made from the rows that were written."""
     spec, found = HUB[name], []
     for config, _ in spec.configs:
-        rows = next(rows for (repo, c, split), rows in layouts.items() if repo == spec.repo and (config is None or c == config) and split == "train")
-        found += [row[spec.columns[0] if spec.columns else "text"] for row in rows if "quality_score" not in row or name != "fineweb-hq" or row["quality_score"] > 0.8]
+        for row in written_rows(layouts, spec.repo, config):
+            if name != "fineweb-hq" or row["quality_score"] > 0.8:
+                found.append(row[spec.columns[0] if spec.columns else "text"])
     if spec.repo == "google/wiki40b":
         found = [eval(t).decode() if t.startswith("b") else t for t in found]
         found = [re.sub(r"\s*_START_\w+?_\n", "\n\n", t).replace("_NEWLINE_", "\n").strip() for t in found]
     if name == "wikitext":
         found = [x for x in re.split(r"(?m)^(?= = [^=].* = $)", "".join(found)) if x.strip()]
     return found
-
-
-TEXTS, CHATS = ([name for name, spec in HUB.items() if spec.chat == chat] for chat in (False, True))
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -100,52 +121,66 @@ def test_every_set_is_read_whole_with_its_filter_columns_and_cleaning(name, prep
     origin = meta["origin"]
     assert (origin["dataset"], origin["revision"]) == (HUB[name].repo, hub.sha(HUB[name].repo))
     assert (meta["language"], meta["kind"]) == (HUB[name].language, HUB[name].kind)
-    if name not in ("wikitext",):  # in blocks of seven, each in an order of its own
-        order = [t for t in expected(name, layouts) if t in set(texts_of(data / name, "train"))]
-        assert texts_of(data / name, "train") != order
+    if name != "wikitext":  # in blocks of seven, each in an order of its own
+        train = texts_of(data / name, "train")
+        assert train != [t for t in expected(name, layouts) if t in set(train)]
 
 
 @pytest.mark.parametrize("name", CHATS)
 def test_every_chat_set_is_its_chats_with_their_masks(name, prepared, layouts):
+    rows = written_rows(layouts, HUB[name].repo)
+    messages = [chat_messages(row["text"] if name == "tinychat" else row) for row in rows]
     folder = prepared[0] / name
+    chats = masked(folder, "train") + masked(folder, "val")
+    assert sorted(chats) == sorted(set(framed(messages))) and len(chats) >= 30
+
+    # the whole of each chat, and each reply by itself
     entry, tokenizer = read_meta(folder)["sources"][0], load_tokenizer(str(folder / "tokenizer.json"))
     bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
-    chats, replies = [], []
+    whole, replies = [], []
     for split in ("train", "val"):
-        ids, mask = np.fromfile(folder / entry[split]["file"], "<u2"), np.fromfile(folder / entry[split]["mask"]["file"], np.uint8)
-        assert len(ids) == len(mask)
+        ids = np.fromfile(folder / entry[split]["file"], "<u2")
+        mask = np.fromfile(folder / entry[split]["mask"]["file"], np.uint8)
         for chat in np.split(ids, np.flatnonzero(ids == bos))[1:]:
-            chats.append(tokenizer.decode(chat.tolist(), skip_special_tokens=False))
-        replies += [tokenizer.decode(r.tolist()) for r in np.split(ids[mask == 1], np.flatnonzero(ids[mask == 1] == eos) + 1)[:-1]]
-    rows = next(rows for (repo, config, split), rows in layouts.items() if repo == HUB[name].repo and split == "train")
-    messages = [chat_messages(row["text"] if name == "tinychat" else row) for row in rows]
-    expected = {"<|bos|>" + "".join(f"<|{role}|>{text}" + "<|eos|>" * (role == "assistant") for role, text in m) for m in messages}
-    assert sorted(chats) == sorted(expected) and len(chats) >= 30
-    assert sorted(replies) == sorted(text for m in {tuple(m) for m in messages} for role, text in m if role == "assistant")
+            whole.append(tokenizer.decode(chat.tolist(), skip_special_tokens=False))
+        learned = ids[mask == 1]
+        replies += [tokenizer.decode(r.tolist()) for r in np.split(learned, np.flatnonzero(learned == eos) + 1)[:-1]]
+    end = {"assistant": "<|eos|>"}
+    texts = {"<|bos|>" + "".join(f"<|{role}|>{text}{end.get(role, '')}" for role, text in m) for m in messages}
+    assert sorted(whole) == sorted(texts)
+    different = {tuple(m) for m in messages}
+    assert sorted(replies) == sorted(text for m in different for role, text in m if role == "assistant")
 
 
 def test_only_the_named_configs_and_splits_are_downloaded(prepared):
     names = {name for name, _ in prepared[1].downloads()}
-    assert not [n for n in names if any(x in n for x in ("deu_Latn", "finemath-3plus", "wikitext-2-raw", "validation", "test", "fineweb-edu/data"))]
+    others = ("deu_Latn", "finemath-3plus", "wikitext-2-raw", "validation", "test", "fineweb-edu/data")
+    assert not [name for name in names if any(x in name for x in others)]
 
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_mixes_are_their_sources_in_order(mix, prepared, layouts):
     data, _ = prepared
-    meta = read_meta(data / mix)
-    assert [x["name"] for x in meta["sources"]] == [name for name, _ in MIXES[mix][1]]
-    for i, (name, _) in enumerate(MIXES[mix][1]):
+    names = [name for name, _ in MIXES[mix][1]]
+    assert [source["name"] for source in read_meta(data / mix)["sources"]] == names
+    for i, name in enumerate(names):
         if name in TEXTS:
             assert sorted(documents(data / mix, i)) == sorted(set(expected(name, layouts)))
 
 
 def test_mixes_have_their_cards_budgets():
-    assert [n for _, n in MIXES["ivme"][1]] == [710e6, 160e6, 235e6, 395e6, 80e6] and sum(n for _, n in MIXES["ivme"][1]) == 1.58e9
-    assert [round(100 * n / 1.58e9) for _, n in MIXES["ivme"][1]] == [45, 10, 15, 25, 5]  # the card's shares, in ascending quality
-    assert [[name for name, _ in MIXES[mix][1]] for mix in ("i3", "i3-80m", "i3-200m")] == [
-        ["tinychat"], ["tinystories", "tinychat", "hq-sentences"], ["tinystories", "tinychat", "hq-sentences", "wikitext"]]
-    assert sum(n for _, n in MIXES["i3-80m"][1]) == 3e6
-    languages = {x: sum(n for name, n in MIXES["gpt2preln"][1] if HUB[name].language == x) for x in ("en", "it")}
+    budgets = [budget for _, budget in MIXES["ivme"][1]]
+    assert budgets == [710e6, 160e6, 235e6, 395e6, 80e6] and sum(budgets) == 1.58e9
+    # the card's shares, in ascending quality
+    assert [round(100 * budget / 1.58e9) for budget in budgets] == [45, 10, 15, 25, 5]
+    names = {mix: [name for name, _ in MIXES[mix][1]] for mix in ("i3", "i3-80m", "i3-200m")}
+    assert names["i3"] == ["tinychat"]
+    assert names["i3-80m"] == ["tinystories", "tinychat", "hq-sentences"]
+    assert names["i3-200m"] == [*names["i3-80m"], "wikitext"]
+    assert sum(budget for _, budget in MIXES["i3-80m"][1]) == 3e6
+    languages = {"en": 0, "it": 0}
+    for name, budget in MIXES["gpt2preln"][1]:
+        languages[HUB[name].language] += budget
     assert abs(languages["en"] - 3_593_711_492) < 2 and abs(languages["it"] - 3_305_883_508) < 2
 
 
@@ -156,41 +191,261 @@ def test_the_list_shows_every_name_with_its_figures(capsys):
         line, = (x for x in lines if x.startswith(f"{name} "))
         assert all(x in line for x in (spec.about, spec.licence, spec.rows, spec.tokens, spec.disk, spec.language))
     assert any(x.startswith("ivme: ") and "1,580M" in x for x in lines)
+    assert "ORG/NAME" in lines[-1]
 
 
 def test_default_budgets_of_large_sets_and_budgets_of_mixes_are_what_is_asked_for(hub_root, layouts, tmp_path):
+    names = ["finemath", "python-stack", "wikipedia:2K"]
     with FakeHub(hub_root) as hub:
-        child(hub, tmp_path / "home", [["finemath", "python-stack", "wikipedia:2K", "--vocab_size=300", f"--out_dir={tmp_path}", "--name=a"],
+        child(hub, tmp_path / "home", [[*names, "--vocab_size=300", f"--out_dir={tmp_path}", "--name=a"],
                                        ["ivme", "--vocab_size=300", f"--out_dir={tmp_path}", "--name=b"]])
-    assert [x["budget"] for x in read_meta(tmp_path / "a")["sources"]] == [200_000_000, 0, 2000]
-    assert read_meta(tmp_path / "a")["sources"][2]["train"]["tokens"] < 2600
-    assert [x["budget"] for x in read_meta(tmp_path / "b")["sources"]] == [n for _, n in MIXES["ivme"][1]]
+    sources = read_meta(tmp_path / "a")["sources"]
+    assert [source["budget"] for source in sources] == [200_000_000, 0, 2000]
+    assert sources[2]["train"]["tokens"] < 2600
+    budgets = [source["budget"] for source in read_meta(tmp_path / "b")["sources"]]
+    assert budgets == [budget for _, budget in MIXES["ivme"][1]]
 
+
+# ---------------------------------------------------------------------------------------------------- other data sets
+
+def made(row, n=60):
+    """Rows that row(rng, i) makes."""
+    rng = random.Random(row.__name__)
+    return [row(rng, i) for i in range(n)]
+
+
+def page(rng, i):
+    return dict(url=f"https://example.org/{i}", text=prose(rng), embedding=[0.5] * 8)
+
+
+def note(rng, i):
+    return dict(id=i, content=prose(rng))
+
+
+def entry(rng, i):
+    return dict(title=f"no {i}", body=prose(rng), text="not this")
+
+
+def asked(rng, i):  # alpaca with a column that holds all of it as text
+    return {"text": "not this", **alpaca(rng, i), "output": prose(rng)}
+
+
+MANY = {"old": {"train": "old/*"}, "new": {"train": "new/*"}}
+OTHERS = {  # repository -> (its files, its configurations)
+    "me/pages": ({"data/train-0.parquet": made(page)[:30], "data/train-1.parquet": made(page)[30:]}, None),
+    "you/pages": ({"train.jsonl": made(note, 40)}, None),
+    "me/notes-1.5": ({"train.jsonl": made(note), "test.jsonl": made(page, 5)}, None),
+    "me/many": ({"old/0.parquet": made(page, 5), "new/0.parquet": made(entry)}, MANY),
+    "me/talks": ({"data/train-0.parquet": made(talk)}, None),
+    "me/asked": ({"train.jsonl": made(asked)}, None),
+    "me/lines": ({"train.txt": made(turns)}, None),
+    "me/exam": ({"test.jsonl": made(note, 5), "validation.jsonl": made(note, 5)}, None),
+    "me/titles": ({"train.parquet": [dict(title=f"{i}", year=i) for i in range(9)]}, None),
+    "me/nothing": ({}, None),
+}
+
+
+@pytest.fixture(scope="module")
+def others_root(tmp_path_factory):
+    """The stand-in's folder with data sets that are in no catalogue."""
+    root = tmp_path_factory.mktemp("others")
+    for repo, (files, configs) in OTHERS.items():
+        write_repository(root, repo, files, configs)
+    return root
+
+
+LINES = [row["text"] for row in made(turns)]
+
+# folder's name -> (words of the command; name, language and kind of the source; its origin; its documents or chats)
+NEW = {
+    "web": (["me/pages@it/web"], ("pages", "it", "web"),
+            dict(dataset="me/pages", configs=[None], columns=["text"], filter=[]), [x["text"] for x in made(page)]),
+    "content": (["me/notes-1.5"], ("notes-1_5", "und", "text"),
+                dict(dataset="me/notes-1.5", configs=[None], columns=["content"], filter=[]),
+                [x["content"] for x in made(note)]),
+    "config": (["me/many@en", "--config=new", "--column=body"], ("many", "en", "text"),
+               dict(dataset="me/many", configs=["new"], columns=["body"], filter=[]), [x["body"] for x in made(entry)]),
+    "messages": (["me/talks"], ("talks", "und", "chat"),
+                 dict(dataset="me/talks", configs=[None], columns=["messages"], filter=[]), made(talk)),
+    "alpaca": (["me/asked@en"], ("asked", "en", "chat"),
+               dict(dataset="me/asked", configs=[None], columns=["instruction", "input", "output"], filter=[]),
+               made(asked)),
+    "lines": (["me/lines@en/small"], ("lines", "en", "small"),
+              dict(dataset="me/lines", configs=[None], columns=["text"], filter=[]), LINES),
+    "as text": (["me/lines", "--column=text"], ("lines", "und", "text"),
+                dict(dataset="me/lines", configs=[None], columns=["text"], filter=[]), LINES),
+}
+
+
+@pytest.fixture(scope="module")
+def new(others_root, tmp_path_factory):
+    """data/NAME of the names in NEW, prepared through the stand-in; the hub."""
+    data = tmp_path_factory.mktemp("new")
+    with FakeHub(others_root) as hub:
+        jobs = [[*words, *SMALL, f"--out_dir={data}", f"--name={name}"] for name, (words, *_) in NEW.items()]
+        child(hub, data / "home", jobs)
+    return data, hub
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_a_data_set_that_is_in_no_catalogue_prepares_with_no_code(name, new):
+    data, hub = new
+    _, label, origin, rows = NEW[name]
+    meta = read_meta(data / name)
+    source = meta["sources"][0]
+    assert (source["name"], source["language"], source["kind"]) == label
+    assert source["origin"] == dict(origin, revision=hub.sha(origin["dataset"]))
+    if name in ("messages", "alpaca", "lines"):
+        chats = framed(map(chat_messages, rows))
+        assert sorted(masked(data / name, "train") + masked(data / name, "val")) == sorted(set(chats))
+    else:
+        assert sorted(documents(data / name)) == sorted(rows)
+        assert texts_of(data / name, "train") != [text for text in rows if text in texts_of(data / name, "train")]
+
+
+def test_of_other_data_sets_only_the_training_split_of_the_configuration_is_downloaded(new):
+    names = {name for name, _ in new[1].downloads()}
+    assert "me/many/new/0.parquet" in names and not any("/old/" in name or "test" in name for name in names)
+
+
+def test_a_large_column_is_read_neither_for_the_first_look_nor_later(tmp_path):
+    wide = [dict(text=f"text {i}") for i in range(24)]
+    for row in wide:
+        row["embedding"] = np.random.default_rng(0).standard_normal(120_000).tolist()
+    write_repository(tmp_path / "root", "me/wide", {"train.parquet": wide})
+    with FakeHub(tmp_path / "root") as hub:
+        child(hub, tmp_path / "home", [["me/wide", *SMALL, f"--out_dir={tmp_path}", "--name=x"]])
+    assert sorted(documents(tmp_path / "x")) == sorted(row["text"] for row in wide)
+    fetched = sum(last - first + 1 for _, (first, last) in hub.downloads())
+    assert fetched < 0.9 * (tmp_path / "root/me/wide/train.parquet").stat().st_size
+
+
+def test_several_other_data_sets_and_one_of_the_catalogue_make_one_corpus(others_root, hub_root, layouts, tmp_path):
+    shutil.copytree(others_root, tmp_path / "root")
+    shutil.copytree(hub_root / "roneneldan", tmp_path / "root/roneneldan")
+    words = ["me/pages@it/web:1K", "tinystories", "you/pages", "--vocab_size=300", f"--out_dir={tmp_path}"]
+    with FakeHub(tmp_path / "root") as hub:
+        run = child(hub, tmp_path / "home", [words, words])
+    assert "is there already, made with these settings" in run.stdout
+    folder = tmp_path / "pages+tinystories+pages-bpe-300"
+    sources = read_meta(folder)["sources"]
+    assert [(s["name"], s["budget"]) for s in sources] == [("pages", 1000), ("tinystories", 0), ("pages", 0)]
+    assert [s["origin"]["revision"] for s in sources] == [hub.sha(s["origin"]["dataset"]) for s in sources]
+    assert 1000 <= sources[0]["train"]["tokens"] < 1500
+    assert sorted(documents(folder, 2)) == sorted(row["content"] for row in made(note, 40))
+
+
+WRONG = {
+    "no such data set": (["me/none"], "none: the Hugging Face Hub has no public data set me/none, and there is no "
+                                      "such file or folder here; names of data sets look like HuggingFaceTB/finemath"),
+    "no configuration": (["me/many"], "me/many has several configurations: 'old', 'new'; choose one with --config"),
+    "another configuration": (["me/many", "--config=neww"],
+                              r"me/many has no configuration 'neww' \(did you mean new\?\); it has 'old', 'new'$"),
+    "a configuration too many": (["me/pages", "--config=new"],
+                                 "me/pages has no configuration 'new'; it has 'default'$"),
+    "no such column": (["me/pages", "--column=body"],
+                       "me/pages has no column 'body', it has 'url', 'text', 'embedding'; choose one with --column"),
+    "no such column of rows": (["you/pages", "--column=text"],
+                               "you/pages has no column 'text', it has 'id', 'content'; choose one with --column"),
+    "no text": (["me/titles"], "me/titles has no column 'text', it has 'title', 'year'; choose one with --column"),
+    "no training split": (["me/exam"], "me/exam has no split called train; it has 'validation', 'test'$"),
+    "no data": (["me/nothing"], "nothing: me/nothing cannot be read as expected .EmptyDatasetError: "),
+    "a configuration for the catalogue": (["wikipedia", "--config=20231101.it"],
+                                          "--config is for .* ORG/NAME; wikipedia has a configuration of its own$"),
+    "a copy that is not there": (["me/pages", "--source_dir=nowhere"],
+                                 "--source_dir=nowhere holds no copy of me/pages: expected nowhere/me/pages or "),
+    "a name that is a file's": (["me/pages.jsonl"], "'me/pages.jsonl' is neither a file or folder here, nor a corpus"),
+}
+
+COMPLAIN = PREPARE.split("for words")[0] + """
+lines = []
+for words in json.load(sys.stdin):
+    try:
+        prepare.main(words)
+        lines.append("nothing wrong")
+    except prepare.UserError as e:
+        lines.append(str(e))
+print(json.dumps(lines))
+"""
+
+
+@pytest.fixture(scope="module")
+def complaints(others_root, tmp_path_factory):
+    """What is wrong -> the line that says so."""
+    home = tmp_path_factory.mktemp("complaints")
+    with FakeHub(others_root) as hub:
+        run = child(hub, home, [[*words, f"--out_dir={home}/data"] for words, _ in WRONG.values()], COMPLAIN)
+    assert not (home / "data").exists()
+    return dict(zip(WRONG, json.loads(run.stdout.splitlines()[-1])))
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_with_a_name_is_said_in_one_line(what, complaints):
+    assert re.search(WRONG[what][1], complaints[what]), complaints[what]
+    assert "\n" not in complaints[what]
+
+
+def test_names_of_the_hub_are_an_organisation_and_a_name():
+    assert hub_name("ORG/NAME") == ("ORG/NAME", "", "")
+    assert hub_name("o-1/n_2.5@it/web") == ("o-1/n_2.5", "it", "web")
+    assert hub_name("ORG/NAME@it") == ("ORG/NAME", "it", "")
+    for word in ("NAME", "a/b/c", "/a/b", "./a", "../a", "a/", "a/b.txt", "a/b.jsonl.gz", "a/b c", "@it/web"):
+        assert hub_name(word) is None
+
+
+def test_a_name_that_is_unknown_is_answered_with_all_kinds_of_names():
+    with pytest.raises(UserError, match="'pydoc' is neither .*ORG/NAME.*did you mean pydocs or pydocs-chat"):
+        prepare.prepare(["pydoc"], prepare.Settings())
+
+
+# ---------------------------------------------------------------------------------------------------- faults and stops
 
 def test_dropped_connections_and_busy_servers_change_nothing(hub_root, good, tmp_path):
     with FakeHub(hub_root) as hub:
-        hub.faults += [Fault("drop", "*stanford*", times=9, skip=2), Fault("status", "*train.txt.gz", times=9), Fault("status", "*wikihow*", status=429, times=9)]
+        hub.faults += [Fault("drop", "*stanford*", times=9, skip=2), Fault("status", "*train.txt.gz", times=9),
+                       Fault("status", "*wikihow*", status=429, times=9)]
         out = child(hub, tmp_path / "home", [[*JOB, f"--out_dir={tmp_path}/faulty"]]).stdout
-        assert not any(f.times for f in hub.faults) and "trying again in" in out
+        assert not any(fault.times for fault in hub.faults) and "trying again in" in out
     assert snapshot(tmp_path / "faulty/x") == good
 
 
-@pytest.mark.parametrize("fault, line", (("truncate", r"cosmopedia: HuggingFaceTB/cosmopedia cannot be read as expected \(ArrowInvalid"),
-                                         ("column", r"cosmopedia: HuggingFaceTB/cosmopedia cannot be read as expected .*text"),
-                                         ("down", r"cosmopedia: the connection to the Hugging Face Hub is lost .*the same command goes on")))
-def test_what_cannot_be_mended_is_one_line_and_the_work_goes_on_later(fault, line, own_root, good, tmp_path):
+def test_the_first_look_at_a_data_set_is_tried_again_too(others_root, new, tmp_path):
+    words = ["me/notes-1.5", *SMALL, f"--out_dir={tmp_path}", "--name=x"]
+    with FakeHub(others_root) as hub:
+        hub.faults += [Fault("status", "*train.jsonl", times=9)]
+        out = child(hub, tmp_path / "home", [words]).stdout
+        assert not any(fault.times for fault in hub.faults) and "notes-1_5 " in out and "trying again in" in out
+    assert snapshot(tmp_path / "x") == snapshot(new[0] / "content")
+
+
+BEYOND_REPAIR = {
+    "truncate": r"cosmopedia: HuggingFaceTB/cosmopedia cannot be read as expected \(ArrowInvalid",
+    "column": r"cosmopedia: HuggingFaceTB/cosmopedia cannot be read as expected .*text",
+    "down": r"cosmopedia: the connection to the Hugging Face Hub is lost .*the same command goes on",
+}
+
+
+@pytest.mark.parametrize("fault", BEYOND_REPAIR)
+def test_what_cannot_be_mended_is_one_line_and_the_work_goes_on_later(fault, own_root, good, tmp_path):
     """The broken file lies behind what the first pass reads, so that half of the work is done when it is met."""
-    tool = PREPARE.replace("    prepare.main(words)", "    sys.argv = ['prepare.py', *words]\n    run_tool(prepare.main)")
-    job, later = [*JOB, f"--out_dir={tmp_path}/data"], own_root / "HuggingFaceTB/cosmopedia/data/stanford/train-00001-of-00002.parquet"
+    as_a_tool = "    sys.argv = ['prepare.py', *words]\n    run_tool(prepare.main)"
+    tool = PREPARE.replace("    prepare.main(words)", as_a_tool)
+    job = [*JOB, f"--out_dir={tmp_path}/data"]
+    later = own_root / "HuggingFaceTB/cosmopedia/data/stanford/train-00001-of-00002.parquet"
     whole = later.read_bytes()
     with FakeHub(own_root) as hub:
         if fault == "column":
             import pyarrow.parquet as pq
-            pq.write_table(pq.read_table(later).rename_columns(["prompt", "text_token_length", "body", "seed_data", "format", "audience"]), later)
+            names = ["prompt", "text_token_length", "body", "seed_data", "format", "audience"]
+            pq.write_table(pq.read_table(later).rename_columns(names), later)
+        elif fault == "truncate":
+            hub.faults.append(Fault("truncate", "*stanford/*00001-of*"))
         else:
-            hub.faults += [Fault("truncate", "*stanford/*00001-of*") if fault == "truncate" else Fault("status", "*stanford/*00001-of*", status=503, times=math.inf)]
+            hub.faults.append(Fault("status", "*stanford/*00001-of*", status=503, times=math.inf))
         run = child(hub, tmp_path / "home", [job], tool, status=2)
-        assert run.stderr.startswith("prepare.py: ") and run.stderr.count("\n") == 1 and re.search(line, run.stderr), run.stderr
+        assert run.stderr.startswith("prepare.py: ") and run.stderr.count("\n") == 1
+        assert re.search(BEYOND_REPAIR[fault], run.stderr), run.stderr
+
         later.write_bytes(whole)
         hub.faults.clear()
         assert (tmp_path / "data/.x.part/train.0-cosmopedia.bin").stat().st_size > 3000
@@ -229,36 +484,74 @@ def test_killed_at_random_moments_of_a_stream_it_writes_the_same_bytes(hub_root,
     assert snapshot(tmp_path / "killed/x") == good
 
 
+def test_other_data_sets_go_on_after_a_stop_as_those_of_the_catalogue_do(others_root, tmp_path):
+    """Two of one name, so that each must find its own commit and its own place again."""
+    words = ["me/pages", "you/pages", *SMALL, "--name=x"]
+    with FakeHub(others_root) as hub:
+        child(hub, tmp_path / "home", [[*words, f"--out_dir={tmp_path}/whole"]])
+        out = child(hub, tmp_path / "home", [[*words, f"--out_dir={tmp_path}/killed"]], KILLED).stdout
+    assert int(out.split()[-1]) >= 3, out
+    assert snapshot(tmp_path / "killed/x") == snapshot(tmp_path / "whole/x")
+
+
+# ---------------------------------------------------------------------------------------------------- without a network
+
 def test_a_copy_of_the_repository_gives_the_same_text_without_a_network(hub_root, layouts, prepared, tmp_path):
-    nowhere = dict(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"))
-    child(None, None, [[name, *SMALL, f"--source_dir={source}", f"--out_dir={tmp_path}", f"--name={name}"]
-                       for name, source in (("cosmopedia", hub_root), ("wiki40b-it", hub_root / "google"), ("hq-sentences", hub_root / "agentlans/high-quality-english-sentences"))], **nowhere)
-    for name in ("cosmopedia", "wiki40b-it", "hq-sentences"):
+    copies = {"cosmopedia": hub_root, "wiki40b-it": hub_root / "google",
+              "hq-sentences": hub_root / "agentlans/high-quality-english-sentences"}
+    jobs = [[name, *SMALL, f"--source_dir={copy}", f"--out_dir={tmp_path}", f"--name={name}"]
+            for name, copy in copies.items()]
+    child(None, None, jobs, **NOWHERE, HF_HOME=str(tmp_path / "home"))
+    for name in copies:
         assert documents(tmp_path / name) == documents(prepared[0] / name)
         assert "revision" not in read_meta(tmp_path / name)["sources"][0]["origin"]
 
 
+def test_a_copy_of_any_other_data_set_gives_the_same_text_without_a_network(others_root, new, tmp_path):
+    copies = {"web": others_root, "content": others_root / "me", "config": others_root / "me/many"}
+    jobs = [[*NEW[name][0], *SMALL, f"--source_dir={copy}", f"--out_dir={tmp_path}", f"--name={name}"]
+            for name, copy in copies.items()]
+    child(None, None, jobs, **NOWHERE, HF_HOME=str(tmp_path / "home"))
+    for name in copies:
+        assert documents(tmp_path / name) == documents(new[0] / name)
+        assert read_meta(tmp_path / name)["sources"][0]["origin"] == NEW[name][2]
+
+
 @pytest.mark.parametrize("spoil", ("another", "changed"))
-def test_what_was_begun_from_one_copy_does_not_go_on_with_another(spoil, hub_root, good, tmp_path):
+def test_what_was_begun_from_one_copy_does_not_go_on_with_another(spoil, hub_root, layouts, tmp_path):
+    repo = "agentlans/high-quality-english-sentences"
     for i, copy in enumerate(("one", "two")):
-        shutil.copytree(hub_root / "agentlans/high-quality-english-sentences", tmp_path / copy / "agentlans/high-quality-english-sentences")
-        path = tmp_path / copy / "agentlans/high-quality-english-sentences/train.txt.gz"
-        path.write_bytes(gzip.compress(b"".join(b"%d: sentence %d of a copy\n" % (i, k) for k in range(300))))
-    stop = PREPARE.replace("for words", "prepare.Record.save = (lambda save: lambda self, **changes: (save(self, **changes), sys.exit(3))[0])(prepare.Record.save)\nfor words")
+        shutil.copytree(hub_root / repo, tmp_path / copy / repo)
+        lines = b"".join(b"%d: sentence %d of a copy\n" % (i, k) for k in range(300))
+        (tmp_path / copy / repo / "train.txt.gz").write_bytes(gzip.compress(lines))
+    stop = PREPARE.replace("for words", """
+save = prepare.Record.save
+def save_and_stop(self, **changes):
+    save(self, **changes)
+    sys.exit(3)
+prepare.Record.save = save_and_stop
+for words""")
     words = ["hq-sentences", "--vocab_size=300", f"--out_dir={tmp_path}/data", "--name=x"]
-    nowhere = dict(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"))
+    nowhere = dict(NOWHERE, HF_HOME=str(tmp_path / "home"))
     child(None, None, [[*words, f"--source_dir={tmp_path}/one"]], stop, status=3, **nowhere)
+
+    copy = "two"
     if spoil == "changed":
+        copy = "one"
         shutil.rmtree(tmp_path / "one")
         shutil.move(tmp_path / "two", tmp_path / "one")
-    out = child(None, None, [[*words, f"--source_dir={tmp_path}/{'one' if spoil == 'changed' else 'two'}"]], **nowhere).stdout
-    assert "going on" not in out and len(documents(tmp_path / "data/x")) == 300 and all(t.startswith("1: ") for t in documents(tmp_path / "data/x"))
+    out = child(None, None, [[*words, f"--source_dir={tmp_path}/{copy}"]], **nowhere).stdout
+    texts = documents(tmp_path / "data/x")
+    assert "going on" not in out and len(texts) == 300 and all(text.startswith("1: ") for text in texts)
 
 
-def test_without_a_network_one_line_names_the_ways_on(tmp_path):
+@pytest.mark.parametrize("name", ("finemath", "me/pages"))
+def test_without_a_network_one_line_names_the_ways_on(name, tmp_path):
     started = time.monotonic()
-    run = subprocess.run([sys.executable, str(ROOT / "prepare.py"), "finemath"], capture_output=True, text=True, cwd=tmp_path, timeout=60,
-                         env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)})
+    run = subprocess.run([sys.executable, str(ROOT / "prepare.py"), name], capture_output=True, text=True, cwd=tmp_path,
+                         timeout=60, env={**os.environ, **NOWHERE, "HF_HOME": str(tmp_path)})
     assert run.returncode == 2 and time.monotonic() - started < 30
-    assert run.stderr.count("\n") == 1 and all(x in run.stderr for x in ("finemath", "cannot be reached", "pydocs", "file or folder of yours", "--source_dir")), run.stderr
+    assert run.stderr.count("\n") == 1, run.stderr
+    for word in (name, "cannot be reached", "pydocs", "file or folder of yours", "--source_dir"):
+        assert word in run.stderr
     assert not (Path(tmp_path) / "data").exists()
