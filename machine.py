@@ -17,18 +17,18 @@ from common import UserError
 
 # FLOP/s of dense matrix products without sparsity, with fp32 accumulation, from NVIDIA's data sheets and architecture
 # whitepapers. The first table is for bf16, the second for fp32 on cards that have no bf16.
-PEAK_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "A100": 312e12,
-             "L40S": 362e12, "L4": 121e12, "RTX PRO 6000 Blackwell": 503.8e12, "RTX 5090": 209.5e12,
-             "RTX 4090": 165.2e12, "RTX 4060 Ti": 44.1e12, "RTX 3090": 71e12, "RTX 3060": 25.5e12}
-PEAK_FP32 = {"P100": 9.3e12, "T4": 8.1e12}
+PEAK_BF16 = {"B200": 2250e12, "H200": 989e12, "H200 NVL": 836e12, "H100": 989e12, "H100 NVL": 835e12,
+             "H100 PCIe": 756e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX PRO 6000 Blackwell": 503.8e12,
+             "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 4060 Ti": 44.1e12, "RTX 3090": 71e12, "RTX 3060": 25.5e12}
+PEAK_FP32 = {"P100-SXM2": 10.6e12, "P100": 9.3e12, "T4": 8.1e12}
 
 
 def peak_flops(chip, dtype):
     """FLOP/s that the GPU of this name can do at most in dtype; None if it is not in the tables above."""
     table = PEAK_BF16 if dtype == torch.bfloat16 else PEAK_FP32
-    # a suffix makes it another card
+    # a suffix makes it another card, and "H100 PCIe" goes before "H100"
     names = [name for name in table if re.search(rf"\b{name}\b(?! (Ti|SUPER|Laptop|D)\b)", chip)]
-    return table[max(names, key=len)] if names else None  # "H100 PCIe" before "H100"
+    return table[max(names, key=len)] if names else None
 
 
 @dataclass

@@ -41,7 +41,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import Progress, UserError, clock, columns, nearest, parse_flags, run_tool
+from common import Progress, UserError, clock, columns, nearest, parse_flags, replacing, run_tool
 from corpus.chats import chat_ids, encode_chats
 from corpus.folder import (
     EncodedDocument, SourceWriter, corpus_name, document_edges, first_place, read_meta, read_tokens, token_files,
@@ -268,12 +268,8 @@ class Record:
 
     def save(self, **changes):
         self.data |= changes
-        part = self.path.with_suffix(".part")
-        with open(part, "w", encoding="utf-8") as f:
-            json.dump(self.data, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, self.path)
+        with replacing(self.path) as f:
+            f.write(json.dumps(self.data).encode())
 
 
 # ---------------------------------------------------------------------------------------------------- the first pass

@@ -6,13 +6,17 @@
     y, h = selective_scan(..., h0=h, return_state=True)             going on from a state
     y = selective_scan_step(h, u, delta, A, B, C, D)                one token, h changed in place
 
-Three implementations stand behind the one operator torch.ops.kernels.selective_scan, which torch.compile keeps as one node of its graph:
-reference.py (PyTorch), selective_scan.cpp (C++ with SIMD and threads) and selective_scan.cu (CUDA). The compiled ones are built at
-first use. Where that cannot be done, one line says why and the reference runs. The environment variable KERNELS overrides:
-`reference`; `cpu` or `cuda`, whose library must build or raise (with `cpu`, tensors on a GPU go to the reference); `auto`, the default.
-fp64 on CUDA always goes to the reference.
+Three implementations stand behind one operator, torch.ops.kernels.selective_scan, which torch.compile keeps as one node
+of its graph: reference.py (PyTorch), selective_scan.cpp (C++ with SIMD and threads) and selective_scan.cu (CUDA). The
+compiled ones are built at first use. If that fails, one line says why and the reference runs. The environment variable
+KERNELS chooses:
 
-To use the folder in another project, copy it.
+    auto         the default: CUDA's for tensors on a GPU, the CPU's for others, the reference if they cannot be built
+    reference    always the reference
+    cpu          the CPU's must build, else RuntimeError; tensors on a GPU go to the reference
+    cuda         CUDA's must build, else RuntimeError; tensors on a CPU are treated as with auto
+
+fp64 on CUDA always goes to the reference. To use the folder in another project, copy it.
 """
 import functools
 import os
@@ -27,11 +31,11 @@ from .reference import CHUNK
 MAX_STATES = 256  # what the CUDA kernels are made for
 
 
-# ---------------------------------------------------------------------------------------------------- which implementation
+# ---------------------------------------------------------------------------------------------------- implementations
 
 @functools.cache
 def compiled(kind, must):
-    """The compiled operators of `kind` (cpu or cuda), or None where they cannot be built. With `must` that is a RuntimeError."""
+    """The compiled operators of `kind` (cpu or cuda), or None if they cannot be built; with `must` a RuntimeError."""
     try:
         torch.ops.load_library(build.library(kind))
         return getattr(torch.ops, f"selective_scan_{kind}")
@@ -39,16 +43,21 @@ def compiled(kind, must):
         if must:
             raise RuntimeError(f"KERNELS={kind}, but {e}") from None
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"kernels      {e}, so the selective scan runs in PyTorch, several times slower", file=sys.stderr, flush=True)
+            print(f"kernels      {e}, so the selective scan runs in PyTorch, several times slower",
+                  file=sys.stderr, flush=True)
         return None
 
 
 def implementation(x):
-    """The module or operators that compute the scan for tensors like x."""
-    choice, kind = os.environ.get("KERNELS", "auto"), x.device.type
+    """The module or operators that compute the scan for tensors like x. Raises ValueError for an unknown KERNELS."""
+    choice = os.environ.get("KERNELS", "auto")
     if choice not in ("auto", "reference", "cpu", "cuda"):
         raise ValueError(f"KERNELS={choice} is not one of auto, reference, cpu, cuda")
-    if choice == "reference" or kind not in ("cpu", "cuda") or kind == "cuda" and (choice == "cpu" or x.dtype == torch.float64):
+
+    kind = x.device.type
+    if choice == "reference" or kind not in ("cpu", "cuda"):
+        return reference
+    if kind == "cuda" and (choice == "cpu" or x.dtype == torch.float64):
         return reference
     return compiled(kind, must=choice == kind) or reference
 
@@ -56,40 +65,51 @@ def implementation(x):
 # ---------------------------------------------------------------------------------------------------- the operator
 
 @torch.library.custom_op("kernels::selective_scan", mutates_args=())
-def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None, reset: Tensor | None,
-         save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+         h0: Tensor | None, reset: Tensor | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(implementation(u).forward(u, delta, A, B, C, D, h0, reset, save))
 
 
 @scan.register_fake
 def _(u, delta, A, B, C, D, h0, reset, save):
     kept = -(-u.size(1) // CHUNK) if save else 0
-    return u.new_empty(u.shape), A.new_empty(u.size(0), *A.shape), A.new_empty(u.size(0), kept, A.size(1), A.size(0))
+    y = u.new_empty(u.shape)
+    last = A.new_empty(u.size(0), *A.shape)
+    checkpoints = A.new_empty(u.size(0), kept, A.size(1), A.size(0))
+    return y, last, checkpoints
 
 
 @torch.library.custom_op("kernels::selective_scan_backward", mutates_args=())
-def scan_backward(dy: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, reset: Tensor | None,
-                  checkpoints: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def scan_backward(dy: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+                  D: Tensor | None, reset: Tensor | None, checkpoints: Tensor
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return tuple(implementation(u).backward(dy, dlast, u, delta, A, B, C, D, reset, checkpoints))
 
 
 @scan_backward.register_fake
 def _(dy, dlast, u, delta, A, B, C, D, reset, checkpoints):
-    return *(x.new_empty(x.shape) for x in (u, delta, A, B, C)), A.new_empty(A.size(0)), A.new_empty(u.size(0), *A.shape)
+    du, ddelta, dA, dB, dC = (x.new_empty(x.shape) for x in (u, delta, A, B, C))
+    dD, dh0 = A.new_empty(A.size(0)), A.new_empty(u.size(0), *A.shape)
+    return du, ddelta, dA, dB, dC, dD, dh0
 
 
 def _setup(ctx, inputs, output):
     u, delta, A, B, C, D, h0, reset, save = inputs
     ctx.save_for_backward(u, delta, A, B, C, D, reset, output[2])
     ctx.has_h0 = h0 is not None
-    ctx.set_materialize_grads(False)  # the state's gradient is mostly absent, and a tensor of zeros costs time
+    ctx.set_materialize_grads(False)  # the state's gradient is mostly absent, and a tensor of zeros would cost time
 
 
 def _backward(ctx, dy, dlast, _):
     u, delta, A, B, C, D, reset, checkpoints = ctx.saved_tensors
-    dy = torch.zeros_like(u) if dy is None else dy
+    if dy is None:
+        dy = torch.zeros_like(u)
     du, ddelta, dA, dB, dC, dD, dh0 = scan_backward(dy, dlast, u, delta, A, B, C, D, reset, checkpoints)
-    return du, ddelta, dA, dB, dC, dD if D is not None else None, dh0 if ctx.has_h0 else None, None, None
+    if D is None:
+        dD = None
+    if not ctx.has_h0:
+        dh0 = None
+    return du, ddelta, dA, dB, dC, dD, dh0, None, None
 
 
 scan.register_autograd(_backward, setup_context=_setup)
@@ -97,7 +117,7 @@ scan.register_autograd(_backward, setup_context=_setup)
 
 @torch.library.custom_op("kernels::selective_scan_step", mutates_args=("h",))
 def scan_step(h: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> Tensor:
-    kernels = reference if h.is_cuda else implementation(h)  # a GPU gains nothing from a kernel of its own for so little
+    kernels = reference if h.is_cuda else implementation(h)  # one step is too little for a CUDA kernel to be worth it
     return kernels.step(h, u, delta, A, B, C, D)
 
 
@@ -118,42 +138,54 @@ def selective_scan(u, delta, A, B, C, D=None, h0=None, reset=None, return_state=
     h0         (batch, channels, N)    state before the first step; None: zeros
     reset      bool (batch, T)         true where a document begins: the state before that step counts as zero
 
-    u, delta, B and C are fp32, bf16 or fp16 and of any strides; states, A, D and all sums are fp32 (fp64 throughout if u is: for gradient
-    checks). y has u's type, shape and contiguous strides. Keeps for the backward pass its inputs and a state every 64 steps. Raises
-    ValueError for shapes that do not fit.
+    u, delta, B and C are fp32, bf16 or fp16 and of any strides; states, A, D and all sums are fp32. If u is fp64, for
+    gradient checks, all is fp64. y has u's type and shape, and contiguous strides. For the backward pass the inputs are
+    kept, and a state every 64 steps. Raises ValueError for shapes, devices or types that do not fit.
     """
     if u.ndim != 3 or A.ndim != 2:
-        raise ValueError(f"u must be (batch, T, channels) and A (channels, N), not {tuple(u.shape)} and {tuple(A.shape)}")
-    (batch, T, channels), N = u.shape, A.size(1)
+        raise ValueError("u must be (batch, T, channels) and A (channels, N), "
+                         f"not {tuple(u.shape)} and {tuple(A.shape)}")
+    batch, T, channels = u.shape
+    N = A.size(1)
     if not 1 <= N <= MAX_STATES:
         raise ValueError(f"A has {N} states; 1 to {MAX_STATES} are possible")
-    shapes = dict(delta=(batch, T, channels), A=(channels, N), B=(batch, T, N), C=(batch, T, N), D=(channels,), h0=(batch, channels, N), reset=(batch, T))
-    for (name, shape), x in zip(shapes.items(), (delta, A, B, C, D, h0, reset)):
+    expected = (
+        ("delta", delta, (batch, T, channels)), ("A", A, (channels, N)), ("B", B, (batch, T, N)),
+        ("C", C, (batch, T, N)), ("D", D, (channels,)), ("h0", h0, (batch, channels, N)), ("reset", reset, (batch, T)))
+    for name, x, shape in expected:
         if x is not None and tuple(x.shape) != shape:
-            raise ValueError(f"{name} is {tuple(x.shape)}, but {shape} goes with u {tuple(u.shape)} and A {tuple(A.shape)}")
+            raise ValueError(f"{name} is {tuple(x.shape)}, "
+                             f"but {shape} goes with u {tuple(u.shape)} and A {tuple(A.shape)}")
         if x is not None and x.device != u.device:
             raise ValueError(f"{name} is on {x.device}, u on {u.device}")
     if reset is not None and reset.dtype != torch.bool:
         raise ValueError(f"reset must be bool, not {reset.dtype}")
+
     compute = torch.float64 if u.dtype == torch.float64 else torch.float32
     A, D, h0 = (x if x is None else x.to(compute) for x in (A, D, h0))
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, delta, A, B, C, D, h0))
-    y, last, _ = scan(u, delta, A, B, C, D, h0, reset, differentiable)
+    inputs = [x for x in (u, delta, A, B, C, D, h0) if x is not None]
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)  # states, for a backward pass
+    y, last, _ = scan(u, delta, A, B, C, D, h0, reset, save)
     return (y, last) if return_state else y
 
 
 def selective_scan_step(h, u, delta, A, B, C, D=None):
-    """One time step, without gradients: changes the state h (batch, channels, N) in place and returns y (batch, channels) in u's type.
+    """One time step, without gradients. Changes the state h (batch, channels, N) in place.
 
-    u, delta (batch, channels), A (channels, N), B, C (batch, N), D (channels,) or None: the same arithmetic as selective_scan.
-    Raises ValueError for shapes that do not fit.
+    Returns y (batch, channels) in u's type. u, delta (batch, channels), A (channels, N), B, C (batch, N), D (channels,)
+    or None: the arithmetic is that of selective_scan. Raises ValueError for shapes or devices that do not fit.
     """
     batch, channels, N = h.shape
-    shapes = dict(u=(batch, channels), delta=(batch, channels), A=(channels, N), B=(batch, N), C=(batch, N), D=(channels,))
-    for (name, shape), x in zip(shapes.items(), (u, delta, A, B, C, D)):
+    expected = (
+        ("u", u, (batch, channels)), ("delta", delta, (batch, channels)), ("A", A, (channels, N)),
+        ("B", B, (batch, N)), ("C", C, (batch, N)), ("D", D, (channels,)))
+    for name, x, shape in expected:
         if x is not None and (tuple(x.shape) != shape or x.device != h.device):
-            raise ValueError(f"{name} is {tuple(x.shape)} on {x.device}, but {shape} on {h.device} goes with h {tuple(h.shape)}")
-    state, tensors = h.contiguous(), [x if x is None else x.detach().to(h.dtype).contiguous() for x in (u, delta, A, B, C, D)]
+            raise ValueError(f"{name} is {tuple(x.shape)} on {x.device}, "
+                             f"but {shape} on {h.device} goes with h {tuple(h.shape)}")
+
+    state = h.contiguous()
+    tensors = [x if x is None else x.detach().to(h.dtype).contiguous() for x in (u, delta, A, B, C, D)]
     y = scan_step(state, *tensors).to(u.dtype)
     if state is not h:  # h was not contiguous
         h.copy_(state)

@@ -1,7 +1,7 @@
 """Builds the C++ and CUDA sources of this folder at first use and keeps the result.
 
-What is built goes to $TORCH_EXTENSIONS_DIR, else to torch_extensions in the user's cache folder, under a name that holds the hash of the
-sources, of the flags, of torch's version and of the GPUs it is for: when one of them changes, a new library is built.
+The library goes to $TORCH_EXTENSIONS_DIR, else to torch_extensions in the user's cache folder. Its name holds a hash of
+the sources, of the flags, of torch's version and of the GPUs it is for. When one of these changes, a new one is built.
 """
 import contextlib
 import hashlib
@@ -19,8 +19,12 @@ import torch
 
 HERE = Path(__file__).parent
 SOURCES = {"cpu": ("selective_scan.cpp",), "cuda": ("selective_scan.cpp", "selective_scan.cu")}
-# By what torch says of this CPU, and not -march=native: a home directory may be shared by machines that differ. ATEN_CPU_CAPABILITY overrides
-SIMD = {"AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"], "AVX2": ["-mavx2", "-mfma", "-mf16c"]}
+# torch says what this CPU has (ATEN_CPU_CAPABILITY overrides it). -march=native would be wrong in a home directory that
+# machines of different kinds share
+SIMD = {
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+}
 BUILDING = ".selective_scan-building-"  # folders of builds under way
 
 
@@ -43,17 +47,11 @@ def flags(kind):
 def library(kind):
     """Path of the shared library `kind` (cpu or cuda), built if it is not there yet. Raises CannotBuild."""
     cxx, nvcc = flags(kind)
-    digest = hashlib.sha256(repr((cxx, nvcc, torch.__version__, platform.machine())).encode())
-    for name in (*SOURCES[kind], "selective_scan.h"):
-        digest.update((HERE / name).read_bytes())
-    if kind == "cuda":
-        gpus = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
-        digest.update(repr((gpus, os.environ.get("TORCH_CUDA_ARCH_LIST"))).encode())
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions"))
-    path = root / f"selective_scan_{kind}-{digest.hexdigest()[:16]}.so"
+    root = cache_folder()
+    path = root / f"selective_scan_{kind}-{digest(kind, cxx, nvcc)[:16]}.so"
     if path.exists():
         return path
+
     if os.name != "posix":
         raise CannotBuild(f"kernels are not built on {platform.system()}")
     compiler = os.environ.get("CXX") or "c++"
@@ -71,6 +69,25 @@ def library(kind):
     return path
 
 
+def cache_folder():
+    """The folder that libraries are kept in."""
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(cache) / "torch_extensions"
+
+
+def digest(kind, cxx, nvcc):
+    """A hash of everything that a library depends on, in hexadecimal."""
+    total = hashlib.sha256(repr((cxx, nvcc, torch.__version__, platform.machine())).encode())
+    for name in (*SOURCES[kind], "selective_scan.h"):
+        total.update((HERE / name).read_bytes())
+    if kind == "cuda":
+        gpus = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+        total.update(repr((gpus, os.environ.get("TORCH_CUDA_ARCH_LIST"))).encode())
+    return total.hexdigest()
+
+
 @contextlib.contextmanager
 def only_one(path):
     """Lets one process in at a time. The system drops the lock when a process dies, so none can be left behind."""
@@ -80,13 +97,18 @@ def only_one(path):
         yield
 
 
-def compile_into(path, kind, cxx, nvcc):
-    """Builds in a folder of its own, then moves the library to its place: what stands there is always whole."""
-    def say(text, end):
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process speaks for all of a machine
-            print(text, end=end, file=sys.stderr, flush=True)
+def say(text, end):
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process speaks for all of a machine
+        print(text, end=end, file=sys.stderr, flush=True)
 
-    say(f"kernels      building the selective scan for {kind.upper()} (once; {'20 seconds or so' if kind == 'cpu' else 'a few minutes'}) ...", "")
+
+def compile_into(path, kind, cxx, nvcc):
+    """Builds in a folder of its own, then moves the library to its place, so that what stands there is always whole.
+
+    Raises CannotBuild.
+    """
+    expected = "20 seconds or so" if kind == "cpu" else "a few minutes"
+    say(f"kernels      building the selective scan for {kind.upper()} (once; {expected}) ...", "")
     started, search = time.monotonic(), os.environ.get("PATH", "")
     with contextlib.suppress(ImportError):
         import ninja  # its program is on the PATH only while the virtual environment is active
@@ -94,13 +116,24 @@ def compile_into(path, kind, cxx, nvcc):
     try:
         from torch.utils import cpp_extension
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=BUILDING) as folder:
-            cpp_extension.load(path.stem.replace("-", "_"), [str(HERE / name) for name in SOURCES[kind]], extra_cflags=cxx, extra_cuda_cflags=nvcc,
-                               build_directory=folder, is_python_module=False)
+            cpp_extension.load(
+                path.stem.replace("-", "_"), [str(HERE / name) for name in SOURCES[kind]],
+                extra_cflags=cxx, extra_cuda_cflags=nvcc, build_directory=folder, is_python_module=False)
             os.replace(next(Path(folder).glob("*.so")), path)
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as e:
         say(" failed", "\n")
-        reason = re.search(r"^.*\berror: .*$", str(e), re.M)  # the compiler's first complaint, in the pages that ninja prints
-        raise CannotBuild(f"the build failed ({reason[0] if reason else (str(e) or type(e).__name__).splitlines()[0]:.200})") from None
+        raise CannotBuild(f"the build failed ({reason(e):.200})") from None
+    except ValueError as e:  # torch does not know an architecture in TORCH_CUDA_ARCH_LIST
+        say(" failed", "\n")
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        raise CannotBuild(f"the build failed (TORCH_CUDA_ARCH_LIST={architectures}: {reason(e):.200})") from None
     finally:
         os.environ["PATH"] = search
     say(f" {time.monotonic() - started:.0f} s", "\n")
+
+
+def reason(error):
+    """The line that says what went wrong: in the pages that ninja prints, the compiler's first complaint."""
+    text = str(error) or type(error).__name__
+    complaint = re.search(r"^.*\berror: .*$", text, re.M)
+    return complaint[0] if complaint else text.splitlines()[0]

@@ -1,8 +1,8 @@
 """The selective scan in PyTorch: what the compiled implementations must equal, and what runs where none can be built.
 
-Time is cut into chunks of 64 steps, so that nothing of shape (B, T, channels, N) exists over the whole sequence. Computes in fp32,
-or in fp64 if the activations are. The forward pass keeps the state before each chunk; from it the backward pass computes the chunk's
-states again, with the equations of selective_scan.cpp.
+Time is cut into chunks of 64 steps, so that nothing of shape (B, T, channels, N) exists over the whole sequence. The
+arithmetic is in fp32, or in fp64 if the activations are. The forward pass keeps the state before each chunk. From it
+the backward pass computes the chunk's states again, with the equations of selective_scan.cpp.
 """
 import torch
 
@@ -10,7 +10,7 @@ CHUNK = 64  # time steps between two states kept for the backward pass, as in se
 
 
 def scan_chunk(u, delta, A, B, h, reset=None):
-    """The decays exp(delta_t A), zero at a reset, and the states h_t behind each of a few steps, both (B, L, channels, N)."""
+    """The decays exp(delta_t A), 0 at a reset, and the states h_t after each of L steps, both (B, L, channels, N)."""
     decay = torch.exp(delta[..., None] * A)
     if reset is not None:
         decay = decay.masked_fill(reset[..., None, None], 0)
@@ -31,15 +31,18 @@ def forward(u, delta, A, B, C, D, h0, reset, save):
     dtype, compute = u.dtype, A.dtype
     u, delta, B, C = (x.to(compute) for x in (u, delta, B, C))
     h = u.new_zeros(u.size(0), *A.shape) if h0 is None else h0.clone(memory_format=torch.contiguous_format)
-    y, kept = torch.empty_like(u, memory_format=torch.contiguous_format), []
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    kept = []
     for t in chunks(u.size(1)):
         if save:
             kept.append(h.mT)
         _, states = scan_chunk(u[:, t], delta[:, t], A, B[:, t], h, None if reset is None else reset[:, t])
-        y[:, t], h = (states * C[:, t, None]).sum(-1), states[:, -1].contiguous()  # a matrix product would obey autocast and TF32
+        y[:, t] = (states * C[:, t, None]).sum(-1)  # a matrix product would obey autocast and TF32
+        h = states[:, -1].contiguous()
     if D is not None:
         y += D * u
-    return y.to(dtype), h, torch.stack(kept, 1) if kept else u.new_empty(u.size(0), 0, *A.mT.shape)
+    checkpoints = torch.stack(kept, 1) if kept else u.new_empty(u.size(0), 0, *A.mT.shape)
+    return y.to(dtype), h, checkpoints
 
 
 def backward(dy, dlast, u, delta, A, B, C, D, reset, checkpoints):
@@ -50,11 +53,12 @@ def backward(dy, dlast, u, delta, A, B, C, D, reset, checkpoints):
     du, ddelta, dB, dC = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta, B, C))
     dA = A.new_zeros(A.shape)
     for k, t in reversed(list(enumerate(chunks(u.size(1))))):
-        h = checkpoints[:, k].mT
+        h = checkpoints[:, k].mT  # before the chunk
         decay, states = scan_chunk(u[:, t], delta[:, t], A, B[:, t], h, None if reset is None else reset[:, t])
         grads = []  # of h_t, from the last step to the first: dh_t = dy_t C_t + decay_{t+1} dh_{t+1}
-        for decay_t, x_t in zip(reversed(decay.unbind(1)), reversed((dy[:, t, :, None] * C[:, t, None]).unbind(1))):
-            grads.append(dh + x_t)
+        for decay_t, from_y_t in zip(
+                reversed(decay.unbind(1)), reversed((dy[:, t, :, None] * C[:, t, None]).unbind(1))):
+            grads.append(dh + from_y_t)
             dh = decay_t * grads[-1]
         dstates = torch.stack(grads[::-1], 1)  # (B, L, channels, N)
         dexponent = dstates * decay * torch.cat((h[:, None], states[:, :-1]), 1)  # of delta_t A

@@ -1,26 +1,31 @@
-// The selective scan (Mamba, arXiv 2312.00752) on CUDA GPUs, forward and backward; selective_scan.h says what goes in and out.
+// The selective scan (Mamba, arXiv 2312.00752) on CUDA GPUs, forward and backward; selective_scan.h says what
+// goes in and out.
 //
 //     h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t        y_t = sum_n C_t[n] h_t[n] + D u_t
 //
-// How it works. Time is serial, channels are parallel. The N states of a channel are spread over LANES lanes of a warp, STATES
-// to a lane; a lane does so for PER_LANE channels at once, which halves the loads of B and C and the work of summing over channels.
-// h stays in registers from the first step to the last. A block takes one sequence and a tile of channels: it stages some steps
-// of delta, u, B and C in shared memory (fp32, coalesced, zeros where the tensor ends: with delta = u = 0 a step changes nothing), runs
-// over them, and sends y back the same way. Nearly all the work is exp(delta A); A is scaled by log2(e) once, so it is one
-// multiply-add and the hardware's 2^x. A reset adds -infinity to that exponent. Sums over the lanes of a channel are
-// taken for four steps at once with a transposing butterfly: eight values cost 7 shuffles on 8 lanes, not 24.
+// How it works. Time is serial, channels are parallel. The N states of a channel are spread over LANES lanes of
+// a warp, STATES to a lane. A lane serves PER_LANE channels at once, which halves the loads of B and C and the
+// work of summing over channels. h stays in registers from the first step to the last. A block takes one
+// sequence and a tile of channels. It stages some steps of delta, u, B and C in shared memory (fp32, coalesced,
+// zeros where the tensor ends: with delta = u = 0 a step changes nothing), runs over them, and sends y back the
+// same way. Nearly all the work is exp(delta A). A is scaled by log2(e) once, so that this is one multiply-add
+// and the hardware's 2^x. A reset adds -infinity to that exponent. Sums over the lanes of a channel are taken
+// for four steps at once with a transposing butterfly: eight values cost 7 shuffles on 8 lanes, not 24.
 //
-// What is kept for the backward pass is h before each chunk of 64 steps: (batch, ceil(T / 64), N, channels) in fp32. The backward pass goes
-// over the chunks from the last to the first. In each it computes h again, once to find it before every 16 steps, once more
-// before every 4 (both kept in shared memory), and a third time to have h and exp(delta A) of 4 steps in registers, from
-// where it runs against time. So it computes 2.5 exponentials per step and state, and stores none.
+// What is kept for the backward pass is h before each chunk of 64 steps: (batch, ceil(T / 64), N, channels) in
+// fp32. The backward pass goes over the chunks from the last to the first. In each it computes h again: once to
+// find it before every 16 steps, once more before every 4 (both kept in shared memory), and a third time to
+// have h and exp(delta A) of 4 steps in registers. From there it runs against time. So it computes 2.5
+// exponentials per step and state, and stores none.
 //
-// The gradients of B and C are sums over channels: over the channels of a lane, of a warp (butterfly), of a block (shared
-// memory), and then over blocks, whose sums go through `workspace` and are added by a second kernel. To keep that small, a long
-// sequence is gone through in several segments, three launches each. A and D have sums over the batch, likewise. There
-// are no atomics: every sum has a fixed order, and a result does not depend on how the GPU schedules blocks.
+// The gradients of B and C are sums over channels: over the channels of a lane, of a warp (butterfly), of a
+// block (shared memory), and then over blocks, whose sums go through `workspace` and are added by a second
+// kernel. To keep that small, a long sequence is gone through in several segments, three launches each. A and D
+// have sums over the batch, likewise. There are no atomics: every sum has a fixed order, and a result does not
+// depend on how the GPU schedules blocks.
 //
-// N is padded to 16, 32, 64, 128 or 256. Not yet timed on a GPU; the layouts follow from counting instructions, registers and bytes.
+// N is padded to 16, 32, 64, 128 or 256. Nothing here has been timed on a GPU yet; the layouts follow from counting
+// instructions, registers and bytes.
 
 #ifdef CUDA_ON_CPU
 #include "cuda_on_cpu.h"
@@ -40,19 +45,21 @@ extern __shared__ float4 shared_memory[];  // every kernel lays its own struct o
 
 namespace {
 
-constexpr int GROUP = 4;         // steps whose sums over lanes are taken together; backward has h of that many in registers
-constexpr int STEPS = 16;        // steps that backward stages in shared memory at once
+constexpr int GROUP = 4;   // steps whose sums over lanes are taken together; backward has h of all of them in registers
+constexpr int STEPS = 16;  // steps that backward stages in shared memory at once
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 // How a block of THREADS threads is laid out over (channels, states), at compile time
 template <int LANES_, int STATES_, int PER_LANE_, int THREADS_> struct Tile {
   static constexpr int LANES = LANES_, STATES = STATES_, PER_LANE = PER_LANE_, THREADS = THREADS_, WARPS = THREADS / 32;
-  static constexpr int N = LANES * STATES;                      // padded
-  static constexpr int CHANNELS = THREADS / LANES * PER_LANE;   // of a block
-  static constexpr int VEC = STATES < 4 ? STATES : 4;           // states that lie side by side: one load from shared memory
-  static constexpr int STAGED = N <= 64 ? 32 : 16;              // steps that forward stages at once
+  static constexpr int N = LANES * STATES;  // padded
+  static constexpr int CHANNELS = THREADS / LANES * PER_LANE;  // of a block
+  static constexpr int VEC = STATES < 4 ? STATES : 4;  // states that lie side by side: one load from shared memory
+  static constexpr int STAGED = N <= 64 ? 32 : 16;  // steps that forward stages at once
   // the s-th state of a lane, and back
-  static __device__ __forceinline__ int state(int lane, int s) { return s / VEC * (LANES * VEC) + lane * VEC + s % VEC; }
+  static __device__ __forceinline__ int state(int lane, int s) {
+    return s / VEC * (LANES * VEC) + lane * VEC + s % VEC;
+  }
   static __device__ __forceinline__ int lane_of(int n) { return n / VEC % LANES; }
   static __device__ __forceinline__ int slot_of(int n) { return n / (LANES * VEC) * VEC + n % VEC; }
 };
@@ -95,8 +102,9 @@ template <class X> __device__ __forceinline__ void load_states(const float *row,
   for (int s = 0; s < X::STATES; s += X::VEC) load<X::VEC>(row + X::state(lane, s), v + s);
 }
 
-// v[0..V) summed over LANES lanes that are STRIDE apart; `lane` counts them. While more than KEEP values are left, a lane gives
-// away half of its values and keeps the other half, so it ends with the sums of v[lane % R + i R] in v[i], R = V / what is left
+// v[0..V) summed over LANES lanes that are STRIDE apart; `lane` counts them. While more than KEEP values are
+// left, a lane gives away half of its values and keeps the other half. It ends with the sums of
+// v[lane % R + i R] in v[i], where R is V divided by the number of values that are left
 template <int V, int KEEP, int LANES, int STRIDE> __device__ __forceinline__ void sum_over_lanes(float *v, int lane) {
   if constexpr (LANES > 1 && V > KEEP) {
     const bool odd = lane & 1;
@@ -119,7 +127,8 @@ template <typename T> __device__ __forceinline__ bool fours(const T *p, int64_t 
   return stride % 4 == 0 && width % 4 == 0 && reinterpret_cast<uintptr_t>(p) % sizeof(Four<T>) == 0;
 }
 
-// `rows` rows of `width` values out of a matrix whose rows are `stride` apart into (ROWS, COLUMNS) in shared memory, padded with zeros
+// Copies `rows` rows of `width` values into (ROWS, COLUMNS) in shared memory, padded with zeros. The matrix
+// they come from has its rows `stride` apart
 template <int ROWS, int COLUMNS, int THREADS, typename T>
 __device__ __forceinline__ void stage(const T *from, int64_t stride, int rows, int width, float *to) {
   const bool wide = fours(from, stride, width);
@@ -142,7 +151,7 @@ __device__ __forceinline__ void stage(const T *from, int64_t stride, int rows, i
     *reinterpret_cast<float4 *>(to + i) = make_float4(v[0], v[1], v[2], v[3]);
   }
 }
-// and back. The same thread has the same elements in both, so no barrier is needed between this and the next stage()
+// And back. The same thread has the same elements in both, so no barrier is needed between this and the next stage()
 template <int ROWS, int COLUMNS, int THREADS, typename T>
 __device__ __forceinline__ void unstage(const float *from, T *to, int64_t stride, int rows, int width) {
   const bool wide = fours(to, stride, width);
@@ -182,7 +191,9 @@ template <class X> struct Place {
   }
 };
 // A thread's values of a matrix (channels, N) whose first row is channel c0; null and what is not there read as zero
-template <class X> __device__ __forceinline__ void read_matrix(const float *from, int64_t N, const Place<X> &at, float scale, float (&v)[X::PER_LANE][X::STATES]) {
+template <class X>
+__device__ __forceinline__ void read_matrix(const float *from, int64_t N, const Place<X> &at, float scale,
+                                            float (&v)[X::PER_LANE][X::STATES]) {
 #pragma unroll
   for (int k = 0; k < X::PER_LANE; k++)
 #pragma unroll
@@ -191,7 +202,9 @@ template <class X> __device__ __forceinline__ void read_matrix(const float *from
       v[k][s] = from && at.c + k < at.width && n < N ? from[(at.c + k) * N + n] * scale : 0.0f;
     }
 }
-template <class X> __device__ __forceinline__ void write_matrix(float *to, int64_t N, const Place<X> &at, bool add, const float (&v)[X::PER_LANE][X::STATES]) {
+template <class X>
+__device__ __forceinline__ void write_matrix(float *to, int64_t N, const Place<X> &at, bool add,
+                                             const float (&v)[X::PER_LANE][X::STATES]) {
 #pragma unroll
   for (int k = 0; k < X::PER_LANE; k++)
 #pragma unroll
@@ -206,8 +219,10 @@ template <class X> __device__ __forceinline__ void write_matrix(float *to, int64
 
 // One step from h to next; a is what h was multiplied with. A is scaled by log2(e); x = delta u
 template <class X>
-__device__ __forceinline__ void step(const float (&A)[X::PER_LANE][X::STATES], const float *delta, const float *x, float bias, const float (&B)[X::STATES],
-                                     const float (&h)[X::PER_LANE][X::STATES], float (&a)[X::PER_LANE][X::STATES], float (&next)[X::PER_LANE][X::STATES]) {
+__device__ __forceinline__ void step(const float (&A)[X::PER_LANE][X::STATES], const float *delta, const float *x,
+                                     float bias, const float (&B)[X::STATES],
+                                     const float (&h)[X::PER_LANE][X::STATES], float (&a)[X::PER_LANE][X::STATES],
+                                     float (&next)[X::PER_LANE][X::STATES]) {
 #pragma unroll
   for (int k = 0; k < X::PER_LANE; k++)
 #pragma unroll
@@ -225,7 +240,9 @@ template <class X> struct ForwardShared {
   alignas(16) float h[X::N][X::CHANNELS];  // on its way to checkpoints
 };
 
-template <typename Type, class X> __global__ __launch_bounds__(X::THREADS, (X::N > 128 ? 768 : 1024) / X::THREADS) void forward_kernel(const ScanArgs p) {
+template <typename Type, class X>
+__global__ __launch_bounds__(X::THREADS, (X::N > 128 ? 768 : 1024) / X::THREADS)
+void forward_kernel(const ScanArgs p) {
   constexpr int K = X::PER_LANE, S = X::STATES, CH = X::CHANNELS, ROWS = X::STAGED;
   ForwardShared<X> &sh = *reinterpret_cast<ForwardShared<X> *>(shared_memory);
   const Place<X> at(p);
@@ -254,7 +271,9 @@ template <typename Type, class X> __global__ __launch_bounds__(X::THREADS, (X::N
     }
     __syncthreads();
     if (keep)
-      unstage<X::N, CH, X::THREADS>(sh.h[0], p.checkpoints + ((int64_t)at.b * chunks + t0 / CHUNK) * p.N * p.channels + at.c0, p.channels, (int)p.N, at.width);
+      unstage<X::N, CH, X::THREADS>(
+          sh.h[0], p.checkpoints + ((int64_t)at.b * chunks + t0 / CHUNK) * p.N * p.channels + at.c0,
+          p.channels, (int)p.N, at.width);
 #pragma unroll 1
     for (int t = 0; t < rows; t += GROUP) {
       float y[K * GROUP], bias[GROUP];
@@ -291,10 +310,12 @@ template <typename Type, class X> __global__ __launch_bounds__(X::THREADS, (X::N
 
 // ---------------------------------------------------------------------------------------------------- backward
 
-constexpr int SAVED = CHUNK / STEPS - 1, SAVED_GROUPS = STEPS / GROUP - 1;  // the last start of each level need not be saved
+// the last start of each level need not be saved
+constexpr int SAVED = CHUNK / STEPS - 1, SAVED_GROUPS = STEPS / GROUP - 1;
 
 template <class X> struct BackwardShared {
-  alignas(16) float delta[STEPS][X::CHANNELS], u[STEPS][X::CHANNELS], dy[STEPS][X::CHANNELS];  // du replaces u, ddelta replaces dy
+  // du replaces u, ddelta replaces dy
+  alignas(16) float delta[STEPS][X::CHANNELS], u[STEPS][X::CHANNELS], dy[STEPS][X::CHANNELS];
   alignas(16) float B[STEPS][X::N], C[STEPS][X::N], bias[STEPS], D[X::CHANNELS];
   alignas(16) float sums[X::WARPS][GROUP][2 * X::N];  // of dB and dC over the channels of a warp
   float saved[SAVED + SAVED_GROUPS][X::PER_LANE * X::STATES][X::THREADS];  // h before steps; a thread has its own
@@ -311,18 +332,21 @@ struct Segment {
   bool add;              // to dA and dD, which hold what later segments gave
 };
 
-template <class X> __device__ __forceinline__ void save(float (*slot)[X::THREADS], const float (&h)[X::PER_LANE][X::STATES]) {
+template <class X>
+__device__ __forceinline__ void save(float (*slot)[X::THREADS], const float (&h)[X::PER_LANE][X::STATES]) {
 #pragma unroll
   for (int i = 0; i < X::PER_LANE * X::STATES; i++) slot[i][threadIdx.x] = h[i / X::STATES][i % X::STATES];
 }
-template <class X> __device__ __forceinline__ void restore(float (*slot)[X::THREADS], float (&h)[X::PER_LANE][X::STATES]) {
+template <class X>
+__device__ __forceinline__ void restore(float (*slot)[X::THREADS], float (&h)[X::PER_LANE][X::STATES]) {
 #pragma unroll
   for (int i = 0; i < X::PER_LANE * X::STATES; i++) h[i / X::STATES][i % X::STATES] = slot[i][threadIdx.x];
 }
 
 // delta, delta u, B and the exponent's bias of staged step t
 template <class X>
-__device__ __forceinline__ void load_step(const BackwardShared<X> &sh, int t, const Place<X> &at, float *delta, float *x, float (&B)[X::STATES], float &bias) {
+__device__ __forceinline__ void load_step(const BackwardShared<X> &sh, int t, const Place<X> &at, float *delta,
+                                          float *x, float (&B)[X::STATES], float &bias) {
   load<X::PER_LANE>(&sh.delta[t][at.c], delta);
   load<X::PER_LANE>(&sh.u[t][at.c], x);
   load_states<X>(sh.B[t], at.lane, B);
@@ -332,7 +356,8 @@ __device__ __forceinline__ void load_step(const BackwardShared<X> &sh, int t, co
 }
 // h over GROUP staged steps from t on
 template <class X>
-__device__ __forceinline__ void advance(const BackwardShared<X> &sh, int t, const Place<X> &at, const float (&A)[X::PER_LANE][X::STATES],
+__device__ __forceinline__ void advance(const BackwardShared<X> &sh, int t, const Place<X> &at,
+                                        const float (&A)[X::PER_LANE][X::STATES],
                                         float (&h)[X::PER_LANE][X::STATES]) {
 #pragma unroll
   for (int j = 0; j < GROUP; j++) {
@@ -342,7 +367,9 @@ __device__ __forceinline__ void advance(const BackwardShared<X> &sh, int t, cons
   }
 }
 
-template <typename Type, class X> __global__ __launch_bounds__(X::THREADS, 512 / X::THREADS) void backward_kernel(const ScanArgs p, const Segment seg) {
+template <typename Type, class X>
+__global__ __launch_bounds__(X::THREADS, 512 / X::THREADS)
+void backward_kernel(const ScanArgs p, const Segment seg) {
   constexpr int K = X::PER_LANE, S = X::STATES, CH = X::CHANNELS;
   BackwardShared<X> &sh = *reinterpret_cast<BackwardShared<X> *>(shared_memory);
   const Place<X> at(p);
@@ -361,7 +388,8 @@ template <typename Type, class X> __global__ __launch_bounds__(X::THREADS, 512 /
 
     // the checkpoint, turned from (N, channels) by way of shared memory that is free now
     float *tile = sh.saved[SAVED][0];
-    stage<X::N, CH, X::THREADS>(p.checkpoints + ((int64_t)at.b * chunks + chunk) * p.N * p.channels + at.c0, p.channels, (int)p.N, at.width, tile);
+    stage<X::N, CH, X::THREADS>(p.checkpoints + ((int64_t)at.b * chunks + chunk) * p.N * p.channels + at.c0,
+                                p.channels, (int)p.N, at.width, tile);
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < K; k++)
@@ -387,7 +415,7 @@ template <typename Type, class X> __global__ __launch_bounds__(X::THREADS, 512 /
       }
       __syncthreads();
 
-      // the same once more with groups: up to the last one, which the way back begins with (the way up needs all of them)
+      // the same once more with groups: the way back begins with the last one, the way up needs all of them
       const int groups = (rows + GROUP - 1) / GROUP, up = back ? groups - 1 : groups;
 #pragma unroll 1
       for (int g = 0; g < up; g++) {
@@ -432,7 +460,7 @@ template <typename Type, class X> __global__ __launch_bounds__(X::THREADS, 512 /
             sums[k * GROUP + j] = sum_B;
             sums[(K + k) * GROUP + j] = sum_A;
           }
-          // over the channels of the warp. What is left in dBC[i] is value i G + lane / LANES of 2 S: one row of 32 in `sums`
+          // over the channels of the warp: dBC[i] now holds value i G + lane / LANES of 2 S, one row of 32 in `sums`
           constexpr int G = 32 / X::LANES;
           sum_over_lanes<2 * S, 1, G, X::LANES>(dBC, threadIdx.x % 32 / X::LANES);
 #pragma unroll
@@ -475,9 +503,11 @@ template <typename Type, class X> __global__ __launch_bounds__(X::THREADS, 512 /
 }
 
 // to[r, i] = sum_j from[j, r, i] for rows r of `columns`; distances in elements. In the order of j
-__global__ __launch_bounds__(256) void add_partials(const float *from, int64_t count, int64_t distance, int64_t rows, int64_t columns, int64_t from_row,
-                                                    float *to, int64_t to_row) {
-  for (int64_t k = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; k < rows * columns; k += (int64_t)gridDim.x * blockDim.x) {
+__global__ __launch_bounds__(256)
+void add_partials(const float *from, int64_t count, int64_t distance, int64_t rows, int64_t columns, int64_t from_row,
+                  float *to, int64_t to_row) {
+  for (int64_t k = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; k < rows * columns;
+       k += (int64_t)gridDim.x * blockDim.x) {
     const int64_t r = k / columns, i = k % columns;
     float sum = 0.0f;
     for (int64_t j = 0; j < count; j++) sum += from[j * distance + r * from_row + i];
@@ -512,14 +542,16 @@ struct Plan {
     segments = std::max<int64_t>(1, (chunks + std::max<int64_t>(1, fit) - 1) / std::max<int64_t>(1, fit));
     segment_chunks = (chunks + segments - 1) / segments;
     segments = segment_chunks ? (chunks + segment_chunks - 1) / segment_chunks : 1;
-    dA = 0, dD = dA + batch * channels * N, dh = dD + batch * channels, dBC = dh + (segments > 1 ? batch * channels * N : 0);
+    dA = 0, dD = dA + batch * channels * N, dh = dD + batch * channels;
+    dBC = dh + (segments > 1 ? batch * channels * N : 0);
     total = dBC + 2 * tiles * batch * segment_chunks * CHUNK * N;
   }
 };
 
 const char *check(const ScanArgs &p, int64_t blocks) {
   if (p.N < 1 || p.N > 256) return "selective_scan takes 1 to 256 states";
-  if (std::max({blocks, p.T + CHUNK, p.channels + 256}) > INT32_MAX) return "selective_scan: too many blocks, steps or channels for one launch";
+  if (std::max({blocks, p.T + CHUNK, p.channels + 256}) > INT32_MAX)
+    return "selective_scan: too many blocks, steps or channels for one launch";
   return nullptr;
 }
 const char *message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
@@ -527,15 +559,18 @@ const char *message(cudaError_t error) { return error == cudaSuccess ? nullptr :
 // A kernel with more than 48 KB of shared memory must be told so
 template <typename Shared, typename Kernel, typename... Args>
 const char *launch(Kernel kernel, int64_t blocks, int threads, void *stream, const Args &...args) {
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(Shared));
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(Shared));
   if (error != cudaSuccess) return message(error);
   LAUNCH(kernel, (unsigned)blocks, threads, sizeof(Shared), (cudaStream_t)stream, args...);
   return message(cudaGetLastError());
 }
-const char *add_up(const float *from, int64_t count, int64_t distance, int64_t rows, int64_t columns, int64_t from_row, float *to, int64_t to_row, void *stream) {
+const char *add_up(const float *from, int64_t count, int64_t distance, int64_t rows, int64_t columns,
+                   int64_t from_row, float *to, int64_t to_row, void *stream) {
   if (rows * columns == 0) return nullptr;
   const int64_t blocks = std::min<int64_t>((rows * columns + 255) / 256, 65536);
-  LAUNCH(add_partials, (unsigned)blocks, 256, 0, (cudaStream_t)stream, from, count, distance, rows, columns, from_row, to, to_row);
+  LAUNCH(add_partials, (unsigned)blocks, 256, 0, (cudaStream_t)stream, from, count, distance, rows, columns,
+         from_row, to, to_row);
   return message(cudaGetLastError());
 }
 
@@ -564,7 +599,8 @@ const char *scan_backward_cuda(const ScanArgs &p) {
   float *work = (float *)p.workspace;
   for (int64_t i = plan.segments - 1; i >= 0; i--) {
     const bool last = i == plan.segments - 1;
-    const int64_t end = std::min(plan.chunks, (i + 1) * plan.segment_chunks), begin = i * plan.segment_chunks, room = plan.segment_chunks * CHUNK;
+    const int64_t end = std::min(plan.chunks, (i + 1) * plan.segment_chunks), begin = i * plan.segment_chunks;
+    const int64_t room = plan.segment_chunks * CHUNK;
     const Segment seg{(int)begin, (int)end, last ? p.dlast : work + plan.dh, i == 0 ? p.dh0 : work + plan.dh,
                       work + plan.dBC, work + plan.dA, work + plan.dD, room, !last};
     const char *error = blocks == 0 ? nullptr : with_tile(p.N, [&](auto x) {

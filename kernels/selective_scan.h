@@ -1,10 +1,11 @@
-// What selective_scan.cpp (the binding) and selective_scan.cu (the CUDA kernels) agree on: plain pointers and a stream, no torch.
+// What selective_scan.cpp (the binding) and selective_scan.cu (the CUDA kernels) agree on: plain pointers and a stream,
+// no torch.
 #pragma once
 #include <cstdint>
 
 enum class ScanType : int { f32, bf16, f16 };
 
-// A state is kept for the backward pass at the start of every CHUNK time steps, by the CPU and the CUDA implementation alike.
+// The CPU and the CUDA implementation keep a state for the backward pass at the start of every CHUNK time steps.
 constexpr int CHUNK = 64;
 
 // Everything is contiguous and on the device of `stream`. Activations have the type `type`, the rest is fp32.

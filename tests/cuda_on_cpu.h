@@ -1,13 +1,15 @@
-// Just enough of CUDA for g++ to compile a .cu file as C++ and to run its kernels on the CPU, to prove their logic without a GPU.
+// Just enough of CUDA for g++ to compile a .cu file as C++ and to run its kernels on the CPU, to prove their
+// logic without a GPU.
 //
-// A block's threads are fibers, each with a stack of its own. A fiber runs until it meets a shuffle, __syncwarp or __syncthreads, and goes
-// on once its warp or block has arrived. Between two barriers of the block one warp runs as far as it can before the next one starts,
-// in an order drawn anew every time, and blocks run in a shuffled order: a missing barrier shows as a wrong result.
-// Shared memory is filled with NaN before every block, and must be untouched behind the size that the launch asked for. Lanes of
-// a warp that meet different barriers, or leave while others wait, end the process with a message.
+// A block's threads are fibers, each with a stack of its own. A fiber runs until it meets a shuffle, __syncwarp
+// or __syncthreads, and goes on once its warp or block has arrived. Between two barriers of the block one warp
+// runs as far as it can before the next one starts, in an order drawn anew every time, and blocks run in a
+// shuffled order: a missing barrier shows as a wrong result. Shared memory is filled with NaN before every
+// block, and must be untouched behind the size that the launch asked for. Lanes of a warp that meet different
+// barriers, or leave while others wait, end the process with a message.
 //
-// Not here: what only real hardware does (memory order, occupancy, speed), static __shared__, blocks of more than one dimension,
-// warps in which some lanes skip a shuffle.
+// Not here: what only real hardware does (memory order, occupancy, speed), static __shared__, blocks of more
+// than one dimension, warps in which some lanes skip a shuffle.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -27,7 +29,8 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__
-#define LAUNCH(kernel, grid, block, shared, stream, ...) cuda_on_cpu::launch(grid, block, shared, [&] { kernel(__VA_ARGS__); })
+#define LAUNCH(kernel, grid, block, shared, stream, ...) \
+  cuda_on_cpu::launch(grid, block, shared, [&] { kernel(__VA_ARGS__); })
 
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
@@ -60,7 +63,8 @@ inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline std::mt19937 dice(1);
 
-// A fiber's life: one kernel body after another. ucontext only makes the stacks; _setjmp and _longjmp switch without a system call
+// A fiber's life: one kernel body after another. ucontext only makes the stacks; _setjmp and _longjmp switch
+// without a system call
 inline void live() {
   for (;;) {
     body();
@@ -101,7 +105,8 @@ inline Wait run_warp(unsigned warp) {
     const Fiber &first = *fibers[warp * 32];
     for (unsigned lane = 1; lane < 32; lane++) {
       const Fiber &f = *fibers[warp * 32 + lane];
-      if (f.wait != first.wait || (f.wait != DONE && f.operation != first.operation)) fail("lanes of a warp wait at different places");
+      if (f.wait != first.wait || (f.wait != DONE && f.operation != first.operation))
+        fail("lanes of a warp wait at different places");
     }
     if (first.wait != AT_WARP) return first.wait;
   }
@@ -122,7 +127,8 @@ template <typename Kernel> void launch(unsigned grid, unsigned size, size_t shar
 
 }  // namespace cuda_on_cpu
 
-alignas(128) inline float4 shared_memory[cuda_on_cpu::SHARED / 16 + 256];  // the name that a kernel must give its dynamic shared memory
+// the name that a kernel must give its dynamic shared memory
+alignas(128) inline float4 shared_memory[cuda_on_cpu::SHARED / 16 + 256];
 
 template <typename Kernel> void cuda_on_cpu::launch(unsigned grid, unsigned size, size_t shared, Kernel kernel) {
   if (grid == 0 || size == 0 || size % 32 || size > 1024 || shared > SHARED) fail("bad launch");
@@ -149,7 +155,8 @@ inline void __syncwarp() { cuda_on_cpu::wait(cuda_on_cpu::AT_WARP, 0); }
 inline float __shfl_xor_sync(unsigned mask, float value, int distance) {
   if (mask != 0xffffffffu || distance < 1 || distance > 31) cuda_on_cpu::fail("bad shuffle");
   cuda_on_cpu::Fiber &self = *cuda_on_cpu::fibers[threadIdx.x];
-  const int phase = self.phase ^= 1;  // two places for values, as some lanes meet the next shuffle before others have read this one
+  // two places for values, because some lanes meet the next shuffle before others have read this one
+  const int phase = self.phase ^= 1;
   self.value[phase] = value;
   cuda_on_cpu::wait(cuda_on_cpu::AT_WARP, distance);
   return cuda_on_cpu::fibers[threadIdx.x ^ distance]->value[phase];
@@ -172,7 +179,9 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 struct __half { uint16_t bits; };
 inline float __half2float(__half x) {
   const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-  const float size = exponent == 31 ? (fraction ? NAN : INFINITY) : exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp((float)fraction, -24);
+  float size = std::ldexp(1024.0f + fraction, exponent - 25);
+  if (exponent == 31) size = fraction ? NAN : INFINITY;
+  if (exponent == 0) size = std::ldexp((float)fraction, -24);
   return x.bits >> 15 ? -size : size;
 }
 inline __half __float2half_rn(float x) {
@@ -180,7 +189,8 @@ inline __half __float2half_rn(float x) {
   const float size = std::fabs(x);
   if (x != x) return {0x7fff};
   if (size >= 65520.0f) return {(uint16_t)(sign | 0x7c00)};
-  const int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);  // a fraction that rounds up to 2048 carries into the exponent
+  // a fraction that rounds up to 2048 carries into the exponent
+  const int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
   return {(uint16_t)(sign | ((exponent + 14) * 1024 + (int)std::nearbyint(std::ldexp(size, 10 - exponent))))};
 }
 

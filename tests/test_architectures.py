@@ -1,11 +1,12 @@
 """What every architecture file promises, proven on each of them: sizes, arithmetic, cache, loss, generation, cost.
 
-A new architecture is a row of ARCHITECTURES. Tests take the tiny config unless the claim is about the real one; weights are
-drawn much larger than their initialisation, norms included, so that every part of a model shows in its logits.
+A new architecture is a row of ARCHITECTURES. Tests take the tiny config unless the claim is about the real one. Weights
+are drawn much larger than their initialisation, norms included, so that every part of a model shows in its logits.
 """
 import ast
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import os
@@ -24,34 +25,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import finetune
 import gpt2preln
 import i3
 import ivme
 import tinymemory
 import train
-
-ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(1)  # the tiny models gain nothing from more, and threads that wait for a busy core cost a lot
+from conftest import ROOT
 
 
 # ---------------------------------------------------------------------------------------------------- the architectures
 
 def llama_or_qwen3(model):
-    """The `transformers` model of the same weights: Llama, or Qwen3 where queries and keys have norms."""
+    """The `transformers` model of the same weights: Qwen3 if queries and keys have norms, else Llama."""
     import transformers
     c, qwen3 = model.cfg, hasattr(model.blocks[0].attn, "q_norm")
     n_kv_head, head_dim = getattr(c, "n_kv_head", c.n_head), c.d_model // c.n_head
     config = (transformers.Qwen3Config if qwen3 else transformers.LlamaConfig)(
         vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=n_kv_head, head_dim=head_dim, max_position_embeddings=c.context_length,
-        rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        num_attention_heads=c.n_head, num_key_value_heads=n_kv_head, head_dim=head_dim,
+        max_position_embeddings=c.context_length, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         tie_word_embeddings=True, attention_bias=False, attn_implementation="sdpa")
-    weights = {"model.embed_tokens.weight": model.embed.weight, "lm_head.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
+    weights = {"model.embed_tokens.weight": model.embed.weight, "lm_head.weight": model.embed.weight,
+               "model.norm.weight": model.norm.weight}
     for i, block in enumerate(model.blocks):
         attn = block.attn
         q, k, v = attn.qkv.weight.split((c.n_head * head_dim, n_kv_head * head_dim, n_kv_head * head_dim))
         gate, up = block.ffn.gate_up.weight.chunk(2)
-        layer = {"input_layernorm": block.attn_norm.weight, "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+        layer = {"input_layernorm": block.attn_norm.weight,
+                 "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
                  "self_attn.o_proj": attn.out.weight, "post_attention_layernorm": block.ffn_norm.weight,
                  "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": block.ffn.down.weight}
         if qwen3:
@@ -67,14 +70,18 @@ def gpt2(model):
     import transformers
     c = model.cfg
     reference = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.context_length, n_embd=c.d_model, n_layer=c.n_layer, n_head=c.n_head, layer_norm_epsilon=c.norm_eps,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=c.tied, attn_implementation="sdpa"))
-    weights = {"transformer.wte.weight": model.embed.weight, "transformer.wpe.weight": model.position.weight, "transformer.ln_f.weight": model.norm.weight,
-               "transformer.ln_f.bias": model.norm.bias, "lm_head.weight": model.head_weight}
+        vocab_size=c.vocab_size, n_positions=c.context_length, n_embd=c.d_model, n_layer=c.n_layer, n_head=c.n_head,
+        layer_norm_epsilon=c.norm_eps, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=c.tied,
+        attn_implementation="sdpa"))
+    weights = {"transformer.wte.weight": model.embed.weight, "transformer.wpe.weight": model.position.weight,
+               "transformer.ln_f.weight": model.norm.weight, "transformer.ln_f.bias": model.norm.bias,
+               "lm_head.weight": model.head_weight}
     for i, block in enumerate(model.blocks):
-        for name, part in {"ln_1": block.attn_norm, "attn.c_attn": block.attn.qkv, "attn.c_proj": block.attn.out, "ln_2": block.ffn_norm,
-                           "mlp.c_fc": block.ffn.up, "mlp.c_proj": block.ffn.down}.items():
-            weights |= {f"transformer.h.{i}.{name}.weight": part.weight if part.weight.ndim == 1 else part.weight.T, f"transformer.h.{i}.{name}.bias": part.bias}
+        parts = {"ln_1": block.attn_norm, "attn.c_attn": block.attn.qkv, "attn.c_proj": block.attn.out,
+                 "ln_2": block.ffn_norm, "mlp.c_fc": block.ffn.up, "mlp.c_proj": block.ffn.down}
+        for name, part in parts.items():
+            weights[f"transformer.h.{i}.{name}.weight"] = part.weight.T if part.weight.ndim == 2 else part.weight
+            weights[f"transformer.h.{i}.{name}.bias"] = part.bias
     reference.load_state_dict(weights, strict=True)
     return reference.eval()
 
@@ -89,29 +96,35 @@ class Architecture:
     imports: tuple = ()  # what the file may import beside torch and the standard library
     into_residual: tuple = ("out.weight", "down.weight")  # ends of the names of matrices that start smaller
     scale_keeping: tuple = ("nothing",)  # of those that start at 1 / sqrt(columns)
-    constants: dict = dataclasses.field(default_factory=dict)  # end of a vector's name -> its initial value, if not 1; None: another test's
-    cut: dict = dataclasses.field(default_factory=dict)  # overrides of a preset where a test needs its widths, but would take long at its depth
+    # end of a vector's name -> its initial value if that is not 1; None: another test is about it
+    constants: dict = dataclasses.field(default_factory=dict)
+    # overrides of a preset for tests that need its widths, but would take long at its depth
+    cut: dict = dataclasses.field(default_factory=dict)
 
 
 I3 = dict(imports=("kernels",), into_residual=("out.weight", "outer.weight", "ffn.down.weight", "ffn.down.1.weight"),
-          scale_keeping=(".0.weight", "head_down.weight"), constants={"mix": None, "bias": 0.0, "A_log": None, "delta_up.bias": None})
+          scale_keeping=(".0.weight", "head_down.weight"),
+          constants={"mix": None, "bias": 0.0, "A_log": None, "delta_up.bias": None})
 ARCHITECTURES = {
     "ivme": Architecture(
         ivme, {"ivme": 22_028_160},
-        dict(vocab_size=61, context_length=32, n_layer=2, d_model=48, n_head=6, n_kv_head=2, d_ff=80, rope_theta=500.0, norm_eps=1e-3),
+        dict(vocab_size=61, context_length=32, n_layer=2, d_model=48, n_head=6, n_kv_head=2, d_ff=80, rope_theta=500.0,
+             norm_eps=1e-3),
         [dict(n_head=7), dict(n_kv_head=4), dict(d_model=54)], llama_or_qwen3),
     "tinymemory": Architecture(
         tinymemory, {"tinymemory": 1_692_000},
-        dict(vocab_size=61, context_length=32, n_layer=2, d_model=48, n_head=4, d_ff=80, rope_theta=500.0, norm_eps=1e-3),
+        dict(vocab_size=61, context_length=32, n_layer=2, d_model=48, n_head=4, d_ff=80, rope_theta=500.0,
+             norm_eps=1e-3),
         [dict(n_head=7), dict(d_model=36)], llama_or_qwen3),
     "i3": Architecture(  # hybrid blocks only
         i3, {"i3": 22_640_626},
-        dict(vocab_size=61, context_length=32, n_layer=2, d_model=48, n_head=4, d_state=5, delta_rank=6, ffn_rank=20, head_rank=28, norm_eps=1e-3),
+        dict(vocab_size=61, context_length=32, n_layer=2, d_model=48, n_head=4, d_state=5, delta_rank=6, ffn_rank=20,
+             head_rank=28, norm_eps=1e-3),
         [dict(n_head=7), dict(d_inner=50), dict(n_layer=0)], **I3),
     "i3-attention": Architecture(  # maps around the scan, dense feed-forward, attention blocks on top
         i3, {"i3-80m": 82_802_280, "i3-200m": 169_740_736},
-        dict(vocab_size=61, context_length=32, n_layer=2, n_attention=1, d_model=48, n_head=4, d_state=5, d_inner=56, delta_rank=6, ffn_rank=0,
-             head_rank=0, norm_eps=1e-3),
+        dict(vocab_size=61, context_length=32, n_layer=2, n_attention=1, d_model=48, n_head=4, d_state=5, d_inner=56,
+             delta_rank=6, ffn_rank=0, head_rank=0, norm_eps=1e-3),
         [dict(n_head=7), dict(d_inner=50)], **I3),
     "gpt2preln": Architecture(
         gpt2preln, {"gpt2preln": 136_128_000},
@@ -127,12 +140,18 @@ every_preset = pytest.mark.parametrize("name, preset", [(n, p) for n, a in ARCHI
 smallest_preset = pytest.mark.parametrize("name, preset", [(n, next(iter(a.params))) for n, a in ARCHITECTURES.items()])
 
 
+def role_of(model, name):
+    """The role of the parameter of this name; exactly one fits."""
+    (role,) = [role for end, (role, _) in model.roles().items() if name.endswith(end)]
+    return role
+
+
 def randomised(model, seed=0):
-    """Every part counts: maps that keep the scale, embeddings of 0.1 (logits of a few units), vectors and norms in 0.5 .. 1.5."""
+    """Every part counts: maps that keep the scale, embeddings of 0.1, other vectors and norms in 0.5 .. 1.5."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            (role, _), = (r for end, r in model.roles().items() if name.endswith(end))
+            role = role_of(model, name)
             if name.endswith(("A_log", "delta_up.bias")):
                 continue  # a scan forgets at once unless these are as it needs them
             if name.endswith("bias"):
@@ -177,15 +196,65 @@ def in_chunks(model, idx, sizes, cache=None):
     return torch.cat([all_logits(model, chunk, cache) for chunk in idx.split(sizes, dim=1)], dim=1)
 
 
-def run_python(source, cwd, *args):
-    """What a fresh interpreter in folder cwd prints."""
-    env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", source, *args], cwd=cwd, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+# ---------------------------------------------------------------------------------------------------- shared source
+
+FILES = {"ivme": ivme, "tinymemory": tinymemory, "i3": i3, "gpt2preln": gpt2preln}
+ALL = tuple(FILES)
+WITHOUT_I3 = ("ivme", "tinymemory", "gpt2preln")
+LLAMA_LIKE = ("ivme", "tinymemory")
+# What the files repeat on purpose, so that each of them makes sense alone -> the files whose copies are equal
+SHARED = {
+    "at_least_fp32": ALL, "recompute": ALL, "causal_attention": ALL, "within_documents": ALL,
+    "chunk_loss": ALL, "chunked_loss": ALL, "next_token": ALL, "Model.generate": ALL, "Model.n_params": ALL,
+    "Cache": WITHOUT_I3, "Model.init_cache": WITHOUT_I3, "Model.flops_per_token": LLAMA_LIKE,
+    "RMSNorm": LLAMA_LIKE, "rope_tables": LLAMA_LIKE, "apply_rope": LLAMA_LIKE, "SwiGLU": LLAMA_LIKE,
+    "Block.__init__": LLAMA_LIKE, "Model.init_weights": LLAMA_LIKE, "Model.forward": LLAMA_LIKE,
+}
+# What ivme.py alone has in its copy -> what the others have for it: shared heads, and recomputing to save memory
+OF_IVME = {
+    "causal_attention": {
+        "k, v (B, K, S, D)": "k, v (B, H, S, D)",
+        ", enable_gqa=True": "",
+        "        # CUDA's attention with a mask has no shared heads, so every query head gets a copy\n": "",
+        "        k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)\n": "",
+        "        v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)\n": "",
+    },
+    "SwiGLU": {"recompute(self.gated_down, self.gate_up(x))": "self.gated_down(self.gate_up(x))"},
+    "Model.init_cache": {"cfg.n_kv_head": "cfg.n_head"},
+}
 
 
-# ---------------------------------------------------------------------------------------------------- sizes, roles, start
+def source_of(module, path):
+    """The source text of a function, class or method of a file; comments and docstrings count too."""
+    found = module
+    for name in path.split("."):
+        found = inspect.getattr_static(found, name)
+    if isinstance(found, property):
+        found = found.fget
+    text = inspect.getsource(found)
+    if module is ivme:
+        for own, others in OF_IVME.get(path, {}).items():
+            assert own in text, own
+            text = text.replace(own, others)
+    return text
+
+
+@pytest.mark.parametrize("path", SHARED)
+def test_copies_of_shared_functions_are_equal(path):
+    first, *others = SHARED[path]
+    for name in others:
+        assert source_of(FILES[name], path) == source_of(FILES[first], path), f"{path} of {name}.py and {first}.py"
+
+
+def test_every_function_that_files_have_in_common_is_compared_or_known_to_differ():
+    differ = {"Attention", "Block", "FeedForward"}  # between gpt2preln and i3, or Llama and GPT-2
+    names = [{n for n, x in vars(m).items() if getattr(x, "__module__", "") == m.__name__} for m in FILES.values()]
+    common = {n for a, b in itertools.combinations(names, 2) for n in a & b} - {"Config", "Model"}
+    assert common == {path for path in SHARED if "." not in path} | differ
+    assert all(m.LOSS_CHUNK == ivme.LOSS_CHUNK for m in FILES.values())
+
+
+# ---------------------------------------------------------------------------------------------------- sizes and roles
 
 @every_preset
 def test_parameter_count_is_exact(name, preset):
@@ -193,7 +262,15 @@ def test_parameter_count_is_exact(name, preset):
     with torch.device("meta"):  # shapes without memory
         model = module.Model(module.PRESETS[preset][0])
     assert model.n_params == ARCHITECTURES[name].params[preset]
-    assert model.n_params == sum(p.numel() for p in model.state_dict().values())  # a checkpoint holds parameters and nothing else
+    # a checkpoint holds parameters and nothing else
+    assert model.n_params == sum(p.numel() for p in model.state_dict().values())
+
+
+def test_every_recipe_is_made_of_settings():
+    for module in FILES.values():
+        for preset, (_, recipe) in module.PRESETS.items():
+            settings = finetune.Settings if "loss_on" in recipe else train.Settings
+            settings(**recipe)  # an unknown one is a TypeError
 
 
 @every_architecture
@@ -223,8 +300,7 @@ def test_initial_weights_follow_the_recipe(name, preset):
     model = module.Model(dataclasses.replace(module.PRESETS[preset][0], **ARCHITECTURES[name].cut))
     arch, n_layer = ARCHITECTURES[name], len(model.blocks)
     for parameter, p in model.named_parameters():
-        (role, _), = (r for end, r in model.roles().items() if parameter.endswith(end))
-        if role == "vector":
+        if role_of(model, parameter) == "vector":
             ends = [end for end in arch.constants if parameter.endswith(end)]
             constant = arch.constants[max(ends, key=len)] if ends else 1.0
             assert constant is None or (p == constant).all(), parameter
@@ -237,15 +313,17 @@ def test_initial_weights_follow_the_recipe(name, preset):
 
 
 @every_architecture
-def test_flops_per_token_agree_with_counting_them(name):
+def test_flops_per_token_agrees_with_counted_flop(name):
     T, B = 32, 2
     model = tiny(name)
     idx = tokens(model, B, T)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the attention that is made of plain products
+    # this attention consists of plain matrix products
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(idx, idx)[1].backward()
     counted = {op.__name__.split(".")[0]: n for op, n in counter.get_flop_counts()["Global"].items()}
-    # nothing that is recomputed is a matrix product; not in the formula is the half of attention behind the causal mask
-    matrices, attention = B * T * model.flops_per_token(0), B * T * (model.flops_per_token(T) - model.flops_per_token(0))
+    # nothing that is recomputed is a matrix product; the formula leaves out the half of attention that the mask hides
+    matrices = B * T * model.flops_per_token(0)
+    attention = B * T * model.flops_per_token(T) - matrices
     assert matrices == pytest.approx(counted.pop("mm") + counted.pop("addmm", 0), rel=0.01)  # addmm: with a bias
     assert attention == pytest.approx(counted.pop("bmm", 0) / 2, rel=0.01)
     assert not counted
@@ -260,7 +338,7 @@ def test_file_imports_only_torch_and_the_standard_library(name):
     assert "torch" in roots and roots - sys.stdlib_module_names - {"torch"} <= set(arch.imports)
 
 
-# A child for each (folder, module, config), which has read torch and sees nothing else but its folder
+# Forks a child for each (folder, module, config). The child has imported torch and sees only its folder
 ALONE = """
 import importlib, json, os, sys, torch, torch._dynamo  # which the first step of AdamW loads
 for folder, name, config in json.loads(sys.argv[1]):
@@ -277,11 +355,15 @@ for folder, name, config in json.loads(sys.argv[1]):
     for step in range(130):
         rows = torch.stack([text[i:i + 65] for i in torch.randint(len(text) - 65, (8,))])
         loss = model(rows[:, :-1], rows[:, 1:])[1]
-        loss.backward(), optimizer.step(), optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     out = model.generate(text[None, :20], 100)
     p = text.bincount() / len(text)
-    print(it.__file__, losses[0], sum(losses[-10:]) / 10, p.xlogy(p).sum().neg().item(), *out.shape, bytes(out[0, :20].tolist()) == bytes(text[:20].tolist()), flush=True)
+    unigram = p.xlogy(p).sum().neg().item()
+    repeats = torch.equal(out[0, :20], text[:20])
+    print(it.__file__, losses[0], sum(losses[-10:]) / 10, unigram, *out.shape, repeats, flush=True)
     os._exit(0)
 """
 
@@ -294,8 +376,12 @@ def test_each_file_copied_alone_trains_and_generates(tmp_path):
         for part in (Path(arch.module.__file__).name, *arch.imports):
             (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, folder / part)
         jobs.append((str(folder), arch.module.__name__, {**arch.tiny, "vocab_size": 256, "context_length": 64}))
-    lines = run_python(ALONE, tmp_path, json.dumps(jobs)).splitlines()
-    for (folder, module, _), line in zip(jobs, lines, strict=True):
+
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", ALONE, json.dumps(jobs)], cwd=tmp_path, capture_output=True, text=True,
+                          env={**env, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    for (folder, module, _), line in zip(jobs, done.stdout.splitlines(), strict=True):
         file, first, last, unigram, *rest = line.split()
         assert Path(file).samefile(Path(folder) / f"{module}.py")
         assert 5.4 < float(first) < 5.7  # ln 256 = 5.55: knows nothing
@@ -305,7 +391,8 @@ def test_each_file_copied_alone_trains_and_generates(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- arithmetic
 
-with_reference = pytest.mark.parametrize("name, preset", [(n, p) for n, a in ARCHITECTURES.items() if a.reference for p in (None, *a.params)])
+with_reference = pytest.mark.parametrize(
+    "name, preset", [(n, p) for n, a in ARCHITECTURES.items() if a.reference for p in (None, *a.params)])
 
 
 @with_reference
@@ -338,7 +425,7 @@ def test_no_logit_depends_on_a_later_token(name):
 
 
 def documents(B, T):
-    """reset (B, T) of rows with one document, with documents of every length from 1 on, and with one that goes on from elsewhere."""
+    """reset (B, T). The rows: one document; documents of lengths 1, 2, 3, ...; one that began earlier, then another."""
     reset = torch.zeros(B, T, dtype=torch.bool)
     reset[0, 0] = True
     reset[1, [i * (i + 1) // 2 for i in range(T) if i * (i + 1) // 2 < T]] = True
@@ -357,17 +444,23 @@ def test_packed_documents_are_read_as_if_each_stood_alone(name):
         edges = sorted({0, *begins.nonzero().flatten().tolist(), T})
         alone = torch.cat([all_logits(model, row[None, i:j])[0] for i, j in zip(edges, edges[1:])])
         assert (logits - alone).abs().max() < 1e-5
-    assert (packed[1] - all_logits(model, idx[1:2])[0])[1:].abs().amax(-1).min() > 1e-3  # without reset they do see each other
+    together = all_logits(model, idx[1:2])[0]  # without reset they do see each other
+    assert (packed[1] - together)[1:].abs().amax(-1).min() > 1e-3
 
 
 @every_architecture
 def test_the_gradient_of_a_packed_document_ignores_its_neighbours(name):
-    """All losses of one document, also those of its first tokens, leave other documents' inputs without any gradient, exactly."""
+    """The losses of one document, its first tokens included, give other documents' inputs a gradient of exactly 0."""
     model, T = tiny(name), 20
     idx, reset = tokens(model, 1, T), torch.zeros(1, T, dtype=torch.bool)
     reset[0, [0, 6, 14]] = True
     seen = []
-    handle = model.embed.register_forward_hook(lambda module, args, out: seen.append(out) or out.retain_grad())
+
+    def keep(module, args, out):
+        out.retain_grad()
+        seen.append(out)
+
+    handle = model.embed.register_forward_hook(keep)
     targets = tokens(model, 1, T, seed=1)
     targets[0, :6] = targets[0, 14:] = -1
     model(idx, targets, reset=reset)[1].backward()
@@ -377,12 +470,18 @@ def test_the_gradient_of_a_packed_document_ignores_its_neighbours(name):
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes of the different tensors that a forward pass keeps for the backward pass, parameters not included."""
+    """Counts the bytes of the different tensors that a forward pass keeps for the backward pass, without parameters."""
 
     def __init__(self, model):
-        self.storages, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-        super().__init__(lambda t: (self.storages.update({t.untyped_storage().data_ptr(): t.untyped_storage()})
-                                    if t.untyped_storage().data_ptr() not in own else None, t)[1], lambda t: t)
+        self.storages = {}
+        self.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        super().__init__(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.own:
+            self.storages[storage.data_ptr()] = storage
+        return tensor
 
     @property
     def bytes(self):
@@ -391,7 +490,7 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
 @every_architecture
 def test_checkpointed_blocks_give_the_same_gradients_and_keep_less(name):
-    idx, targets, kept, gradients = None, None, [], []
+    kept, gradients = [], []
     for checkpointed in (False, True):
         model = tiny(name, n_layer=6)
         if checkpointed:
@@ -436,9 +535,10 @@ def test_compiled_model_is_one_graph_with_the_same_results(name):
         gradients.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
     for expected, value in zip(*gradients):
         assert (value - expected).abs().max() < 1e-5
+    reset = documents(3, 16)[:2]
     with torch.no_grad():
         assert (compiled(idx)[0] - model(idx)[0]).abs().max() < 1e-4
-        assert abs(compiled(idx, targets, reset=documents(3, 16)[:2])[1] - model(idx, targets, reset=documents(3, 16)[:2])[1]) < 1e-5
+        assert abs(compiled(idx, targets, reset=reset)[1] - model(idx, targets, reset=reset)[1]) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------- cache
@@ -492,7 +592,8 @@ def test_too_many_tokens_are_refused_and_harm_nothing(name):
 def plain_loss(model, idx, targets, weights=None, reduction="mean"):
     """The definition: cross entropy of all logits at once, weighted mean over the targets that count."""
     logits = model(idx, all_logits=True)[0].float()
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none").view_as(targets)
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    losses = losses.view_as(targets)
     weights = (torch.ones_like(losses) if weights is None else weights) * (targets != -1)
     return (losses * weights).sum() / weights.sum() if reduction == "mean" else losses * weights
 
@@ -526,8 +627,8 @@ def test_chunked_loss_equals_plain_cross_entropy(name, positions, weighted, monk
             for scale in (2, 1e-3):
                 assert model(idx, targets, scale * weights)[1].item() == pytest.approx(results[0][0].item(), rel=1e-5)
         else:
-            assert results[1][0].item() == pytest.approx(
-                F.cross_entropy(all_logits(model, idx).flatten(0, 1), targets.flatten(), ignore_index=-1).item(), rel=1e-5)
+            expected = F.cross_entropy(all_logits(model, idx).flatten(0, 1), targets.flatten(), ignore_index=-1)
+            assert results[1][0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @every_architecture
@@ -535,7 +636,10 @@ def test_chunked_loss_equals_plain_cross_entropy(name, positions, weighted, monk
 def test_loss_of_nothing_is_zero_with_zero_gradients(name, nothing):
     model = tiny(name)
     idx, targets, weights = batch_with_gaps(model)
-    loss = model(idx, torch.full_like(targets, -1))[1] if nothing == "targets" else model(idx, targets, torch.zeros_like(weights))[1]
+    if nothing == "targets":
+        loss = model(idx, torch.full_like(targets, -1))[1]
+    else:
+        loss = model(idx, targets, torch.zeros_like(weights))[1]
     loss.backward()
     assert loss.item() == 0
     assert all((p.grad == 0).all() for p in model.parameters())
@@ -546,7 +650,8 @@ def test_softmax_of_bfloat16_weights_is_in_float32(name):
     model = tiny(name).bfloat16()
     idx, targets, _ = batch_with_gaps(model)
     with torch.no_grad():
-        assert (model(idx, targets, reduction="none")[1] - plain_loss(model, idx, targets, reduction="none")).abs().max() < 1e-3
+        losses = model(idx, targets, reduction="none")[1]
+        assert (losses - plain_loss(model, idx, targets, reduction="none")).abs().max() < 1e-3
 
 
 class LargestTensor(TorchDispatchMode):
@@ -612,8 +717,9 @@ def test_generation_ends_once_every_row_has_stopped(name):
     idx = tokens(model, 8, 5)
     text = greedy(model, idx, 25)
     new = text[:, 5:].tolist()
-    i, j, stop = next((i, j, t) for i, j in itertools.permutations(range(8), 2) for t in set(new[i]) & set(new[j])
-                      if 0 < new[i].index(t) < new[j].index(t) < 24)
+    i, j, stop = next(  # two rows that produce the same token, one earlier than the other
+        (i, j, t) for i, j in itertools.permutations(range(8), 2) for t in set(new[i]) & set(new[j])
+        if 0 < new[i].index(t) < new[j].index(t) < 24)
     for rows in ([i], [i, j]):
         end = 5 + max(new[row].index(stop) for row in rows) + 1
         assert torch.equal(model.generate(idx[rows], 25, temperature=0, stop_token=stop), text[rows, :end])
@@ -622,13 +728,15 @@ def test_generation_ends_once_every_row_has_stopped(name):
 
 
 @every_architecture
-@pytest.mark.parametrize("options", (dict(), dict(temperature=0.6), dict(top_k=5), dict(top_p=0.7), dict(top_p=0.0), dict(repetition_penalty=1.6),
-                                     dict(repetition_penalty=1.3, temperature=0.8, top_k=20, top_p=0.9)), ids=lambda o: "+".join(o) or "plain")
+@pytest.mark.parametrize("options", (
+    dict(), dict(temperature=0.6), dict(top_k=5), dict(top_p=0.7), dict(top_p=0.0), dict(repetition_penalty=1.6),
+    dict(repetition_penalty=1.3, temperature=0.8, top_k=20, top_p=0.9)), ids=lambda o: "+".join(o) or "plain")
 def test_sampled_tokens_follow_the_distribution_of_transformers(name, options):
-    from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-    order = (("repetition_penalty", RepetitionPenaltyLogitsProcessor), ("temperature", TemperatureLogitsWarper),
-             ("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper))
-    processors = LogitsProcessorList(make(options[key]) for key, make in order if key in options)
+    from transformers.generation import logits_process as theirs
+    order = (("repetition_penalty", theirs.RepetitionPenaltyLogitsProcessor),
+             ("temperature", theirs.TemperatureLogitsWarper),
+             ("top_k", theirs.TopKLogitsWarper), ("top_p", theirs.TopPLogitsWarper))
+    processors = theirs.LogitsProcessorList(make(options[key]) for key, make in order if key in options)
     model, N = tiny(name), 4000
     idx = tokens(model, 1, 8)
     expected = processors(idx, all_logits(model, idx)[:, -1].clone())[0].softmax(-1)
@@ -655,8 +763,8 @@ def test_repetition_penalty_equals_transformers_for_one_step(name):
 def test_weights_of_transformers_gpt2_become_ours_and_back(name):
     model = tiny(name)
     reference = gpt2(model)
-    state = reference.state_dict() | {"transformer.h.0.attn.bias": torch.ones(1, 1, 32, 32).tril()}  # files of old versions hold the mask
-    converted = gpt2preln.from_transformers(state)
+    mask = torch.ones(1, 1, 32, 32).tril()  # which files of old versions hold
+    converted = gpt2preln.from_transformers(reference.state_dict() | {"transformer.h.0.attn.bias": mask})
     assert converted.keys() == model.state_dict().keys()
     assert all(torch.equal(converted[k], v) for k, v in model.state_dict().items())
 
@@ -665,20 +773,62 @@ def test_weights_of_transformers_gpt2_become_ours_and_back(name):
 
 def plain_mixer(m, x):
     """The equations of i3.py's first page in float64, one token and one head after the other."""
-    sigmoid, p = torch.sigmoid, {name: v.double() for name, v in m.named_parameters()}
-    h, before, ys = torch.zeros(x.size(0), *m.A_log.shape, dtype=torch.float64), torch.zeros_like(x[:, 0]), []
+    p = {name: v.double() for name, v in m.named_parameters()}
+    h = torch.zeros(x.size(0), *m.A_log.shape, dtype=torch.float64)
+    before, ys = torch.zeros_like(x[:, 0]), []
     for x_t in x.unbind(1):
         u, δ, b, c = (mix * x_t + (1 - mix) * before for mix in p["mix"])
         u = u @ p["inner.weight"].T if "inner.weight" in p else u
-        Δ = torch.log1p(torch.exp((δ @ p["delta_down.weight"].T + p["delta_down.bias"]) @ p["delta_up.weight"].T + p["delta_up.bias"]))
+        down = δ @ p["delta_down.weight"].T + p["delta_down.bias"]
+        Δ = torch.log1p(torch.exp(down @ p["delta_up.weight"].T + p["delta_up.bias"]))
         B, C = b @ p["B.weight"].T + p["B.bias"], c @ p["C.weight"].T + p["C.bias"]
         h = torch.exp(Δ[..., None] * -p["A_log"].exp()) * h + (Δ * u)[..., None] * B[:, None]
         heads = ((h * C[:, None]).sum(-1) + p["D"] * u).chunk(m.n_head, dim=-1)
-        normed = torch.cat([(y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + m.eps).sqrt() for y in heads], -1)
-        y = (normed * p["norm_weight"] + p["norm_bias"]) * sigmoid(p["r"] * u + p["r_bias"])
+        normed = torch.cat([standardised(y, m.eps) for y in heads], -1)
+        y = (normed * p["norm_weight"] + p["norm_bias"]) * torch.sigmoid(p["r"] * u + p["r_bias"])
         ys.append(y @ p["outer.weight"].T if "outer.weight" in p else y)
         before = x_t
     return torch.stack(ys, 1)
+
+
+def standardised(x, eps):
+    """x minus its mean over the last dimension, divided by its standard deviation there."""
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + eps).sqrt()
+
+
+def plain_i3(model, idx):
+    """All logits of an I3 in float64, from its parameters alone: one matrix product, head and token after the other."""
+    p = {name: v.double() for name, v in model.named_parameters()}
+
+    def norm(x, name):
+        return standardised(x, model.cfg.norm_eps) * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def linear(x, name):  # dense, or two low-rank halves
+        if f"{name}.0.weight" in p:
+            x = x @ p[f"{name}.0.weight"].T
+            name = f"{name}.1"
+        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    def attention(x, name):
+        T = x.size(1)
+        q, k, v = linear(x, f"{name}.qkv").chunk(3, dim=-1)
+        heads = []
+        for q, k, v in zip(*(t.chunk(model.cfg.n_head, dim=-1) for t in (q, k, v))):
+            scores = q @ k.mT / q.size(-1) ** 0.5
+            scores = scores.masked_fill(torch.ones(T, T).triu(1) > 0, -torch.inf)
+            heads.append(scores.softmax(-1) @ v)
+        return linear(torch.cat(heads, -1), f"{name}.out")
+
+    x = p["embed.weight"][idx] + p["position.weight"][:idx.size(1)]
+    for i, block in enumerate(model.blocks):
+        mixed = norm(x, f"blocks.{i}.mixer_norm")
+        x = x + (plain_mixer(block.mixer, mixed) if i < model.cfg.n_layer else attention(mixed, f"blocks.{i}.mixer"))
+        up = linear(norm(x, f"blocks.{i}.ffn_norm"), f"blocks.{i}.ffn.up")
+        x = x + linear(up * (1 + torch.erf(up / 2 ** 0.5)) / 2, f"blocks.{i}.ffn.down")  # GELU
+    x = norm(x, "norm")
+    if "head_down.weight" in p:
+        x = x @ p["head_down.weight"].T
+    return linear(x, "head")
 
 
 @pytest.mark.parametrize("name", ("i3", "i3-attention"))
@@ -688,6 +838,18 @@ def test_i3_mixer_is_its_equations(name):
     with torch.no_grad():
         for block in list(model.blocks)[:2]:
             assert (block.mixer(x) - plain_mixer(block.mixer, x.double())).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ("i3", "i3-attention"))
+def test_i3_in_float64_computes_in_float64_throughout(name):
+    model = tiny(name).double()
+    idx, targets = tokens(model, 2, 30), tokens(model, 2, 30, seed=1)
+    with torch.no_grad():
+        exact = plain_i3(model, idx)
+        assert (all_logits(model, idx) - exact).abs().max() < 1e-10
+        assert (in_chunks(model, idx, (1, 7, 13)) - exact).abs().max() < 1e-10  # prefill, then token by token
+        exact_loss = F.cross_entropy(exact.flatten(0, 1), targets.flatten())
+        assert (model(idx, targets)[1] - exact_loss).abs() < 1e-10
 
 
 @pytest.mark.parametrize("preset", ("i3", "i3-80m"))
@@ -717,14 +879,17 @@ def test_i3_without_attention_goes_on_past_its_context():
     with torch.no_grad():  # the last position's embedding serves all tokens past it
         longer = i3.Model(dataclasses.replace(model.cfg, context_length=100))
         rows = model.position.weight
-        longer.load_state_dict(model.state_dict() | {"position.weight": torch.cat((rows, rows[-1:].expand(100 - C, -1)))})
+        rows = torch.cat((rows, rows[-1:].expand(100 - C, -1)))
+        longer.load_state_dict(model.state_dict() | {"position.weight": rows})
     assert (all_logits(longer, idx) - full).abs().max() < 1e-5
 
 
 def test_i3_without_attention_keeps_a_state_of_constant_size():
     model = tiny("i3")
+
     def size(cache):
         return sum(t.numel() for state in cache.states for t in vars(state).values())
+
     cache = model.init_cache(3)
     c, before = model.cfg, size(cache)
     assert before == 3 * c.n_layer * c.d_model * (c.d_state + 1) == size(model.init_cache(3, 10_000))
@@ -738,6 +903,9 @@ def test_i3_without_its_scan_has_the_same_parameters_and_no_memory_beyond_the_sh
     idx = tokens(without, 1, 30)
     changed = idx.clone()
     changed[0, 5] += 1
-    differs = ((all_logits(without, changed) - all_logits(without, idx)).abs().amax(-1) > 1e-6)[0].nonzero().flatten().tolist()
-    assert differs == [5, 6, 7]  # one step further in each of the two layers
-    assert ((all_logits(with_scan, changed) - all_logits(with_scan, idx)).abs().amax(-1) > 1e-6)[0, 5:].all()
+
+    def differs(model):
+        return (all_logits(model, changed) - all_logits(model, idx)).abs().amax(-1)[0] > 1e-6  # (T)
+
+    assert differs(without).nonzero().flatten().tolist() == [5, 6, 7]  # one step further in each of the two layers
+    assert differs(with_scan)[5:].all()

@@ -1,7 +1,7 @@
 """kernels/selective_scan.cu computes the selective scan and its gradients: proven without a GPU.
 
-The file is compiled by g++ with tests/cuda_on_cpu.h, which runs every thread of a block as a fiber, and compared with a loop over time
-in float64. What only a GPU can show (that nvcc's code does the same, and how fast) is not claimed here.
+g++ compiles the file with tests/cuda_on_cpu.h, which runs every thread of a block as a fiber. The results are compared
+with a loop over time in float64. What only a GPU can show (nvcc's code does the same, and how fast) is not claimed.
 """
 import ctypes
 import fcntl
@@ -21,7 +21,9 @@ EXPORTS = """
 #include "selective_scan.cu"
 extern "C" const char *forward(const ScanArgs *p) { return scan_forward_cuda(*p); }
 extern "C" const char *backward(const ScanArgs *p) { return scan_backward_cuda(*p); }
-extern "C" int64_t workspace(int64_t b, int64_t t, int64_t c, int64_t n) { return scan_backward_workspace(b, t, c, n); }
+extern "C" int64_t workspace(int64_t b, int64_t t, int64_t c, int64_t n) {
+  return scan_backward_workspace(b, t, c, n);
+}
 """
 
 
@@ -38,13 +40,15 @@ def kernels(tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("needs g++")
     root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # the first of several test processes compiles for all
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the first of several test processes compiles for all
+        root = root.parent
     with open(root / "scan.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / "scan.so").exists():
             (root / "scan.cpp").write_text(EXPORTS)
-            subprocess.run(["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-fPIC", "-shared", "-DCUDA_ON_CPU", f"-I{HERE.parent / 'kernels'}",
-                            f"-I{HERE}", root / "scan.cpp", "-o", root / "scan.tmp"], check=True)
+            subprocess.run(["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-fPIC", "-shared", "-DCUDA_ON_CPU",
+                            f"-I{HERE.parent / 'kernels'}", f"-I{HERE}", root / "scan.cpp", "-o", root / "scan.tmp"],
+                           check=True)
             os.replace(root / "scan.tmp", root / "scan.so")
     library = ctypes.CDLL(str(root / "scan.so"))
     library.forward.restype = library.backward.restype = ctypes.c_char_p
@@ -53,24 +57,40 @@ def kernels(tmp_path_factory):
 
 
 def make(batch, T, channels, N, dtype=torch.float32, D=True, h0=True, reset=True, dlast=True, seed=0):
-    """Inputs, and the gradients that come back, by name; None where one is left out."""
+    """Inputs, and the gradients that come back, by name; None if one is left out."""
     g = torch.Generator().manual_seed(seed)
-    rand = lambda *shape: torch.randn(*shape, generator=g)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=g)
+
     return dict(
-        u=rand(batch, T, channels).to(dtype), delta=torch.nn.functional.softplus(rand(batch, T, channels) - 2).to(dtype), A=-rand(channels, N).exp(),
-        B=rand(batch, T, N).to(dtype), C=rand(batch, T, N).to(dtype), D=rand(channels) if D else None, h0=rand(batch, channels, N) if h0 else None,
+        u=rand(batch, T, channels).to(dtype),
+        delta=torch.nn.functional.softplus(rand(batch, T, channels) - 2).to(dtype),
+        A=-rand(channels, N).exp(),
+        B=rand(batch, T, N).to(dtype),
+        C=rand(batch, T, N).to(dtype),
+        D=rand(channels) if D else None,
+        h0=rand(batch, channels, N) if h0 else None,
         reset=(torch.rand(batch, T, generator=g) < 0.05).to(torch.uint8) if reset else None,
-        dy=rand(batch, T, channels).to(dtype), dlast=rand(batch, channels, N) if dlast else None)
+        dy=rand(batch, T, channels).to(dtype),
+        dlast=rand(batch, channels, N) if dlast else None)
 
 
 def run(kernels, x):
     """What the kernels make of such inputs. Outputs and workspace start as NaN."""
     batch, T, channels = x["u"].shape
     N = x["A"].shape[1]
-    nan = lambda like: None if like is None else torch.full_like(like, torch.nan)
-    out = dict(y=nan(x["u"]), last=torch.full((batch, channels, N), torch.nan), checkpoints=torch.full((batch, -(-T // CHUNK), N, channels), torch.nan),
-               du=nan(x["u"]), ddelta=nan(x["u"]), dA=nan(x["A"]), dB=torch.full((batch, T, N), torch.nan), dC=torch.full((batch, T, N), torch.nan),
-               dD=nan(x["D"]), dh0=nan(x["h0"]))
+
+    def nan(*shape):
+        return torch.full(shape, torch.nan)
+
+    def nan_like(tensor):
+        return None if tensor is None else torch.full_like(tensor, torch.nan)
+
+    out = dict(
+        y=nan_like(x["u"]), last=nan(batch, channels, N), checkpoints=nan(batch, -(-T // CHUNK), N, channels),
+        du=nan_like(x["u"]), ddelta=nan_like(x["u"]), dA=nan_like(x["A"]), dB=nan(batch, T, N), dC=nan(batch, T, N),
+        dD=nan_like(x["D"]), dh0=nan_like(x["h0"]))
     size = kernels.workspace(batch, T, channels, N)
     assert size % 4 == 0
     workspace = torch.full((size // 4 + 64,), torch.nan)
@@ -84,8 +104,9 @@ def run(kernels, x):
 
 def truth(x):
     """The definition, step by step in float64; gradients by autograd."""
-    leaf = lambda t: None if t is None else t.double().requires_grad_()
-    u, delta, A, B, C, D, h0 = (leaf(x[name]) for name in ("u", "delta", "A", "B", "C", "D", "h0"))
+    names = ("u", "delta", "A", "B", "C", "D", "h0")
+    leaves = {name: x[name].double().requires_grad_() for name in names if x[name] is not None}
+    u, delta, A, B, C, D, h0 = (leaves.get(name) for name in names)
     batch, T, channels = u.shape
     h, y = torch.zeros(batch, channels, A.shape[1], dtype=torch.float64) if h0 is None else h0, []
     for t in range(T):
@@ -95,9 +116,12 @@ def truth(x):
         h = decay * h + (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
         y.append((h * C[:, t, None, :]).sum(-1) + (0 if D is None else D * u[:, t]))
     y = torch.stack(y, 1) if T else u
-    loss = (y * x["dy"].double()).sum() + (0 if x["dlast"] is None else (h * x["dlast"].double()).sum())
-    leaves = {name: t for name, t in dict(u=u, delta=delta, A=A, B=B, C=C, D=D, h0=h0).items() if t is not None}
-    grads = torch.autograd.grad(loss, leaves.values(), materialize_grads=True) if loss.requires_grad else [torch.zeros_like(t) for t in leaves.values()]
+    loss = (y * x["dy"].double()).sum()
+    if x["dlast"] is not None:
+        loss = loss + (h * x["dlast"].double()).sum()
+    grads = [torch.zeros_like(t) for t in leaves.values()]
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, leaves.values(), materialize_grads=True)
     return dict(y=y.detach(), last=h.detach(), **{"d" + name: grad for name, grad in zip(leaves, grads)})
 
 
@@ -112,12 +136,13 @@ def assert_right(kernels, x):
 
 # ---------------------------------------------------------------------------------------------------- the claims
 
-# every length around a chunk's end, every padded N, channels around a tile's width, every type, every optional input left out
+# lengths around a chunk's end, every padded N, channels around a tile's width, every type, each optional input left out
 @pytest.mark.parametrize("T, N, channels, dtype, absent", [
     (130, 16, 70, torch.float32, ""), (130, 64, 33, torch.float32, ""), (130, 7, 5, torch.float32, "D h0 reset dlast"),
-    (65, 1, 1, torch.float32, "D"), (65, 32, 68, torch.float32, "h0"), (64, 100, 9, torch.float32, "reset"), (63, 256, 5, torch.float32, "dlast"),
-    (2, 16, 33, torch.float32, "h0 D"), (1, 64, 5, torch.float32, ""), (130, 128, 8, torch.float32, "h0 reset"),
-    (130, 64, 36, torch.bfloat16, ""), (65, 16, 33, torch.bfloat16, "h0"), (130, 16, 64, torch.float16, "D"), (63, 100, 5, torch.float16, "reset dlast"),
+    (65, 1, 1, torch.float32, "D"), (65, 32, 68, torch.float32, "h0"), (64, 100, 9, torch.float32, "reset"),
+    (63, 256, 5, torch.float32, "dlast"), (2, 16, 33, torch.float32, "h0 D"), (1, 64, 5, torch.float32, ""),
+    (130, 128, 8, torch.float32, "h0 reset"), (130, 64, 36, torch.bfloat16, ""), (65, 16, 33, torch.bfloat16, "h0"),
+    (130, 16, 64, torch.float16, "D"), (63, 100, 5, torch.float16, "reset dlast"),
 ], ids=str)
 def test_outputs_and_gradients_are_those_of_the_loop(kernels, T, N, channels, dtype, absent):
     assert_right(kernels, make(2, T, channels, N, dtype, **dict.fromkeys(absent.split(), False)))
