@@ -1,6 +1,7 @@
 """What every tool needs: flags, one-line errors, the progress line, tables, and files that are replaced as a whole.
 
-This file is the bottom of the import order. It imports no torch, so that `--help` and a mistyped flag answer at once.
+This file is the bottom of the import order. It imports no torch: a tool that needs none either, as prepare.py does not,
+answers `--help` and a mistyped flag at once.
 """
 import argparse
 import contextlib
@@ -19,13 +20,16 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake or a broken input that the user can mend: one line on standard error, exit status 2."""
+    """A mistake or a broken input that the user can correct: one line on standard error, exit status 2."""
 
 
 # ---------------------------------------------------------------------------------------------------- flags
 
 def number(text):
-    """'235M' -> 235000000: a whole number, with _ or , between its digits and K, M or B (10^3, 10^6, 10^9) at its end."""
+    """'235M' -> 235000000, '1.5K' -> 1500: a whole number, with K, M or B (10^3, 10^6, 10^9) perhaps.
+
+    Its digits may have _ or , between them. Raises ArgumentTypeError if it is not whole, such as '1.0005K'.
+    """
     match = re.fullmatch(r"(-?\d[\d_,]*(?:\.\d+)?)([KMB]?)", text.strip(), re.I)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
@@ -50,7 +54,11 @@ def nearest(word, words):
 
 
 def field_notes(settings):
-    """Field name -> the comment behind it in the source of the dataclass, or of the dataclass that it extends."""
+    """Field name -> the comment after it, of an instance of a dataclass and of the dataclasses that it extends.
+
+    The comments are read from the source code. So a field is written on one line, with four spaces before it, the
+    comment at its end, and no # in its default.
+    """
     notes = {}
     for kind in reversed(type(settings).__mro__):
         if dataclasses.is_dataclass(kind):
@@ -77,7 +85,7 @@ def add_flag(parser, name, value, note):
 def parse_flags(argv, *settings, description="", positional=None):
     """Reads --name=value flags, one for each field of the dataclass instances in `settings`.
 
-    The comment behind a field explains it to the reader of the code and, in --help, to the user.
+    The comment after a field explains it to the reader of the code and, in --help, to the user.
     Returns (given, words): the flags that were typed, name -> value, and the words without dashes, which are allowed
     if `positional` (their name and help text) is given. Raises UserError for an unknown flag or a wrong value.
     """
@@ -105,11 +113,11 @@ def parse_flags(argv, *settings, description="", positional=None):
             raise UserError(f"what is {word!r}? flags are written --name=value")
     given = vars(namespace)
     words = given.pop("words", [])
-    return given, [*words, *unknown]  # argparse leaves the words behind a flag to us
+    return given, [*words, *unknown]  # argparse does not collect words that follow a flag, so they are in `unknown`
 
 
 def flag_value(argv, name):
-    """The value of --name in argv before it is parsed, or None. Some flags decide which other flags there are."""
+    """The value of --name in argv, or None. It is for flags that decide which other flags there are to parse."""
     value = None
     for i, word in enumerate(argv):
         if word.startswith(f"--{name}="):
@@ -140,7 +148,7 @@ def run_tool(main):
     except OSError as e:
         reason = e.strerror or e
         if e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            reason = "no space left on the disk; nothing was written over"
+            reason = "no space left on the disk; nothing was overwritten"
         message = f"{e.filename or 'the output'}: {reason}"
     print(f"{tool}: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
@@ -193,7 +201,7 @@ def mended(text):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write to. It takes path's place once all is written: a crash leaves the old file or the new one whole."""
+    """A file to write to, which then takes the place of `path`. After a crash, the old or the new one is there whole."""
     part = Path(path).with_name(Path(path).name + ".part")
     with open(part, "wb") as f:
         yield f

@@ -22,17 +22,17 @@ import train
 from common import UserError, run_tool
 from corpus.folder import document_edges
 from corpus.loader import Loader, fill_rows, row_tensors
-from train import Batch, Pretraining, evaluate, is_fine_tuning
+from train import Batch, Pretraining, evaluate
 
 
 @dataclass(frozen=True)
 class Settings(train.Settings):
     model: str = "tinymemory-sft"  # preset of an architecture file; with --init_from it is the checkpoint's
-    pack: str = "document"  # document: whole chats, which do not see each other; stream: rows are windows of the token stream
+    pack: str = "document"  # document: whole chats, which do not see each other; stream: windows of the token stream
     loss_on: str = "responses"  # responses: only the replies of chats count; all: everything that is said
     response_start_tokens: int = 8  # this many tokens at the beginning of each reply ...
     response_start_weight: float = 1.0  # ... have this weight; 1: off
-    base_data: str = ""  # what is replayed, and what forgetting is measured on; as --data; not given: what the checkpoint was trained on
+    base_data: str = ""  # what is replayed and tells what is forgotten; not given: what the checkpoint was trained on
     replay: float = 0.0  # fraction of the rows that are windows of the base data; 0: off
     relevance: float = 0.0  # extra rows, as a fraction of the batch, that pair a reply with the wrong prompt; 0: off
     relevance_margin: float = 1.0  # by how much the wrong prompt is to be worse, in nats per token of the reply
@@ -52,15 +52,16 @@ def mark_replies(mask, rows, T, opening=0):
             # the mask of the targets, and of the `opening` tokens before them
             near = mask[np.arange(start + 1 - opening, start + n + 1) % len(mask)]
             sums = np.concatenate([[0], np.cumsum(near, dtype=np.int64)])
-            just_begun = sums[opening:-1] - sums[:n] < opening  # not all tokens before the target belong to a reply
+            replied = sums[opening:-1] - sums[:n]  # how many of the `opening` tokens before a target are a reply's
+            just_begun = replied < opening
             marks[r, at:at + n] = near[opening:] * (1 + just_begun)
             at += n
     return torch.from_numpy(marks)
 
 
 def token_weights(y, marks, boost=None, start_weight=1.0):
-    """Relative weight of each target, float (rows, T): 0 where y is -1, else 1, times boost[token], float (V,), if given,
-    times start_weight where a reply begins (marks is 2).
+    """Relative weight of each target, float (rows, T): 0 where y is -1, else 1, times boost[token], times start_weight
+    where a reply begins (marks is 2). boost: float (V,) or None.
 
     Only the ratios matter: a batch's loss is the sum of weight x loss over the sum of the weights.
     """
@@ -77,8 +78,8 @@ def token_weights(y, marks, boost=None, start_weight=1.0):
 class WithReplay:
     """Deals rows of the chats' loader `own` and, for a fraction `replay` of all rows, of the base data's loader `base`.
 
-    It has what Loader has; the base sources are numbered after the own ones. Within any stretch of rows the replayed
-    ones are spread evenly.
+    It has what the loop uses of a Loader. The base sources are numbered after the own ones. The replayed rows are
+    spread evenly over the run.
     """
 
     def __init__(self, own, base, replay):
@@ -117,7 +118,7 @@ class WithReplay:
 
 @dataclass
 class Reply:
-    """A reply in a batch: its row, the position of its first target there, the tokens before it in its chat, its own."""
+    """A reply in a batch: its row, the position of its first target there, the chat before it, and its own tokens."""
     row: int
     at: int
     context: np.ndarray
@@ -153,13 +154,14 @@ def draw_replies(rows, sources, is_chat, bos, T, rng):
                 found = find_reply(mask[start:start + n + 1], int(rng.integers(2 ** 32)), T)
                 if found:
                     first, end = found
-                    replies.append(Reply(row, at + first - 1, tokens[start:start + first], tokens[start + first:start + end]))
+                    context, reply = tokens[start:start + first], tokens[start + first:start + end]
+                    replies.append(Reply(row, at + first - 1, context, reply))
             at += n
     return replies
 
 
 def pack_replies(pairs, T, n_rows=None):
-    """Rows of T positions that hold (context, reply) pairs of token arrays, of which only the reply's tokens are targets.
+    """Rows of T positions that hold (context, reply) pairs of token arrays; only the tokens of replies are targets.
 
     Returns x, y, reset as `fill_rows` does, and number, int64 (rows, T): i + 1 where the target is part of the reply of
     pairs[i], else 0. A pair goes to the first row that has room; a context that is too long for a row loses its
@@ -224,7 +226,7 @@ def reply_sums(values, number, n):
 
 
 def relevance_loss(own, wrong, lengths, margin):
-    """Sum over replies of max(0, margin - (wrong - own) / length) x length, for the idea that TinyMemoryLM's card names.
+    """Sum over replies of max(0, margin - (wrong - own) / length) x length, for the idea in TinyMemoryLM's card.
 
     own, wrong: nats (n,) of each reply's tokens under its own prompt and under another chat's. lengths: their number.
     """
@@ -282,7 +284,7 @@ def relevance(model, sources, tokens, T, rows, on, bos, world):
     return tuple((world.sum(sums) / n).tolist())
 
 
-# ---------------------------------------------------------------------------------------------------- what is trained on
+# --------------------------------------------------------------------------------------------------- what is trained on
 
 @dataclass
 class ChatMicro:
@@ -291,7 +293,7 @@ class ChatMicro:
     y: torch.Tensor
     reset: torch.Tensor | None
     weights: torch.Tensor  # float (rows, T)
-    in_replies: torch.Tensor  # bool (rows, 1): whether the row is of chats, and not replayed
+    of_chats: torch.Tensor  # bool (rows, 1): whether the row holds chats, of which only the replies count
     number: torch.Tensor | None  # int64 (extra rows, T), see pack_replies
     own: torch.Tensor | None  # int64 (rows, T), see wrong_prompts
 
@@ -305,7 +307,6 @@ class FineTuning(Pretraining):
     measures_start = True  # where forgetting begins
 
     def __init__(self, plan, world, on):
-        self.plan = plan
         super().__init__(plan, world, on)
         self.extra_rows = self.s.relevance
 
@@ -331,9 +332,10 @@ class FineTuning(Pretraining):
     def find_base(self, s):
         """(sources of the base data, their names as in --data): --base_data, or what the checkpoint was trained on."""
         spec = s.base_data
-        if not spec and not s.resume and "base_data" not in self.plan.given and self.plan.start:
+        unsaid = not s.resume and "base_data" not in self.plan.given
+        if not spec and unsaid and self.plan.start:
             before = self.plan.start["train"]
-            spec = before.get("base_data") or ("" if is_fine_tuning(before) else before["data"])
+            spec = before.get("base_data") or ("" if run.is_fine_tuning(before) else before["data"])
         if not spec:
             return [], ""
         try:
@@ -342,16 +344,16 @@ class FineTuning(Pretraining):
         except UserError as e:
             if s.replay or "base_data" in self.plan.given:
                 raise
-            print(f"no base data, so what is forgotten of it is not measured: {e}")
+            print(f"the base data is not here, so forgetting is not measured: {e}")
             return [], s.base_data
         return sources, spec
 
-    def settled(self, s, given):
-        s = replace(s, base_data=self.base_spec)
-        if s.epochs:
-            rows = sum(self.loader.per_epoch[:len(self.sources)]) / (1 - s.replay)
-            s = replace(s, epochs=0.0, max_steps=math.ceil(s.epochs * rows / self.rows))
-        return shorter_warmup(s, given) if is_gentle(self.plan) else s
+    def settled(self, s):
+        return super().settled(replace(s, base_data=self.base_spec))
+
+    def rows_per_epoch(self, s):
+        """With the replayed rows: an epoch is one pass over the chats."""
+        return sum(self.loader.per_epoch[:len(self.sources)]) / (1 - s.replay)
 
     def is_chat(self, source):
         """Whether only replies count in the rows of this source: it is a set of chats and not base data."""
@@ -368,9 +370,9 @@ class FineTuning(Pretraining):
         # what counts, and how much
         marks = torch.cat([self.marks(source, pieces) for source, pieces in mine])
         y[marks == 0] = -1
-        in_replies = torch.tensor([self.is_chat(source) for source, _ in mine])
+        of_chats = torch.tensor([self.is_chat(source) for source, _ in mine])
         weights = token_weights(y, marks, self.boost, s.response_start_weight)
-        spoken = y[in_replies] >= 0
+        spoken = y[of_chats] >= 0
         totals = torch.stack([(y >= 0).sum().double(), weights.sum().double(), spoken.sum().double()])
         targets, whole, n_spoken = world.sum(totals).tolist()
         self.whole, self.spoken = whole or 1.0, max(1, n_spoken)
@@ -384,7 +386,7 @@ class FineTuning(Pretraining):
         for i in range(0, len(mine), self.micro):
             part = slice(i, i + self.micro)
             micro = ChatMicro(x[part], y[part], None if reset is None else reset[part], weights[part].to(device),
-                              in_replies[part, None].to(device), None, None)
+                              of_chats[part, None].to(device), None, None)
             if s.relevance:
                 n_rows = int(self.micro * s.relevance + rng.random())  # rounded so that the mean is right
                 *extra, number, own = wrong_prompts(replies, list(numbers[part]), n_rows, self.T, rng)
@@ -395,7 +397,7 @@ class FineTuning(Pretraining):
             micro.reset = None if micro.reset is None else micro.reset.to(device)
             micros.append(micro)
         self.plain, self.contrast, self.nats = (torch.zeros((), device=device) for _ in range(3))
-        return Batch(micros, int(targets), y[in_replies][spoken])
+        return Batch(micros, int(targets), y[of_chats][spoken])
 
     def marks(self, source, pieces):
         """mark_replies of a row; all ones if every target counts, as in base data."""
@@ -416,13 +418,13 @@ class FineTuning(Pretraining):
 
         self.plain += plain.detach()
         self.contrast += contrast.detach()
-        self.nats += (losses.detach() * micro.in_replies).sum()
+        self.nats += (losses.detach() * micro.of_chats).sum()
         return plain + contrast
 
     def numbers(self, batch, loss):
         """The loss without context relevance, which is logged by itself, and bits per byte of the replies."""
         plain, contrast, nats = (float(self.world.sum(x.cpu())) for x in (self.plain, self.contrast, self.nats))
-        numbers = dict(train_loss=plain, train_bits_per_byte=self.bits_per_byte(nats, batch.shown))
+        numbers = dict(train_loss=plain, train_bits_per_byte=self.bits_per_byte(nats, batch.counted))
         if self.s.relevance:
             numbers["relevance_loss"] = contrast
         return numbers
@@ -432,7 +434,8 @@ class FineTuning(Pretraining):
         common = tokens, self.T, self.micro, self.on
         result = evaluate(model, self.sources, *common, self.bytes_per_token, self.world, self.frame, mark_replies)
         if math.isnan(result["loss"]["mixed"]):  # long prompts, short replies, few rows
-            raise UserError(f"no reply is in the validation rows that --eval_tokens={tokens} takes; raise it, or --block_size")
+            raise UserError(f"no reply is in the validation rows that --eval_tokens={tokens} takes; "
+                            "raise it, or --block_size")
         if self.base:
             base = evaluate(model, self.base, *common, self.bytes_per_token, self.world)
             for name in ("loss", "bits_per_byte"):
@@ -443,8 +446,8 @@ class FineTuning(Pretraining):
     def table(self, result):
         lines = report.loss_table(result, self.sources, "all replies")
         if math.isfinite(result["relevance_accuracy"]):  # else there are fewer than two validation chats
-            lines.append(f"{'relevance':<12} {result['relevance_accuracy']:.1%} of replies are likelier under their own "
-                         f"prompt than under another's, by {result['relevance_gap']:.2f} nats/token on average")
+            lines.append(f"{'relevance':<12} {result['relevance_accuracy']:.1%} of replies are likelier under their "
+                         f"own prompt than under another's, by {result['relevance_gap']:.2f} nats/token on average")
         return lines
 
     def sample(self, model):
@@ -458,7 +461,8 @@ class FineTuning(Pretraining):
             chat = chats[:2 ** 16].tolist()
             prompt = chat[:chat.index(assistant) + 1]
         reply = self.generate(model, prompt)[len(prompt):]
-        return ["user: " + self.tokenizer.decode(prompt[prompt.index(user):]), "assistant: " + self.tokenizer.decode(reply)]
+        return ["user: " + self.tokenizer.decode(prompt[prompt.index(user):]),
+                "assistant: " + self.tokenizer.decode(reply)]
 
     def sample_flags(self):
         return " --chat"
@@ -480,32 +484,30 @@ class FineTuning(Pretraining):
             tricks.append(f"replay {s.replay:g}")
         if s.relevance:
             tricks.append(f"relevance {s.relevance:g}, margin {s.relevance_margin:g}")
-        rates = f"muon_lr {s.muon_lr:g}, lr {s.lr:g}" if s.optimizer == "muon" else f"lr {s.lr:g}"
-        lines.append(f"{'fine-tuning':<12} {s.init_from or 'random weights'}, on replies; {', '.join(tricks) or 'no tricks'}; "
-                     f"{rates}, {s.warmup_steps} steps of warm-up")
+        rates = f"lr {s.lr:g}"
+        if s.optimizer != "adamw":
+            rates = f"muon_lr {s.muon_lr:g}, {rates}"
+        lines.append(f"{'fine-tuning':<12} {s.init_from or 'random weights'}, on replies; "
+                     f"{', '.join(tricks) or 'no tricks'}; {rates}, {s.warmup_steps} steps of warm-up")
         return lines
 
 
-# ---------------------------------------------------------------------------------------------------- which run is meant
+# --------------------------------------------------------------------------------------------------- which run is meant
 
-EPOCHS, RATE, TOKENS = 3, 0.25, 32_768  # passes over the replies; factor of the learning rates; most tokens in a step
+# What fine-tuning does otherwise than a recipe for pretraining
+EPOCHS = 3  # passes over the chats
+RATE = 0.25  # factor of the learning rates
+TOKENS = 32_768  # tokens in a step at most
 
 
-def is_gentle(plan):
+def needs_gentler(plan):
     """Whether a recipe for pretraining has to become gentler: it is too strong for a model that is trained already."""
     s = plan.settings
-    return plan.kind == "new" and not s.resume and bool(s.init_from) and not is_fine_tuning(plan.recipe)
-
-
-def shorter_warmup(s, given):
-    """A short run warms up for at most a tenth of it."""
-    if "warmup_steps" in given:
-        return s
-    return replace(s, warmup_steps=min(s.warmup_steps, s.max_steps // 10))
+    return plan.kind == "new" and not s.resume and bool(s.init_from) and not run.is_fine_tuning(plan.recipe)
 
 
 def gentler(s, given):
-    """A recipe for pretraining as one for fine-tuning: short, at a quarter of the rates, in small steps of whole chats."""
+    """A recipe for pretraining as one for fine-tuning: short, at a quarter of the rates, small steps of whole chats."""
     batch_tokens = s.batch_tokens
     if batch_tokens > TOKENS or batch_tokens % s.block_size:
         rows = max(1, min(batch_tokens, TOKENS) // s.block_size)
@@ -513,19 +515,18 @@ def gentler(s, given):
     changes = dict(pack="document", lr=RATE * s.lr, muon_lr=RATE * s.muon_lr, order="random", schedule="wsd",
                    decay_fraction=1.0, decay_steps=0, final_lr_fraction=0.0, batch_tokens=batch_tokens,
                    epochs=0.0 if "max_steps" in given else EPOCHS)
+    if "max_steps" in given:  # with --epochs it is not known yet, see Pretraining.settled
+        changes["warmup_steps"] = min(s.warmup_steps, s.max_steps // 10)
     return replace(s, **{name: value for name, value in changes.items() if name not in given})
 
 
 def adapt(plan):
     """What the flags mean for fine-tuning; UserError for what does not go together."""
     s, given = plan.settings, plan.given
-    if plan.continues and not plan.start["train"].get("loss_on"):
-        flags = f"--resume --out={s.out}" if plan.kind == "resumed" else f"--init_from={s.init_from} --decay_only"
-        raise UserError(f"{plan.start_path} is of a pretraining run: python train.py {flags}")
-    if plan.kind == "new" and not s.init_from and "init_from" not in given:
+    if not plan.recorded and not s.init_from and "init_from" not in given:
         raise UserError(f"--model={s.model} names no checkpoint to start from: give --init_from=CHECKPOINT, "
                         "or --init_from= for random weights")
-    if is_gentle(plan):
+    if needs_gentler(plan):
         s = gentler(s, given)
     if s.replay >= 1 or s.relevance > 1:
         raise UserError("--replay must be below 1 and --relevance at most 1")
@@ -533,7 +534,7 @@ def adapt(plan):
         off = dict(replay=0.0, relevance=0.0, response_start_weight=1.0, base_data="")
         for name, value in off.items():
             if name in given and getattr(s, name) != value:
-                raise UserError(f"--{name} is about replies: it needs --loss_on=responses")
+                raise UserError(f"--{name} goes only with --loss_on=responses")
         s = replace(s, **off)
     if s.relevance and s.pack != "document":
         raise UserError("--relevance compares replies under whole prompts: it needs --pack=document")

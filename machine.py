@@ -1,4 +1,5 @@
-"""What a run computes on, and what reaches it from outside: the device, the processes, signals, the clock."""
+"""What a run computes on, and what reaches it from outside: the device, the processes, the compiled and distributed
+model, signals, the clock."""
 import contextlib
 import os
 import re
@@ -26,7 +27,7 @@ PEAK_FP32 = {"P100-SXM2": 10.6e12, "P100": 9.3e12, "T4": 8.1e12}
 def peak_flops(chip, dtype):
     """FLOP/s that the GPU of this name can do at most in dtype; None if it is not in the tables above."""
     table = PEAK_BF16 if dtype == torch.bfloat16 else PEAK_FP32
-    # a suffix makes it another card, and "H100 PCIe" goes before "H100"
+    # a suffix makes it another card; the longest name that fits wins, so that an H100 PCIe is no plain H100
     names = [name for name in table if re.search(rf"\b{name}\b(?! (Ti|SUPER|Laptop|D)\b)", chip)]
     return table[max(names, key=len)] if names else None
 
@@ -140,7 +141,7 @@ class World:
             dist.destroy_process_group()
 
     def sum(self, tensor):
-        """The sum of a CPU tensor over all processes."""
+        """The sum of a CPU tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -166,10 +167,38 @@ class World:
             dist.barrier()
 
 
+# ---------------------------------------------------------------------------------------------------- the net
+
+# Compiling takes half a minute on a CPU. It pays from this many FLOP on, about 15 minutes of training on two cores
+COMPILE_PAYS = 1e14
+
+
+def make_net(model, s, on, world):
+    """The model as the loop calls it, compiled and distributed if it is to be: (net, whether it is compiled).
+
+    s: train.Settings. on: Device.
+    """
+    work = model.flops_per_token(s.block_size) * s.batch_tokens * s.max_steps
+    pays = on.device.type == "cuda" or (on.device.type == "cpu" and on.compiler and work > COMPILE_PAYS)
+    compiled = s.compile == "on" or (s.compile == "auto" and pays)
+    net = torch.compile(model, dynamic=False) if compiled else model
+    if world.size > 1:
+        ids = [on.device.index] if on.device.type == "cuda" else None
+        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
+    return net, compiled
+
+
+def gradients_stay_here(net, last):
+    """Inside, backward passes do not exchange gradients between processes, unless it is the step's last one."""
+    if last or not isinstance(net, torch.nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return net.no_sync()
+
+
 # ---------------------------------------------------------------------------------------------------- signals, time
 
 class StopSignals:
-    """Inside, Ctrl-C and SIGTERM only ask the loop to stop, so that it can save. A second one ends the process at once."""
+    """Inside, Ctrl-C and SIGTERM only ask the loop to stop, so that it can save. A second one ends the process."""
 
     def __enter__(self):
         self.asked = False
@@ -187,7 +216,10 @@ class StopSignals:
 
 
 class Pace:
-    """Measures training alone: the watch stands still while the loop evaluates, saves and samples."""
+    """Measures training alone: the watch stands still while the loop evaluates, saves and samples.
+
+    state: the loop's, with the numbers step, tokens and elapsed.
+    """
 
     def __init__(self, state):
         self.state, self.since, self.step, self.tokens = state, time.monotonic(), state.step, state.tokens
@@ -201,7 +233,7 @@ class Pace:
     def lap(self):
         """(seconds, steps, tokens) since the last lap. The seconds are added to the state's."""
         now = time.monotonic()
-        lap = now - self.since, self.state.step - self.step, self.state.tokens - self.tokens
+        seconds, steps, tokens = now - self.since, self.state.step - self.step, self.state.tokens - self.tokens
         self.since, self.step, self.tokens = now, self.state.step, self.state.tokens
-        self.state.elapsed += lap[0]
-        return lap
+        self.state.elapsed += seconds
+        return seconds, steps, tokens

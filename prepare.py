@@ -1,6 +1,6 @@
 """Text in, token files out: `python prepare.py NAME...` writes a folder that train.py and nanoGPT can read.
 
-NAME is one of these, with a budget of training tokens behind a colon if you like (`finemath:50M`):
+NAME is one of these. A budget of training tokens may follow it, after a colon (`finemath:50M`), unless it is a mix:
 
     pydocs           this Python's own library and help topics, with nothing to download
     pydocs-chat      questions and answers about that library
@@ -9,22 +9,22 @@ NAME is one of these, with a budget of training tokens behind a colon if you lik
     PATH             a file or folder of yours with texts or chats (.txt, .md, .jsonl, .jsonl.gz, .parquet)
 
 PATH and ORG/NAME take a language and a kind behind an @: `novels_it@it/books:50M`. Several names become several
-sources of one corpus. Each has files of its own, and one tokenizer learns from them all. data/NAME-TOKENIZER holds
+sources of one corpus. Each has files of its own, and one tokenizer learns from them all. data/NAME-TOKENIZER holds:
 
     tokenizer.json                  a file of the Hugging Face `tokenizers` library
-    train.<i>-<source>.bin, val...  raw little-endian uint16 token ids (uint32 if there are more than 65,536),
+    train.<i>-<source>.bin, val...  raw little-endian uint16 token ids (uint32 if the vocabulary is larger than 65,536),
                                     documents as <|bos|> text <|eos|> (for gpt2, <|endoftext|> is both)
     train.<i>-<source>.mask.bin     only for chats, and val...: a byte per token, 1 for a reply's, see encode_chats()
     meta.json                       the settings and where the text is from; counts, sizes and checksums of the files
 
 The input is read as a stream, twice: first for a sample of the text, from which the tokenizer learns (of a Hub data set
 only the beginning is read for that), then to encode it. Memory does not grow with the input. If the program is stopped
-while it encodes, the same command goes on where it was, and the result is the same to the byte.
+while it encodes, the same command resumes the work, and the result is the same to the byte.
 
-Exact duplicates within a source are left out. Whether a document is training or validation text depends on the hash of
-its text alone, not on the order of files or on what is added later. If a source is so small that no hash falls below
-val_fraction, its document of the lowest hash is the validation text. A chat of pydocs-chat goes where its module's
-source goes in pydocs.
+Exact duplicates within a source are left out, if not more than 4 million documents lie between them. Whether a document
+is training or validation text depends on the hash of its text alone, not on the order of files or on what is added
+later. There is one exception: if the hashes of all documents of a source fall below val_fraction, or none does, the
+threshold moves until each split has a document. A chat of pydocs-chat goes where its module's source goes in pydocs.
 """
 import dataclasses
 import hashlib
@@ -44,11 +44,11 @@ import numpy as np
 from common import Progress, UserError, clock, columns, nearest, parse_flags, replacing, run_tool
 from corpus.chats import chat_ids, encode_chats
 from corpus.folder import (
-    EncodedDocument, SourceWriter, corpus_name, document_edges, first_place, read_meta, read_tokens, token_files,
+    EncodedDocument, SourceWriter, corpus_name, document_edges, new_place, read_meta, read_tokens, token_dtype, token_files,
 )
 from corpus.hub import HUB, MIXES, HubSource, find_source, hub_name, hub_revision, hub_setup, hub_source, list_table
 from corpus.pydocs import EMBEDDED
-from corpus.text import Document, clean, local_source, split_budget
+from corpus.text import Document, clean, local_source, split_budget, split_label
 from corpus.tokenizer import (
     DEFAULT_VOCAB, READY, SPECIAL_TOKENS, TRAINERS, bos_eos, fast_encoder, load_tokenizer, tokenizer_text, unknown_id,
     vocabulary_size,
@@ -67,14 +67,16 @@ class Settings:
     config: str = ""  # configuration of the data sets that are given as ORG/NAME; empty: their only or default one
     source_dir: str = ""  # read the Hub's data sets from copies of them here: DIR/ORG/NAME, DIR/NAME, or DIR itself
     list: bool = False  # show the data sets and mixes that can be named, and nothing else
-    show: str = ""  # tell what this prepared folder holds, and nothing else
+    show: str = ""  # describe this prepared folder, and nothing else
 
 
 SAMPLE_BYTES = 32 * 2 ** 20  # text that a tokenizer learns from, shared equally by the sources
 HUB_SCAN = 2 ** 20  # bytes of a Hub data set that the first pass reads at least
-BATCH_BYTES = 4 * 2 ** 20  # text that is encoded at once: enough to keep every core busy, little to hold
+BATCH_BYTES = 4 * 2 ** 20  # text that is encoded at once: enough to keep every core busy, and little memory
 BATCH_ROWS = 100_000  # rows that are encoded at once at most
 SAVE_SECONDS = 10  # between two records of how far the work is
+
+LOWERCASE_ASCII = 95 - 26 + 2  # characters of ASCII without capitals: the printable ones, tab and line end
 
 
 # ---------------------------------------------------------------------------------------------------- the whole of it
@@ -88,8 +90,8 @@ def prepare(names, s):
     check_settings(names, s)
     tokenizer_plan = plan_tokenizer(s)
     sources = plan_sources(names, s)
-    if tokenizer_plan.load and any(source.chat for source in sources):
-        chat_ids(tokenizer_plan.load())  # without the tokens of the roles it is no use: better known before the work
+    if tokenizer_plan.tokenizer and any(source.chat for source in sources):
+        chat_ids(tokenizer_plan.tokenizer)  # raises UserError if it lacks the tokens of the roles
     asked = settings_asked(sources, tokenizer_plan, s)
 
     words = [split_budget(name)[0] for name in names]
@@ -104,7 +106,7 @@ def prepare(names, s):
     choose_revisions(sources, record)
     if record.resumed:
         done = len(record.data["done"])
-        Progress().done(f"going on       {part} holds {done} of {len(sources)} sources and perhaps a part of the next")
+        Progress().done(f"resuming     {part} holds {done} of {len(sources)} sources and perhaps a part of the next")
     else:
         first_pass(sources, tokenizer_plan, s.val_fraction, part, record)
     second_pass(sources, part, record)
@@ -122,7 +124,7 @@ def check_settings(names, s):
     if not 0 <= s.val_fraction < 1:
         raise UserError(f"--val_fraction={s.val_fraction} is not a fraction from 0 up to 1")
     if s.max_tokens < -1 or s.vocab_size < 0:
-        raise UserError("--max_tokens and --vocab_size cannot be negative")
+        raise UserError("--max_tokens must be -1 or more and --vocab_size 0 or more")
 
 
 def plan_sources(names, s):
@@ -135,6 +137,7 @@ def plan_sources(names, s):
         why = f"; {known[0]} has a configuration of its own" if known else ""
         raise UserError(f"--config is for data sets that are given as ORG/NAME{why}")
 
+    # What the user wrote after a name decides first, then --max_tokens, then what the mix or the catalogue says
     asked = None if s.max_tokens < 0 else s.max_tokens
     sources = []
     for name, own in budgets.items():
@@ -145,14 +148,15 @@ def plan_sources(names, s):
         if own is not None:
             raise UserError(f"the sources of {name} have budgets of their own; "
                             "--max_tokens gives all of them another one")
-        for part, budget in MIXES[name][1]:
-            source = make_source(part, s, several=True)
+        parts = MIXES[name][1]
+        for part, budget in parts:
+            source = make_source(part, s, several=len(budgets) > 1 or len(parts) > 1)
             sources.append(with_budget(source, asked, budget))
     return sources
 
 
 def make_source(name, s, several):
-    """One name as a source. UserError if there is no such thing. `several`: whether it is one of several."""
+    """One name as a source. UserError if there is no such thing. several: whether there are other sources beside it."""
     if name in EMBEDDED:
         return EMBEDDED[name]()
     if name in HUB:
@@ -164,8 +168,8 @@ def make_source(name, s, several):
 
 def is_of_the_hub(name):
     """Whether this is ORG/NAME, with @language/kind perhaps, and no file or folder here."""
-    here = os.path.exists(name) or os.path.exists(name.rpartition("@")[0])
-    return not here and hub_name(name) is not None
+    path, _, _ = split_label(name)
+    return not os.path.exists(path) and hub_name(name) is not None
 
 
 def with_budget(source, *choices):
@@ -180,19 +184,14 @@ class TokenizerPlan(NamedTuple):
     """The tokenizer that was asked for."""
     label: str  # what meta.json's settings say: its kind, or the checksum of the text of an existing one
     vocab_size: int  # of a new one; 0 if it exists
-    load: object  # () -> the existing tokenizer; None if it is to be trained
+    tokenizer: object  # the existing tokenizer; None if it is to be trained
 
 
 def plan_tokenizer(s):
-    """Checks --tokenizer and --vocab_size, and says where the tokenizer comes from."""
+    """Checks --tokenizer and --vocab_size, and loads the tokenizer if it exists. Raises UserError for a mistake."""
     if s.tokenizer in TRAINERS:
         vocab_size = s.vocab_size or DEFAULT_VOCAB[s.tokenizer]
-        least, why = len(SPECIAL_TOKENS) + 256, "the special tokens and the bytes alone are"
-        if s.tokenizer == "chunk":
-            least = 4 * 71
-            why = "a quarter of it is for single characters, and ASCII without capitals has 71 of them; take at least"
-        if vocab_size < least:
-            raise UserError(f"--vocab_size={vocab_size} is too small: {why} {least}")
+        check_vocab_size(s.tokenizer, vocab_size)
         return TokenizerPlan(s.tokenizer, vocab_size, None)
 
     kinds = [*TRAINERS, *READY]
@@ -202,8 +201,21 @@ def plan_tokenizer(s):
     if s.vocab_size:
         raise UserError("--vocab_size belongs to a new tokenizer, and --tokenizer names an existing one")
     if s.tokenizer in READY:
-        return TokenizerPlan(s.tokenizer, 0, READY[s.tokenizer])
-    return TokenizerPlan(tokenizer_checksum(s.tokenizer), 0, lambda: load_tokenizer(s.tokenizer))
+        return TokenizerPlan(s.tokenizer, 0, READY[s.tokenizer]())
+    return TokenizerPlan(tokenizer_checksum(s.tokenizer), 0, load_tokenizer(s.tokenizer))
+
+
+def check_vocab_size(kind, vocab_size):
+    """Raises UserError if a new tokenizer of this kind needs a larger vocabulary."""
+    if kind == "chunk":
+        least = 4 * LOWERCASE_ASCII
+        if vocab_size < least:
+            raise UserError(f"--vocab_size={vocab_size} is too small: a quarter of it is for single characters, and "
+                            f"ASCII without capitals has {LOWERCASE_ASCII} of them; take at least {least}")
+        return
+    least = len(SPECIAL_TOKENS) + 256
+    if vocab_size < least:
+        raise UserError(f"--vocab_size={vocab_size} is too small: the special tokens and the bytes alone are {least}")
 
 
 def tokenizer_checksum(path):
@@ -275,14 +287,13 @@ class Record:
 # ---------------------------------------------------------------------------------------------------- the first pass
 
 def first_pass(sources, tokenizer_plan, val_fraction, part, record):
-    """Scans the sources, trains or loads the tokenizer, and begins the folder with it."""
+    """Scans the sources, trains the tokenizer unless it exists, and begins the folder with it."""
     threshold = int(val_fraction * 2 ** 64)
-    sample_bytes = 0 if tokenizer_plan.load else SAMPLE_BYTES // len(sources)
+    sample_bytes = 0 if tokenizer_plan.tokenizer else SAMPLE_BYTES // len(sources)
     scans = [scan(source, threshold, sample_bytes) for source in sources]
 
-    if tokenizer_plan.load:
-        tokenizer = tokenizer_plan.load()
-    else:
+    tokenizer = tokenizer_plan.tokenizer
+    if not tokenizer:
         texts = [text for found in scans for text in found.texts]
         tokenizer = train_tokenizer(tokenizer_plan.label, tokenizer_plan.vocab_size, texts)
 
@@ -305,16 +316,15 @@ class Scan(NamedTuple):
     """What the first pass finds in a source."""
     texts: list  # the sample for the tokenizer
     threshold: int  # documents with a lower split_hash are validation text
-    total_bytes: int | None  # UTF-8 bytes of what was read; None if it was only the beginning of a Hub data set
-    documents: int
+    total_bytes: int | None  # UTF-8 bytes of the source, or of as much of it as its budget can need; None: not known
 
 
 def scan(source, threshold, sample_bytes):
     """First pass over a source: how much there is, a sample of its training text, and where its validation split lies.
 
     No more is read than the source's budget can need, and of a Hub data set no more than sample_bytes or a megabyte.
-    If no document's hash is below `threshold`, the threshold moves up to the lowest hash, so that a small source has
-    validation text too. Raises UserError if there are not enough documents for that.
+    `threshold` moves just above the lowest hash if no hash is below it, and down to the highest if all are. So a small
+    source has both splits too, unless threshold is 0. Raises UserError if there are not enough documents for that.
     """
     sample = Sample(sample_bytes)
     lowest, highest = 2 ** 64, -1
@@ -333,21 +343,22 @@ def scan(source, threshold, sample_bytes):
         if document.split_hash >= threshold:
             sample.add(document)
 
-        if lowest == highest:  # there are no two sides yet
+        if lowest == highest:  # fewer than two different documents: go on
             continue
         if isinstance(source, HubSource) and total > max(sample_bytes, HUB_SCAN):
             total = None
             break
-        if source.budget and total > 8 * source.budget:  # tokens are shorter than that: the budget ends before this
+        # A token has fewer than 8 bytes on average, so the budget will be spent before this place
+        if source.budget and total > 8 * source.budget:
             break
 
-    if n == 0 or threshold and lowest == highest:
+    if n == 0 or (threshold and lowest == highest):
         found = "only one document" if n else "no document"
         raise UserError(f"{source.name} holds {found} of text; "
                         f"a training and a validation split need two different ones{why_skipped(skipped)}")
     if threshold:
         threshold = min(max(threshold, lowest + 1), highest)
-    return Scan(sample.texts(threshold), threshold, total, n)
+    return Scan(sample.texts(threshold), threshold, total)
 
 
 class Sample:
@@ -364,13 +375,14 @@ class Sample:
         self.heap = []  # (-rank, text, bytes, split_hash): the highest rank comes first
 
     def add(self, document):
-        rank = document.hash * 0x9E3779B97F4A7C15 % 2 ** 64  # independent of the split's order
+        # Fibonacci hashing: an order unlike that of the split, which uses the same hash
+        rank = document.hash * 0x9E3779B97F4A7C15 % 2 ** 64
         if self.limit == 0 or rank >= self.bar:
             return
         heapq.heappush(self.heap, (-rank, document.text, len(document.utf8), document.split_hash))
         self.size += len(document.utf8)
         while self.size > self.limit and len(self.heap) > 1:
-            # what ranks behind a document that did not fit stays out, even if it is short
+            # documents of a higher rank than one that did not fit stay out, even short ones
             self.bar = -self.heap[0][0]
             self.size -= heapq.heappop(self.heap)[2]
 
@@ -388,7 +400,7 @@ def why_skipped(skipped):
 # ---------------------------------------------------------------------------------------------------- the second pass
 
 def second_pass(sources, part, record):
-    """Encodes the sources one after the other, from where the record says."""
+    """Encodes the sources one after the other, beginning where the record says."""
     encoder = Encoder(load_tokenizer((part / "tokenizer.json").read_text(encoding="utf-8")))
     for i, (stem, source) in enumerate(stems(sources)):
         if i == len(record.data["done"]):
@@ -400,14 +412,14 @@ def second_pass(sources, part, record):
 def encode_source(source, stem, folder, encoder, threshold, total_bytes, record):
     """Writes the token files of one source, with their masks if it holds chats. Returns its entry for meta.json.
 
-    Goes on where the record says, and brings the record up to date every few seconds. The next batch is read while one
-    is encoded.
+    It begins where the record says, and brings the record up to date every few seconds. The next batch is read while
+    one is encoded.
     """
-    place = record.data["source"] or first_place(stem, source.chat)
+    place = record.data["source"] or new_place(stem, source.chat)
     writer = SourceWriter(folder, stem, encoder.dtype, threshold, source.budget, place)
     reader = source.reader(place["state"])
     upcoming = batches(reader, writer.hashes_before(), source.chat)
-    pace = Pace(source, total_bytes, place)
+    time_left = TimeLeft(source, total_bytes, place)
     progress = Progress()
     saved_at = time.monotonic()
     with ThreadPoolExecutor(1) as ahead:
@@ -422,7 +434,7 @@ def encode_source(source, stem, folder, encoder, threshold, total_bytes, record)
                     writer.sync()
                     record.save(source=place)
                     saved_at = time.monotonic()
-                progress.show(pace.line(place))
+                progress.show(time_left.line(place))
         finally:
             reader.stopped.set()  # the thread that reads ahead need not wait for a lost connection
     writer.close()
@@ -432,7 +444,7 @@ def encode_source(source, stem, folder, encoder, threshold, total_bytes, record)
 
 
 def batches(reader, seen, chat):
-    """Yields (what clean() gives, the reader's state behind it), for BATCH_BYTES of text at a time."""
+    """Yields (list of what clean() gives, the reader's state after it), for BATCH_BYTES of text at a time."""
     batch, size = [], 0
     for item in clean(reader, seen, chat):
         batch.append(item)
@@ -452,7 +464,7 @@ class Encoder:
         self.encode = fast_encoder(tokenizer)
         self.bos, self.eos = (np.array([i], np.uint32) for i in bos_eos(tokenizer))
         self.unknown = unknown_id(tokenizer)
-        self.dtype = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2 ** 16 else "<u4")
+        self.dtype = token_dtype(vocabulary_size(tokenizer))
 
     def encoded(self, documents, chat):
         """Yields an EncodedDocument for each document: <|bos|> text <|eos|>, or a chat as encode_chats() frames it."""
@@ -474,7 +486,7 @@ class Encoder:
         return sum(len(normalizer.normalize_str(text).encode()) for text in texts)
 
 
-class Pace:
+class TimeLeft:
     """How fast the encoding of a source goes, and about how long it still takes."""
 
     def __init__(self, source, total_bytes, place):
@@ -522,7 +534,7 @@ def finish(part, folder, asked, record):
     sources = record.data["done"]
     meta = dict(
         format=1,
-        dtype="uint16" if vocab_size <= 2 ** 16 else "uint32",
+        dtype=token_dtype(vocab_size).name,
         vocab_size=vocab_size,
         tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(),
         settings=asked,
@@ -530,7 +542,7 @@ def finish(part, folder, asked, record):
     (part / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
 
     keep = {"tokenizer.json", "meta.json"} | {entry["file"] for entry, _, _ in token_files(sources)}
-    for path in list(part.iterdir()):  # others are progress.json, hashes, and what an end half-way left behind
+    for path in list(part.iterdir()):  # others are progress.json, hashes, and what a run left that was stopped
         if path.name not in keep:
             path.unlink()
     part.rename(folder)
@@ -539,12 +551,12 @@ def finish(part, folder, asked, record):
 # ---------------------------------------------------------------------------------------------------- --show
 
 def show(folder):
-    """Tells what a prepared folder holds: its sources, how long their documents are, and how each source begins."""
+    """Prints what a prepared folder holds: its sources, how long their documents are, and how each source begins."""
     folder = Path(folder)
     meta = read_meta(folder)
-    tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
-    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-    kind = meta["settings"]["tokenizer"]
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    dtype = meta["dtype"]
+    kind = "reused" if is_reused(meta) else meta["settings"]["tokenizer"]
     print(f"{folder}: {kind} tokenizer of {meta['vocab_size']:,} tokens, {meta['dtype']}")
 
     rows = [("source", "language/kind", "split", "tokens", "documents", "bytes",
@@ -560,15 +572,22 @@ def show(folder):
     for source, n in zip(meta["sources"], lengths):
         print("\n" + "\n".join(histogram(source["name"], n)))
     for source, n in zip(meta["sources"], lengths):
-        first = np.fromfile(folder / source["train"]["file"], dtype, min(400, int(n[0])) if len(n) else 0)
+        first = read_tokens(folder / source["train"]["file"], dtype)[:400]
+        if len(n):
+            first = first[:n[0]]
         print(f"\n{source['name']} begins:\n{tokenizer.decode(first.tolist(), skip_special_tokens=False)}")
+
+
+def is_reused(meta):
+    """Whether the folder's tokenizer existed before: the settings then name it by a checksum, not by its kind."""
+    return meta["settings"]["tokenizer"] not in (*TRAINERS, *READY)
 
 
 def split_row(source, split, folder, tokenizer, dtype):
     """A row of the table that --show prints."""
     entry = source[split]
     origin = [str(v) for k, v in source["origin"].items() if k in ("dataset", "path", "python", "revision")]
-    tokens = np.fromfile(folder / entry["file"], dtype, 2 ** 20)  # the first million is enough for an average
+    tokens = read_tokens(folder / entry["file"], dtype)[:2 ** 20]  # the first million is enough for an average
     characters = len(tokenizer.decode(tokens.tolist())) / max(1, len(tokens))
     return (source["name"], f"{source['language']}/{source['kind']}", split, f"{entry['tokens']:,}",
             f"{entry['documents']:,}", f"{entry['bytes']:,}", f"{entry['bytes'] / max(1, entry['tokens']):.2f}",
@@ -595,17 +614,16 @@ def histogram(name, lengths):
 def next_command(folder, meta, s):
     """The command that trains a model on the folder.
 
-    A new vocabulary names the model that it is for, and its size if it is not the default. Chats in the tokenizer of
-    a model that exists are for fine-tuning it.
+    For a new tokenizer: train the model whose default tokenizer this is. For the tokenizer of an existing model: go on
+    training that model, with finetune.py if there are chats.
     """
-    kind, vocab_size = meta["settings"]["tokenizer"], meta["settings"]["vocab_size"]
-    if kind not in TRAINERS and kind not in READY:
+    if is_reused(meta):
         chats = any("mask" in source["train"] for source in meta["sources"])
-        if not chats:
-            return f"python train.py --data={folder}"
+        tool = "finetune.py" if chats else "train.py"
         checkpoint = s.tokenizer if s.tokenizer.endswith(".pt") else "CHECKPOINT"
-        return f"python finetune.py --init_from={checkpoint} --data={folder}"
+        return f"python {tool} --init_from={checkpoint} --data={folder}"
 
+    kind, vocab_size = meta["settings"]["tokenizer"], meta["settings"]["vocab_size"]
     if (kind, vocab_size) == ("bpe", 32_000):
         return f"python train.py --model=gpt2preln --data={folder}"
     model = {"bpe": "ivme", "hybrid": "tinymemory", "chunk": "i3", "gpt2": "gpt2preln-gpt2"}[kind]
@@ -616,15 +634,15 @@ def next_command(folder, meta, s):
 
 
 def main(argv):
-    if argv == ["--list"]:
-        print("\n".join(list_table()))
-        return 0
     what = (f"{', '.join(EMBEDDED)}, a data set or mix of --list, ORG/NAME for any other data set of the Hub, or a "
             "file or folder of yours; @language/kind may follow the last two, and :TOKENS, a budget, all but mixes")
     given, names = parse_flags(argv, Settings(), description=__doc__.split("\n")[0], positional=("NAME", what))
     s = Settings(**given)
     if s.list:
-        raise UserError("--list goes alone")
+        if len(argv) > 1:
+            raise UserError("--list goes alone")
+        print("\n".join(list_table()))
+        return 0
     if s.show:
         show(s.show)
         return 0
@@ -634,7 +652,7 @@ def main(argv):
     files = [entry["file"] for entry, _, _ in token_files(meta["sources"])]
     if len(files) > 6:
         files = [*files[:6], "..."]
-    print(f"wrote {folder}: {' '.join(files)} tokenizer.json meta.json        next: {next_command(folder, meta, s)}")
+    print(f"{folder} holds {' '.join(files)} tokenizer.json meta.json        next: {next_command(folder, meta, s)}")
     return 0
 
 

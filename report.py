@@ -44,7 +44,7 @@ def evaluation_row(results, step, tokens, elapsed):
 
 
 def evaluation_line(row, what, winner):
-    """The same row for the terminal: the mixed losses and, of the weights that won, the languages and what else there is."""
+    """The same row for the terminal: the mixed losses and, of the weights that won, the languages and the rest."""
     bits = row["val_bits_per_byte"]
     line = f"eval {row['step']:>6,}  {what} {bits['raw']['mixed']:.3f} bits/byte"
     if "ema" in bits:
@@ -103,7 +103,7 @@ def perplexity(loss):
 
 
 def loss_table(result, sources, mixed="all sources"):
-    """Lines of the terminal: loss, perplexity and bits per byte of each source, of each language, and of all (`mixed`)."""
+    """Lines of the terminal: loss, perplexity and bits per byte of each source, each language, and of all (`mixed`)."""
     loss, bits = result["loss"], result["bits_per_byte"]
     rows = [(s.name, f"{s.language}/{s.kind}", loss["source"][s.name], bits["source"][s.name]) for s in sources]
     if len(loss["language"]) > 1:
@@ -112,18 +112,20 @@ def loss_table(result, sources, mixed="all sources"):
         rows.append(("mixed", mixed, loss["mixed"], bits["mixed"]))
     if "base" in loss:
         rows.append(("base", "base data", loss["base"], bits["base"]))
-    return columns([(f"{name:<11}", what, f"loss {nats:.4f}", f"perplexity {perplexity(nats):,.1f}", f"{b:.3f} bits/byte")
-                    for name, what, nats, b in rows])
+    return columns([
+        (f"{name:<11}", what, f"loss {nats:.4f}", f"perplexity {perplexity(nats):,.1f}", f"{b:.3f} bits/byte")
+        for name, what, nats, b in rows])
 
 
 def best_validation(result, sources, **about):
-    """What best_validation.json says of the best step, under the names that the 1gpu-llm card gives them: losses in nats
-    per token and their perplexities, with bits per byte."""
+    """What best_validation.json says of the best step, under the names of the 1gpu-llm card: losses in nats per token,
+    their perplexities, and bits per byte."""
     def finite(x):  # JSON knows no NaN
         return x if math.isfinite(x) else None
 
     def entry(nats, bits, loss_name="val_loss", end=""):
-        return {loss_name + end: finite(nats), "ppl" + end: finite(perplexity(nats)), "bits_per_byte" + end: finite(bits)}
+        return {loss_name + end: finite(nats), "ppl" + end: finite(perplexity(nats)),
+                "bits_per_byte" + end: finite(bits)}
 
     loss, bits = result["loss"], result["bits_per_byte"]
     record = dict(about)
@@ -140,7 +142,7 @@ def best_validation(result, sources, **about):
 
 
 def xz_bits_per_byte(sources, tokenizer, limit=8_000_000):
-    """What `xz -9` makes of the validation text, for scale: a language model is a compressor. None above `limit` bytes."""
+    """What `xz -9` needs for the validation text: a language model is a compressor too. None above `limit` bytes."""
     if sum(len(source.val) for source in sources) > limit:  # a token is at least a byte, nearly always more
         return None
     text = "".join(tokenizer.decode(source.val.tolist()) for source in sources).encode()
@@ -192,8 +194,8 @@ def draw_loss(rows, path, title, xz=None):
     fig, axes = plt.subplots(1, 1 + len(beside), figsize=(8 + 2 * len(beside), 4.5), dpi=100, layout="constrained",
                              squeeze=False, width_ratios=widths)
     ax, *others = axes[0]
-    ax.plot([row["tokens"] / 1e6 for row in train], [row["train_bits_per_byte"] for row in train], color="#b9c7d6", lw=1,
-            label="training batches")
+    ax.plot([row["tokens"] / 1e6 for row in train], [row["train_bits_per_byte"] for row in train],
+            color="#b9c7d6", lw=1, label="training batches")
     names = dict(raw="validation, raw weights", ema="validation, EMA weights")
     for kind, points in bits.items():
         if points:

@@ -5,7 +5,7 @@
     load_checkpoint  a checkpoint's file -> a model that is ready to use
     RunFolder        out/RUN: checkpoints, metrics.jsonl, config.json, tokenizer.json
 
-train.py, finetune.py, sample.py, eval.py and bench.py are built on it.
+train.py, finetune.py and all tools that read a checkpoint are built on it.
 """
 import contextlib
 import errno
@@ -21,7 +21,7 @@ import torch
 
 import prepare
 from common import Progress, UserError, flag_value, nearest, parse_flags, replacing, yes_or_no
-from corpus.folder import corpus_name, read_meta
+from corpus.folder import base_name, corpus_name, read_meta
 from corpus.loader import open_sources
 from corpus.pydocs import EMBEDDED
 from corpus.text import SUFFIXES
@@ -35,7 +35,7 @@ KEYS = ("format", "step", "tokens", "model_name", "cfg", "train", "model", "ema"
 
 
 def find_preset(name):
-    """Preset name -> (architecture module, config, recipe): `i3-80m` is in i3.py. UserError lists the presets there are."""
+    """Preset name -> (architecture module, config, recipe): `i3-80m` is in i3.py. UserError lists the presets."""
     stem, here = name.split("-")[0], Path(__file__).parent
     files = [p.stem for p in sorted(here.glob("*.py")) if re.search(r"^PRESETS\b", p.read_text(encoding="utf-8"), re.M)]
     if stem not in files:
@@ -91,15 +91,37 @@ def load_checkpoint(path, device="cpu", ema=None):
     ema = checkpoint["use_ema"] if ema is None else ema
     if ema and not checkpoint["ema"]:
         raise UserError(f"{path} holds no EMA weights (its run had --ema_beta=0)")
-    try:
-        model = module.Model(module.Config(**checkpoint["cfg"]))
-        model.load_state_dict(checkpoint["model"] | (checkpoint["ema"] if ema else {}))
-    except (TypeError, RuntimeError) as e:
-        raise UserError(f"{path} does not fit {module.__name__}.py as it is now: {str(e).splitlines()[0]}") from None
+    model = make_model(module, config_of(module, checkpoint, path))
+    load_weights(model, checkpoint, ema, path)
     return model.to(device).eval(), load_tokenizer(checkpoint["tokenizer"]), checkpoint
 
 
-# ---------------------------------------------------------------------------------------------------- which run is meant
+def config_of(module, checkpoint, path):
+    """The config in a checkpoint. UserError if the architecture file has changed since and has other fields."""
+    try:
+        return module.Config(**checkpoint["cfg"])
+    except TypeError as e:
+        raise UserError(f"{path} does not fit {module.__name__}.py as it is now: {e}") from None
+
+
+def make_model(module, cfg):
+    """The architecture's model with random weights. UserError for a config that makes no model."""
+    try:
+        return module.Model(cfg)
+    except ValueError as e:
+        raise UserError(f"{module.__name__}.py: {e}") from None
+
+
+def load_weights(model, checkpoint, ema, path):
+    """Puts a checkpoint's weights into the model: the averaged ones if `ema`, else the raw ones. UserError as above."""
+    try:
+        model.load_state_dict(checkpoint["model"] | (checkpoint["ema"] if ema else {}))
+    except RuntimeError as e:
+        file = type(model).__module__
+        raise UserError(f"{path} does not fit {file}.py as it is now: {str(e).splitlines()[0]}") from None
+
+
+# --------------------------------------------------------------------------------------------------- which run is meant
 
 @dataclass
 class Plan:
@@ -111,6 +133,7 @@ class Plan:
     recipe: dict  # the preset's
     start: dict | None = None  # the checkpoint that is started from, or resumed
     start_path: str = ""  # its file
+    recorded: dict | None = None  # settings of the run that goes on, as it wrote them; a new run has none
     given: frozenset = frozenset()  # names of the flags that were typed
 
     @property
@@ -118,9 +141,41 @@ class Plan:
         """Whether optimizer, average and place in the data go on as well, and not the weights alone."""
         return self.kind != "new"
 
+    @property
+    def going_on(self):
+        """The flags that go on with the recorded run."""
+        if self.kind == "decay":
+            return f"--init_from={self.start_path} --decay_only"
+        return f"--resume --out={self.settings.out}"
+
+
+# settings that finetune.py alone has
+FINE_TUNING = ("loss_on", "response_start_tokens", "response_start_weight", "base_data", "replay", "relevance",
+               "relevance_margin")
+
+
+def is_fine_tuning(settings):
+    """Whether a recipe, or the settings that a run recorded, let replies alone count in the loss."""
+    return settings.get("loss_on") == "responses"
+
+
+def check_tool(plan):
+    """UserError if the preset, or the run that is to go on, belongs to the other tool: the command that was meant."""
+    s, recorded = plan.settings, plan.recorded
+    here_is_finetune = hasattr(s, "loss_on")
+    if recorded and is_fine_tuning(recorded) and not here_is_finetune:
+        raise UserError(f"this is a fine-tuning run: python finetune.py {plan.going_on} goes on with it")
+    if recorded and here_is_finetune and not recorded.get("loss_on"):
+        raise UserError(f"this is a pretraining run: python train.py {plan.going_on} goes on with it")
+    if not recorded and is_fine_tuning(plan.recipe) and not here_is_finetune:
+        raise UserError(f"{s.model} is a recipe for fine-tuning: python finetune.py --model={s.model}")
+    for name in plan.recipe:
+        if name not in FINE_TUNING and not hasattr(s, name):
+            raise UserError(f"the recipe of {s.model} names {name!r}, which is no setting{nearest(name, vars(s))}")
+
 
 def known_settings(Settings, values):
-    """Settings from a dict that another version, or the other tool, may have written: what is unknown here is left out."""
+    """Settings from a dict that another version or the other tool may have written, without what is unknown here."""
     names = {field.name for field in fields(Settings)}
     return Settings(**{name: value for name, value in values.items() if name in names})
 
@@ -128,7 +183,7 @@ def known_settings(Settings, values):
 def recorded_run(argv, Settings, default_out):
     """--resume: the run in --out as its config.json has it, with its latest checkpoint."""
     model = flag_value(argv, "model") or Settings.model
-    out = Path(flag_value(argv, "out") or default_out(model))
+    out = Path(flag_value(argv, "out") or default_out(model, "resumed"))
     if not (out / "config.json").exists():
         raise UserError(f"there is no run to resume in {out}; --out names its folder")
     try:
@@ -144,7 +199,7 @@ def recorded_run(argv, Settings, default_out):
 
     module, _, recipe = find_preset(name)
     settings = replace(settings, out=str(out), resume=True)
-    plan = Plan("resumed", module, module.Config(**cfg), settings, recipe)
+    plan = Plan("resumed", module, module.Config(**cfg), settings, recipe, recorded=record["train"])
     if (out / "ckpt.pt").exists():
         plan.start_path = str(out / "ckpt.pt")
         plan.start = read_checkpoint(plan.start_path)
@@ -175,13 +230,13 @@ def new_run(argv, Settings):
     if start:
         if start["model_name"].split("-")[0] != name.split("-")[0]:
             raise UserError(f"--init_from={init_from} holds a {start['model_name']}, not a {name}")
-        cfg = module.Config(**start["cfg"])
+        cfg = config_of(module, start, init_from)
 
     plan = Plan("new", module, cfg, settings, recipe, start, init_from or "")
     if yes_or_no(flag_value(argv, "decay_only") or "false"):
         if not start:
             raise UserError("--decay_only needs --init_from=CHECKPOINT")
-        plan.kind = "decay"
+        plan.kind, plan.recorded = "decay", start["train"]
         plan.settings = replace(known_settings(Settings, start["train"]), out="", init_from=init_from,
                                 overwrite=False, resume=False, decay_only=False)
     return plan
@@ -190,10 +245,13 @@ def new_run(argv, Settings):
 def apply_flags(plan, argv, description):
     """The typed flags change the plan's settings and, of a model that is new, its shape."""
     s, cfg = plan.settings, plan.cfg
-    given, _ = parse_flags(argv, s, cfg, description=f"{description} Defaults in brackets are those of --model={s.model}.")
+    both = {field.name for field in fields(s)} & {field.name for field in fields(cfg)}
+    assert not both, f"a config's field needs a name that no setting has: {', '.join(both)}"
+    description += f" Defaults in brackets are those of --model={s.model}."
+    given, _ = parse_flags(argv, s, cfg, description=description)
     given.pop("resume", None)
     shape = {k: given.pop(k) for k in list(given) if k in {field.name for field in fields(cfg)}}
-    if plan.start or plan.kind == "resumed" or s.resume:
+    if plan.start or s.resume:
         differs = [f"{k} is {getattr(cfg, k)}" for k, v in shape.items() if getattr(cfg, k) != v]
         if differs:
             raise UserError(f"{'the run' if s.resume else plan.start_path} has another shape: {', '.join(differs)}")
@@ -244,7 +302,7 @@ def check_settings(s, cfg, choices):
         raise UserError(f"--model={s.model} names no data of its own: give --data")
 
 
-def plan_run(argv, Settings, choices, default_out, description, adapt):
+def plan_run(argv, Settings, choices, default_out, description, adapt=lambda plan: None):
     """argv -> Plan. Settings: train.py's dataclass or finetune.py's; choices: see `check_settings`.
 
     Defaults come from Settings, then from the preset's recipe or, with --resume, from the run's record; flags override
@@ -256,6 +314,7 @@ def plan_run(argv, Settings, choices, default_out, description, adapt):
     else:
         plan = new_run(argv, Settings)
     apply_flags(plan, argv, description)
+    check_tool(plan)
     adapt(plan)
     if plan.start_path and not plan.start:
         raise UserError(f"{plan.settings.model} starts from {plan.start_path}, which is not there: run python train.py "
@@ -290,7 +349,8 @@ def tokenizer_files(text, owner):
 def find_folder(name, encoders, text):
     """The prepared folder that a name in --data means, or None: a path, a folder under data/, or data/NAME-TOKENIZER.
 
-    encoders: (tokenizer, vocabulary size) pairs that the name may go with. text: what its tokenizer.json must be, or None.
+    encoders: (tokenizer, vocabulary size) pairs that the name may go with. text: the tokenizer that the folder must
+    have, or None.
     """
     for folder in (Path(name), Path("data") / name):
         if (folder / "meta.json").exists():
@@ -300,6 +360,15 @@ def find_folder(name, encoders, text):
         if not (folder / "meta.json").exists():
             continue
         if text is None or (folder / "tokenizer.json").read_text(encoding="utf-8") == text:
+            return folder
+
+    # it may have been prepared with another file that holds the same tokenizer, such as another run's
+    base = base_name(name)
+    for folder in sorted(path.parent for path in Path("data").glob("[!.]*/meta.json")):
+        if text is None or not folder.name.startswith(f"{base}-"):
+            continue
+        sources = [source["name"] for source in read_meta(folder)["sources"]]
+        if sources == [base] and (folder / "tokenizer.json").read_text(encoding="utf-8") == text:
             return folder
     return None
 
@@ -327,9 +396,9 @@ def find_data(spec, tokenizer, vocab_size, world, text=None, owner="", whose="th
     """--data -> (sources, text of their tokenizer.json).
 
     spec: NAME or NAME:WEIGHT, several with commas. tokenizer: the one that a bare name goes with (pydocs and hybrid
-    mean data/pydocs-hybrid). text: the tokenizer that the data must have, from `owner` (a checkpoint's file); `whose` it
-    is stands in errors. An embedded corpus that is missing is prepared on the spot; any other missing name is a
-    UserError with the command to type. So is data that does not fit the tokenizer or the vocabulary.
+    mean data/pydocs-hybrid). text: the tokenizer that the data must have, from `owner` (a checkpoint's file); errors
+    say `whose` it is. An embedded corpus that is missing is prepared on the spot; any other missing name is a UserError
+    with the command to type. So is data that does not fit the tokenizer or the vocabulary.
     """
     folders = []
     for item in spec.split(","):
@@ -361,12 +430,13 @@ def find_data(spec, tokenizer, vocab_size, world, text=None, owner="", whose="th
                             f"--tokenizer={tokenizer_files(text, owner)[0]}")
         if meta["vocab_size"] > vocab_size:
             raise UserError(f"{folder} has a vocabulary of {meta['vocab_size']:,} tokens, the model of {vocab_size:,}: "
-                            f"prepare it with --vocab_size={vocab_size}, or give the model --vocab_size={meta['vocab_size']}")
+                            f"prepare it with --vocab_size={vocab_size}, or give the model "
+                            f"--vocab_size={meta['vocab_size']}")
         folders.append((folder, meta, float(weight)))
     return open_sources(folders), text
 
 
-# ---------------------------------------------------------------------------------------------------- the folder, the log
+# -------------------------------------------------------------------------------------------------- the folder, the log
 
 def read_rows(path):
     """The rows of metrics.jsonl. A last line that a crash cut short is left out."""
@@ -389,7 +459,7 @@ class RunFolder:
         self.progress = Progress()
 
     def begin(self, s, cfg, tokenizer_text, resumed_at=None):
-        """Makes the folder. Of a run that is resumed, the rows since its checkpoint go, because those steps come again."""
+        """Makes the folder. Of a resumed run, the rows since its checkpoint go, because those steps come again."""
         if not self.is_main:
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -424,7 +494,8 @@ class RunFolder:
 
     def files(self):
         """Names of the files that are there, in the order of their importance."""
-        names = ("best.pt", "best_validation.json", "ckpt.pt", "metrics.jsonl", "loss.png", "config.json", "tokenizer.json")
+        names = ("best.pt", "best_validation.json", "ckpt.pt", "metrics.jsonl", "loss.png", "config.json",
+                 "tokenizer.json")
         return [name for name in names if (self.path / name).exists()]
 
     def show(self, line):

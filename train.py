@@ -3,8 +3,9 @@
 
 The file reads top to bottom: settings, Muon and AdamW, schedules and EMA, evaluation, what pretraining trains on, the
 loop. An architecture file brings its model and, in PRESETS, its sizes and its recipe. Each field of Settings and of the
-model's config is a flag, --name=value, and a flag overrides the recipe. Fine-tuning on chats is finetune.py, which calls
-the same loop. Runs on disk, checkpoints and devices are in run.py, the order of the data in corpus/loader.py.
+model's config is a flag, --name=value, and a flag overrides the recipe. Fine-tuning on chats is finetune.py, which
+calls the same loop. Runs on disk and checkpoints are in run.py, devices and processes in machine.py, the order of the
+data in corpus/loader.py.
 
 A run writes out/RUN: ckpt.pt (the latest state, for --resume), best.pt (lowest validation loss), best_validation.json,
 step_N.pt (--keep_every), metrics.jsonl, loss.png, config.json, tokenizer.json.
@@ -30,18 +31,18 @@ from corpus.tokenizer import bos_eos, load_tokenizer, token_byte_counts
 
 @dataclass(frozen=True)
 class Settings:
-    model: str = "tinymemory"  # preset of an architecture file: tinymemory, ivme, i3, gpt2preln, ..., or one of your own
+    model: str = "tinymemory"  # preset of an architecture file: tinymemory, ivme, i3, gpt2preln..., or one of your own
     data: str = ""  # prepared folders, or names under data/, as NAME or NAME:WEIGHT,NAME:WEIGHT; empty: the recipe's
     tokenizer: str = "bpe"  # tokenizer that a bare name in --data means: pydocs with hybrid is data/pydocs-hybrid
     out: str = ""  # folder of the run; empty: out/MODEL
     resume: bool = False  # go on from the run's ckpt.pt with its recorded settings
     overwrite: bool = False  # start anew in a folder that holds a run, and delete that run
     init_from: str = ""  # start from this checkpoint's weights
-    decay_only: bool = False  # with --init_from: keep optimizer, EMA and data position too, and run --decay_steps of decay
+    decay_only: bool = False  # with --init_from: keep optimizer, EMA and place in the data, and run --decay_steps
 
     # batches
     order: str = "random"  # random: windows of all sources; sequential: source after source; balanced: equal shares
-    pack: str = "stream"  # stream: rows are windows of the token stream; document: whole documents, which do not see each other
+    pack: str = "stream"  # stream: windows of the token stream; document: whole documents, which do not see each other
     block_size: int = 256  # tokens in a training row; at most the model's context
     batch_tokens: int = 4096  # tokens in an optimizer step, over all processes
     micro_batch: int = 16  # rows that a process computes at once; the other rows of a step are accumulated
@@ -78,20 +79,21 @@ class Settings:
     seed: int = 1337  # of initial weights and batch order
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: str = "auto"  # compute type: bfloat16, float32; auto: bfloat16 if the hardware is fast at it
-    compile: str = "auto"  # torch.compile: on, off; auto: on CUDA, and on a CPU for runs that are long enough to repay it
+    compile: str = "auto"  # torch.compile: on, off; auto: on CUDA, and on a CPU for runs long enough to repay it
     deterministic: bool = False  # repeatable to the bit on CUDA as well; a CPU always is
 
 
 # ---------------------------------------------------------------------------------------------------- optimizers
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic's coefficients: steep at zero, singular values end within 0.7 and 1.2
+# coefficients of the quintic: steep at zero, and singular values end within 0.7 and 1.2
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(stack, dtype):
-    """Newton-Schulz: roughly the nearest semi-orthogonal matrix to each of stack (n, rows, columns), fp32 (Muon, Jordan 2024).
+    """Newton-Schulz: roughly the nearest semi-orthogonal matrix to each of stack (n, rows, columns), fp32.
 
-    Five steps of X <- aX + bAX + cA^2 X with A = XX^T push all singular values near 1. Tall matrices are transposed,
-    which makes A small.
+    From Muon (Jordan 2024). Five steps of X <- aX + bAX + cA^2 X with A = XX^T push all singular values near 1. Tall
+    matrices are transposed, which makes A small.
     """
     a, b, c = NEWTON_SCHULZ
     tall = stack.size(1) > stack.size(2)
@@ -99,12 +101,13 @@ def orthogonalize(stack, dtype):
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values at most 1, where the iteration converges
     for _ in range(5):
         A = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # bA + cA^2
+        x = torch.baddbmm(x, B, x, beta=a)  # aX + BX
     return (x.mT if tall else x).float()
 
 
 class Muon:
-    """MomentUm Orthogonalized by Newton-Schulz, for the matrices in the blocks (https://kellerjordan.github.io/posts/muon).
+    """MomentUm Orthogonalized by Newton-Schulz, for the blocks' matrices (https://kellerjordan.github.io/posts/muon).
 
         m <- 0.95 m + 0.05 g
         u  = 0.05 g + 0.95 m                                                          (Nesterov)
@@ -152,7 +155,7 @@ class Muon:
         stack = torch.nn.functional.pad(stack, (0, 0, 0, 0, 0, each * size - n))  # zeros stay zero
         mine = orthogonalize(stack[rank * each:(rank + 1) * each], self.dtype).contiguous()
         dist.all_gather_into_tensor(stack, mine)
-        return stack
+        return stack[:n]
 
     def state_dict(self):
         return dict(zip(self.names, self.buffers))
@@ -167,7 +170,7 @@ MATRIX_OPTIMIZERS = dict(muon=Muon)
 
 
 class Optimizers:
-    """The matrices' optimizer and AdamW behind one step. The model's own table, `roles()`, says which parameter is what."""
+    """The matrices' optimizer and AdamW behind one step. The model's table `roles()` says which parameter is what."""
 
     def __init__(self, model, s, dtype):
         groups = dict(matrix=[], embedding=[], head=[], vector=[])
@@ -192,7 +195,7 @@ class Optimizers:
             fused=decayed[0].device.type in ("cpu", "cuda"))  # one kernel for all tensors, if the device has it
 
     def step(self, factor):
-        """One update with `factor` times the peak learning rates. Returns the matrices' rate, or AdamW's if it has all."""
+        """One update with `factor` times the peak rates. Returns the matrices' rate, or AdamW's if it has all."""
         for group in self.adamw.param_groups:
             group["lr"] = self.peak_adamw * factor
         self.adamw.step()
@@ -214,7 +217,7 @@ class Optimizers:
 
 
 def checkpoint_blocks(model):
-    """From now on the blocks keep only their inputs for the backward pass and compute the rest again (arXiv 1604.06174)."""
+    """From now on the blocks keep only their inputs and compute the rest anew for the gradients (arXiv 1604.06174)."""
     def recomputed(forward, *args):
         if not torch.is_grad_enabled():
             return forward(*args)
@@ -227,7 +230,10 @@ def checkpoint_blocks(model):
 # ---------------------------------------------------------------------------------------------------- schedules, EMA
 
 def wsd(step, s):
-    """Warm-up, stable, decay (arXiv 2405.18392): 1, then linear to final_lr_fraction, which the step after the last would have."""
+    """Warm-up, stable, decay (arXiv 2405.18392): 1, then linear to final_lr_fraction.
+
+    The step after the last one would have it, so that no step is wasted on a rate of 0.
+    """
     decay_steps = s.decay_steps or round(s.decay_fraction * s.max_steps)
     left = min(1.0, (s.max_steps - step) / max(1, decay_steps))
     return s.final_lr_fraction + (1 - s.final_lr_fraction) * left
@@ -256,13 +262,13 @@ def lr_factor(step, s):
 
 @torch.no_grad()
 def ema_update(ema, params, step, beta):
-    """ema <- b ema + (1 - b) params with b = min(beta, (1 + step) / (10 + step)), so that the start of a run is soon forgotten."""
+    """ema <- b ema + (1 - b) params with b = min(beta, (1 + step) / (10 + step)), which soon forgets a run's start."""
     torch._foreach_lerp_(ema, params, 1 - min(beta, (1 + step) / (10 + step)))
 
 
 @contextlib.contextmanager
 def weights(params, values):
-    """Inside, the parameters hold `values`; afterwards they hold, to the bit, what they held before. None changes nothing."""
+    """Inside, the parameters hold `values`; afterwards, to the bit, what they held before. None changes nothing."""
     if values is None:
         yield
         return
@@ -283,19 +289,19 @@ def evaluate(model, sources, tokens, T, rows, on, bytes_per_token, world, frame=
 
     tokens: validation tokens of each source that count, in rows of T targets, spread evenly and the same every time;
     0: all. rows: rows at once. on: machine.Device. bytes_per_token: float (V,). frame: see `Loader`.
-    mark: (mask, rows of pieces, T) -> (rows, T); if given, only targets that it marks count in sets of chats, and "mixed"
-    is over these sets alone.
+    mark: (mask, rows of pieces, T) -> (rows, T); if given, only targets that it marks count in sets of chats, and
+    "mixed" is over these sets alone.
 
     Losses are means in nats per token. Bits per byte are nats / ln 2 / UTF-8 bytes of text. "mixed" gives each source
     the same share: one with less text than the others counts with all it has, weighted up. Draws no random numbers.
     """
-    sums = torch.zeros(len(sources), 3, dtype=torch.float64)  # nats, tokens, bytes of each source
-    factor = torch.ones(len(sources), 1, dtype=torch.float64)
+    sums = torch.zeros(len(sources), 3, dtype=torch.float64)  # nats, tokens and bytes of each source
+    factor = torch.ones(len(sources), 1, dtype=torch.float64)  # a short source counts as if it had more text
     wanted = tokens or max(source.validation_rows(T, frame)[1] for source in sources)
     for i, source in enumerate(sources):
-        chosen, is_all = source.spread_rows(tokens, T, frame)
+        chosen, are_all = source.spread_rows(tokens, T, frame)
         targets = source.validation_rows(T, frame)[1]
-        if is_all and targets:
+        if are_all and targets:
             factor[i] = max(1.0, wanted / targets)
         chosen = chosen[world.rank::world.size]
         for first in range(0, len(chosen), rows):
@@ -306,45 +312,46 @@ def evaluate(model, sources, tokens, T, rows, on, bytes_per_token, world, frame=
             reset = None if frame is None else reset.to(on.device)
             with on.autocast():
                 losses = model(x.to(on.device), y.to(on.device), reduction="none", reset=reset)[1]
+            if on.device.type == "mps":  # it has no fp64
+                losses = losses.cpu()
             counted = y[y >= 0]
-            nats = losses.double().sum().cpu() if on.device.type != "mps" else losses.cpu().double().sum()  # MPS: no fp64
-            sums[i] += torch.stack([nats, torch.tensor(len(counted)).double(), bytes_per_token[counted].sum().double()])
+            sums[i, 0] += losses.double().sum().cpu()
+            sums[i, 1] += len(counted)
+            sums[i, 2] += float(bytes_per_token[counted].sum())
     sums = world.sum(sums) * factor
 
-    def mean(chosen):
-        nats, n, size = sums[chosen].sum(0).tolist()
-        return (nats / n if n else math.nan), (nats / math.log(2) / size if size else math.nan)
+    def by_group(value):
+        """value(nats, tokens, bytes) of the sources together, of each language, and of each source."""
+        def of(chosen):
+            return value(*sums[chosen].sum(0).tolist())
 
-    languages = sorted({source.language for source in sources})
-    means = dict(
-        mixed=mean([i for i, source in enumerate(sources) if mark is None or source.is_chat]),
-        language={name: mean([i for i, source in enumerate(sources) if source.language == name]) for name in languages},
-        source={source.name: mean([i]) for i, source in enumerate(sources)})
-    return dict(loss=pick(means, 0), bits_per_byte=pick(means, 1))
+        languages = sorted({source.language for source in sources})
+        return dict(
+            mixed=of([i for i, source in enumerate(sources) if mark is None or source.is_chat]),
+            language={x: of([i for i, source in enumerate(sources) if source.language == x]) for x in languages},
+            source={source.name: of([i]) for i, source in enumerate(sources)})
 
-
-def pick(means, i):
-    """Of a nested dict of pairs the i-th values."""
-    return {name: pick(value, i) if isinstance(value, dict) else value[i] for name, value in means.items()}
+    return dict(loss=by_group(lambda nats, n, size: nats / n if n else math.nan),
+                bits_per_byte=by_group(lambda nats, n, size: nats / math.log(2) / size if size else math.nan))
 
 
-# ---------------------------------------------------------------------------------------------------- what is trained on
+# --------------------------------------------------------------------------------------------------- what is trained on
 
 @dataclass
 class Batch:
     """The rows of one optimizer step that fall to this process, in micro-batches."""
     micros: list  # of Micro
     targets: int  # tokens that are trained on, over all processes
-    shown: torch.Tensor  # this process's targets, on the CPU, whose bits per byte the log shows
+    counted: torch.Tensor  # this process's targets, on the CPU, whose bits per byte the log shows
 
 
 @dataclass
 class Micro:
-    """Rows that are computed at once: x, y int64 (rows, T); reset bool (rows, T) or None; weights float (rows, T) or None."""
-    x: torch.Tensor
-    y: torch.Tensor
-    reset: torch.Tensor | None
-    weights: torch.Tensor | None
+    """Rows that are computed at once."""
+    x: torch.Tensor  # int64 (rows, T)
+    y: torch.Tensor  # int64 (rows, T)
+    reset: torch.Tensor | None  # bool (rows, T)
+    weights: torch.Tensor | None  # float (rows, T)
     share: float  # of the whole step's weight: the micro-batches' losses, times their shares, add up to the step's loss
 
 
@@ -354,8 +361,12 @@ def word_boosts(tokenizer, n_tokens, factor):
 
 
 class Pretraining:
-    """What pretraining does in the loop: the next batch, the loss of a micro-batch, what is measured, a sample, and
-    further numbers for the log. finetune.py brings a class with the same five methods."""
+    """What is trained on, and how. finetune.py extends it.
+
+    The loop calls five methods: next_batch, loss (of a micro-batch), measure, sample, and numbers (for the log).
+    next_batch sets the sums of a step to zero, loss adds to them, numbers reports them. A step has `rows` rows of T
+    positions (--batch_tokens, --block_size), over all processes; a process computes `micro` of them at once.
+    """
 
     tool = "train.py"
     is_text = True  # and not chats
@@ -364,7 +375,7 @@ class Pretraining:
     extra_rows = 0.0  # rows that are computed beside those of the batch, as a fraction of them
 
     def __init__(self, plan, world, on):
-        self.world, self.on, self.vocab_size = world, on, plan.cfg.vocab_size
+        self.plan, self.world, self.on, self.vocab_size = plan, world, on, plan.cfg.vocab_size
         s = plan.settings
 
         # the data and its tokenizer, which is the one of the checkpoint that is started from
@@ -381,7 +392,7 @@ class Pretraining:
         if not any(len(source.val) > 1 for source in self.measured_sources()):
             raise UserError(f"{s.data} has no validation text; prepare it with --val_fraction above 0")
 
-        # rows of T positions; the global batch is the same for any number of processes
+        # the batch is the same for any number of processes, and a micro-batch divides the rows of one
         self.T, self.rows = s.block_size, s.batch_tokens // s.block_size
         if self.rows % world.size:
             raise UserError(f"the {self.rows} windows of a step cannot be shared out evenly to {world.size} processes; "
@@ -389,7 +400,7 @@ class Pretraining:
         mine = self.rows // world.size
         self.micro = max(m for m in range(1, min(s.micro_batch, mine) + 1) if mine % m == 0)
         self.loader = self.make_loader(s)
-        self.s = self.settled(s, plan.given)
+        self.s = self.settled(s)  # --epochs needs the number of rows, which the loader has counted
         self.loader.set_length(self.s.max_steps * self.rows)
 
     def measured_sources(self):
@@ -398,14 +409,17 @@ class Pretraining:
     def make_loader(self, s):
         return Loader(self.sources, s.order, self.T, s.max_steps * self.rows, s.seed, self.frame)
 
-    def settled(self, s, given):
-        """The settings, now final: --epochs has become a number of steps, and a short run warms up for less."""
+    def settled(self, s):
+        """The settings, now final: --epochs becomes a number of steps, and then warms up for a tenth of them at most."""
         if s.epochs:
-            max_steps = math.ceil(s.epochs * sum(self.loader.per_epoch) / self.rows)
+            max_steps = math.ceil(s.epochs * self.rows_per_epoch(s) / self.rows)
             s = replace(s, epochs=0.0, max_steps=max_steps)
-            if "warmup_steps" not in given:
+            if "warmup_steps" not in self.plan.given:
                 s = replace(s, warmup_steps=min(s.warmup_steps, max_steps // 10))
         return s
+
+    def rows_per_epoch(self, s):
+        return sum(self.loader.per_epoch)
 
     def check_ids(self, *tensors):
         """UserError, on every process, if one of them holds a token id that the model does not have."""
@@ -415,7 +429,7 @@ class Pretraining:
                             "prepare the data again")
 
     def next_batch(self, step):
-        """The next rows of the loader, of which this process reads its own alone."""
+        """The rows of the next step. Every process draws all of them and reads only its own."""
         rows = self.loader.next_rows(self.rows)
         targets = sum(n for _, pieces in rows for _, n in pieces)
         x, y, reset = self.loader.tensors(rows[self.world.rank::self.world.size])
@@ -446,14 +460,18 @@ class Pretraining:
         return losses.sum() / micro.weights.sum().clamp(min=tiny) * micro.share
 
     def numbers(self, batch, loss):
-        """Further numbers for the log: bits per byte of the step's text, whatever its tokens weigh."""
+        """Numbers for the log: the loss, and bits per byte of the step's text, whatever its tokens weigh.
+
+        loss: the parts of this process, whose sum over the processes is the step's.
+        """
+        loss = float(self.world.sum(loss.cpu()))
         nats = loss * batch.targets
         if self.boost is not None:
             nats = float(self.world.sum(self.nats.cpu()))
-        return dict(train_bits_per_byte=self.bits_per_byte(nats, batch.shown))
+        return dict(train_loss=loss, train_bits_per_byte=self.bits_per_byte(nats, batch.counted))
 
     def bits_per_byte(self, nats, targets):
-        """nats over all processes, this process's targets -> bits per byte; nan if all characters are unknown."""
+        """nats of all processes and targets of this one -> bits per byte; nan if all characters are unknown."""
         n_bytes = float(self.world.sum(self.bytes_per_token[targets].sum().double()))
         return nats / math.log(2) / (n_bytes or math.nan)
 
@@ -491,74 +509,22 @@ class Pretraining:
 
 @dataclass
 class State:
-    """All that the loop changes, but for the weights, the optimizers' moments and the loader's counts."""
+    """What the loop changes, apart from the weights, the optimizers' moments and the loader's counts."""
     step: int = 0
     tokens: int = 0  # targets trained on
     elapsed: float = 0.0  # seconds of training
     use_ema: bool = False  # whether the averaged weights had the lower loss in the last evaluation
     best_loss: float = math.inf
     best_step: int = 0
-    saved_step: int = -1  # of ckpt.pt; -1: none was written
-
-    def advance(self, batch):
-        self.step += 1
-        self.tokens += batch.targets
-
-    def judge(self, results):
-        """Which weights won an evaluation, and whether they are the best of the run: ("raw" or "ema", bool)."""
-        winner = min(results, key=lambda kind: results[kind]["loss"]["mixed"])
-        self.use_ema = winner == "ema"
-        loss = results[winner]["loss"]["mixed"]
-        is_best = loss < self.best_loss
-        if is_best:
-            self.best_loss, self.best_step = loss, self.step
-        return winner, is_best
-
-
-COMPILE_PAYS = 1e14  # FLOP of a run above which compiling on a CPU, half a minute, is repaid: 15 minutes on two cores
-
-
-def make_net(model, s, on, world):
-    """The model as the loop calls it, compiled and distributed if it is to be: (net, whether it is compiled)."""
-    work = model.flops_per_token(s.block_size) * s.batch_tokens * s.max_steps
-    pays = on.device.type == "cuda" or on.device.type == "cpu" and on.compiler and work > COMPILE_PAYS
-    compiled = s.compile == "on" or s.compile == "auto" and pays
-    net = torch.compile(model, dynamic=False) if compiled else model
-    if world.size > 1:
-        ids = [on.device.index] if on.device.type == "cuda" else None
-        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
-    return net, compiled
-
-
-def gradients_stay_here(net, last):
-    """Inside, backward passes do not exchange gradients between processes, unless it is the step's last one."""
-    if last or not isinstance(net, torch.nn.parallel.DistributedDataParallel):
-        return contextlib.nullcontext()
-    return net.no_sync()
+    saved_step: int = -1  # the step that ckpt.pt holds; -1: there is none
 
 
 def clip_gradients(params, largest):
     """Scales all gradients so that their common norm is at most `largest` (0: no limit). Returns the norm before."""
     for p in params:
-        if p.grad is None:  # a part that is switched off
+        if p.grad is None:  # the loss does not depend on it, and the optimizers need a gradient of each
             p.grad = torch.zeros_like(p)
     return float(torch.nn.utils.clip_grad_norm_(params, largest or math.inf, foreach=True))
-
-
-def make_model(plan, s):
-    """The model with its first weights: random ones, or those of the checkpoint that is started from."""
-    torch.manual_seed(s.seed)
-    try:
-        model = plan.module.Model(plan.cfg)
-    except ValueError as e:
-        raise UserError(f"--model={s.model}: {e}") from None
-    if plan.start:
-        # a run that continues goes on from the raw weights, a new one from those that won
-        won = plan.start["ema"] if plan.start["use_ema"] and not plan.continues else {}
-        model.load_state_dict(plan.start["model"] | won)
-    if s.grad_checkpoint:
-        checkpoint_blocks(model)
-    return model
 
 
 class Trainer:
@@ -567,7 +533,15 @@ class Trainer:
     def __init__(self, plan, task, world, on):
         self.plan, self.task, self.world, self.on = plan, task, world, on
         self.s = s = task.s
-        self.model = make_model(plan, s).to(on.device)
+        torch.manual_seed(s.seed)
+        self.model = run.make_model(plan.module, plan.cfg)
+        if plan.start:
+            # a run that continues goes on from the raw weights, a new one starts from those that won
+            won = plan.start["use_ema"] and not plan.continues
+            run.load_weights(self.model, plan.start, won, plan.start_path)
+        if s.grad_checkpoint:
+            checkpoint_blocks(self.model)
+        self.model.to(on.device)
         self.params = list(self.model.parameters())
         self.names = [name for name, _ in self.model.named_parameters()]
         self.optimizers = Optimizers(self.model, s, on.dtype)
@@ -576,7 +550,7 @@ class Trainer:
         torch.manual_seed(s.seed + world.rank)  # dropout, if a fork has any, differs between processes
         if plan.continues:
             self.go_on(plan.start)
-        self.net, self.compiled = make_net(self.model, s, on, world)
+        self.net, self.compiled = machine.make_net(self.model, s, on, world)
         self.folder = run.RunFolder(s.out, world.is_main)
         self.progress = self.folder.progress
 
@@ -588,16 +562,21 @@ class Trainer:
                             "use the data, and in fine-tuning the --base_data and --replay, that it was trained with")
         state.step, state.tokens, state.use_ema = start["step"], start["tokens"], start["use_ema"]
         self.task.loader.load_state_dict(start["loader"])
+        trained_by = start["train"]["optimizer"]
+        if trained_by != self.s.optimizer:
+            raise UserError(f"the run's optimizer is {trained_by}, whose state is of no use to {self.s.optimizer}")
         self.optimizers.load_state_dict(start["optimizer"])
         if self.ema is not None and start["ema"]:
             self.ema = [start["ema"][name].to(self.on.device) for name in self.names]
-        if len(start["rng"]) == self.world.size:
+        if len(start["rng"]) == self.world.size:  # else random numbers begin anew; only dropout would draw any
             rng = start["rng"][self.world.rank]
             torch.set_rng_state(rng["cpu"])
             if self.on.device.type == "cuda" and "cuda" in rng:
                 torch.cuda.set_rng_state(rng["cuda"])
         if self.plan.kind == "resumed":
-            state.elapsed, state.saved_step = start["metrics"]["elapsed"], state.step
+            state.elapsed = start["metrics"]["elapsed"]
+            if Path(self.plan.start_path).name == "ckpt.pt":
+                state.saved_step = state.step
             if (Path(self.s.out) / "best.pt").exists():
                 state.best_loss, state.best_step = (start["metrics"]["best"][key] for key in ("loss", "step"))
 
@@ -610,7 +589,7 @@ class Trainer:
             print(line)
         self.model.train()
         if self.task.measures_start and self.state.step == 0:
-            _, row = self.assess()
+            _, row = self.measure_both()
             self.progress.done(report.evaluation_line(row, self.task.measured, "raw"))
 
     def save(self, name):
@@ -626,8 +605,8 @@ class Trainer:
             tokenizer=self.task.tokenizer_text,
             metrics=dict(best=dict(loss=state.best_loss, step=state.best_step), elapsed=state.elapsed)))
 
-    def assess(self):
-        """Evaluates the raw and the averaged weights and records it: ({"raw": result, "ema": result}, row)."""
+    def measure_both(self):
+        """Measures the raw and the averaged weights and records it: ({"raw": result, "ema": result}, row of the log)."""
         self.model.eval()
         results = dict(raw=self.task.measure(self.model, self.s.eval_tokens))
         if self.ema is not None and self.state.step:
@@ -641,8 +620,13 @@ class Trainer:
     def evaluate(self):
         """Measures the weights, and saves those that are the best of the run."""
         s, state = self.s, self.state
-        results, row = self.assess()
-        winner, is_best = state.judge(results)
+        results, row = self.measure_both()
+        winner = min(results, key=lambda kind: results[kind]["loss"]["mixed"])
+        loss = results[winner]["loss"]["mixed"]
+        state.use_ema = winner == "ema"
+        is_best = loss < state.best_loss
+        if is_best:
+            state.best_loss, state.best_step = loss, state.step
         line = report.evaluation_line(row, self.task.measured, winner)
         self.progress.done(line + "  best" if is_best else line)
         if is_best:
@@ -654,22 +638,24 @@ class Trainer:
             self.folder.write("best_validation.json", json.dumps(record, indent=1))
 
     def show_sample(self):
-        """Prints a sample; its further lines begin under its first one."""
+        """Prints a sample, if there is to be one; its further lines begin under its first one."""
+        if not self.s.sample_tokens:
+            return
         label = "sample"
         for paragraph in self.task.sample(self.model):
             self.progress.done(f"{label:<12} " + paragraph.replace("\n", "\n" + 13 * " "))
             label = ""
 
-    def diverged(self, loss, grad_norm):
-        """The error for a loss that is not finite."""
+    def divergence(self, loss, grad_norm):
+        """The error for a gradient that is not finite."""
         kept = "no checkpoint was written yet"
         if self.state.saved_step >= 0:
             kept = f"{self.folder.path / 'ckpt.pt'} holds step {self.state.saved_step}"
-        return UserError(f"the loss is not finite at step {self.state.step + 1} (loss {float(loss):.3g}, gradient norm "
-                         f"{grad_norm}): stopped; {kept}. A lower learning rate or --dtype=float32 may help")
+        return UserError(f"the gradient is not finite at step {self.state.step + 1} (loss {float(loss):.3g}, gradient "
+                         f"norm {grad_norm}): stopped; {kept}. A lower learning rate or --dtype=float32 may help")
 
     def finish(self):
-        """Measures the best weights of the run on the whole validation text, draws the loss, shows a sample."""
+        """Measures the best weights of the run on --final_eval_tokens, draws the loss, shows a sample."""
         s, task, folder = self.s, self.task, self.folder
         best = run.read_checkpoint(folder.path / "best.pt")
         kind = "ema" if best["use_ema"] else "raw"
@@ -691,8 +677,7 @@ class Trainer:
               f"{task.measured_text}{beside}")
         if len(task.sources) > 1 or not task.is_text:
             print("\n".join(task.table(result)))
-        if s.sample_tokens:
-            self.show_sample()
+        self.show_sample()
         print(f"wrote {folder.path}: {' '.join(folder.files())}        "
               f"next: python sample.py --ckpt={folder.path / 'best.pt'}{task.sample_flags()}")
 
@@ -709,7 +694,7 @@ def loop(trainer, stop):
         # forward and backward, in micro-batches whose losses add up to the step's
         batch, loss = task.next_batch(state.step), torch.zeros((), device=on.device)
         for micro in batch.micros:
-            with gradients_stay_here(net, last=micro is batch.micros[-1]):
+            with machine.gradients_stay_here(net, last=micro is batch.micros[-1]):
                 with on.autocast():
                     part = task.loss(net, micro)
                 (part * world.size).backward()  # DDP takes the mean over the processes, and this is a sum
@@ -718,21 +703,20 @@ def loop(trainer, stop):
         # the update
         grad_norm = clip_gradients(params, s.grad_clip)
         if not math.isfinite(grad_norm):
-            raise trainer.diverged(loss, grad_norm)
+            raise trainer.divergence(loss, grad_norm)
         lr = optimizers.step(lr_factor(state.step, s))
         for p in params:
             p.grad = None
         if ema is not None:
             ema_update(ema, params, state.step, s.ema_beta)
-        state.advance(batch)
+        state.step, state.tokens = state.step + 1, state.tokens + batch.targets
         is_last = state.step == s.max_steps
         stopping = bool(world.max(int(stop.asked)))  # a signal may reach the processes in different steps
 
         # the log: one dict is the row of metrics.jsonl and the line on the terminal
         if is_last or state.step % s.log_every == 0:
             seconds, steps, tokens = pace.lap()
-            total = float(world.sum(loss.cpu()))
-            row = dict(step=state.step, tokens=state.tokens, train_loss=total) | task.numbers(batch, total)
+            row = dict(step=state.step, tokens=state.tokens) | task.numbers(batch, loss)
             row |= dict(tokens_per_s=tokens / seconds, lr=lr, grad_norm=grad_norm, elapsed=state.elapsed)
             if peak:
                 row["mfu"] = flop_per_step * steps / seconds / peak
@@ -750,7 +734,7 @@ def loop(trainer, stop):
                 trainer.save(f"step_{state.step}.pt")
             if s.sample_every and state.step % s.sample_every == 0 and not is_last and world.is_main:
                 trainer.show_sample()
-        if stopping:
+        if stopping and not is_last:
             return False
     return True
 
@@ -769,23 +753,13 @@ def train(plan, make_task=Pretraining):
             trainer.finish()
         else:
             trainer.progress.done(
-                f"stopped at step {trainer.state.step:,} of {trainer.s.max_steps:,}, saved {Path(s.out) / 'ckpt.pt'}        "
-                f"next: python {task.tool} --resume --out={s.out}")
+                f"stopped at step {trainer.state.step:,} of {trainer.s.max_steps:,}, saved {Path(s.out) / 'ckpt.pt'}"
+                f"        next: python {task.tool} --resume --out={s.out}")
         world.barrier()
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------- which run is meant
-
-# settings that finetune.py alone has
-FINE_TUNING = ("loss_on", "response_start_tokens", "response_start_weight", "base_data", "replay", "relevance",
-               "relevance_margin")
-
-
-def is_fine_tuning(settings):
-    """Whether a recipe, or the settings in a checkpoint, are finetune.py's: only replies count in the loss."""
-    return settings.get("loss_on") == "responses"
-
+# --------------------------------------------------------------------------------------------------- which run is meant
 
 def choices():
     """Setting -> the values that it may have."""
@@ -798,26 +772,16 @@ def default_out(model, kind):
     return f"out/{model}-decay" if kind == "decay" else f"out/{model}"
 
 
-def only_pretraining(plan):
-    """UserError for a fine-tuning preset, or a fine-tuned run that is to go on: the command that was meant."""
-    s = plan.settings
-    if plan.continues and is_fine_tuning(plan.start["train"]):
-        flags = f"--resume --out={s.out}" if plan.kind == "resumed" else f"--init_from={s.init_from} --decay_only"
-        raise UserError(f"{plan.start_path} is of a fine-tuning run: python finetune.py {flags}")
-    if plan.kind == "new" and is_fine_tuning(plan.recipe):
-        raise UserError(f"{s.model} is a recipe for fine-tuning: python finetune.py --model={s.model}")
-
-
 def main(argv):
     with machine.World().one_voice():
-        for flag in FINE_TUNING:
+        for flag in run.FINE_TUNING:
             if flag_value(argv, flag) is not None:
                 raise UserError(f"--{flag} belongs to fine-tuning on chats: python finetune.py --init_from=CHECKPOINT "
                                 f"--data=CHATS --{flag}={flag_value(argv, flag)}")
         if flag_value(argv, "eval_only") is not None:
             raise UserError("--eval_only is a tool of its own: python eval.py --ckpt=CHECKPOINT")
         description = " ".join(__doc__.split("\n\n")[0].split())
-        plan = run.plan_run(argv, Settings, choices(), default_out, description, only_pretraining)
+        plan = run.plan_run(argv, Settings, choices(), default_out, description)
         return train(plan)
 
 

@@ -1,8 +1,8 @@
 """Chats: how they are read from the layouts in which people publish them, and how they become tokens.
 
 chat_messages() turns a row of any layout into a list of (role, text), which tidy() has put in order; a row that cannot
-be read raises NoChat with the reason. encode_chats() frames the messages with special tokens and makes the mask, which
-tells a fine-tuning run what to learn: the replies, and where they end.
+be read raises NoChat with the reason. encode_chats() frames the messages with special tokens and makes the mask. From
+the mask, a fine-tuning run knows what to learn: the replies, and where they end.
 """
 import re
 
@@ -14,7 +14,7 @@ ROLES = ("system", "user", "assistant")
 
 
 class NoChat(ValueError):
-    """A row that is no chat. Its text is the reason, and a key of `skipped` in meta.json."""
+    """A row that is no chat. The text of the error is the reason, which meta.json counts under `skipped`."""
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -75,10 +75,14 @@ def tidy(messages):
     """Messages, [(role, text)], as a chat: perhaps a system message, then user and assistant in turn.
 
     Messages of the same role that follow each other become one, with an empty line between them. Questions at the end
-    that have no reply go, because nothing is learned from them. An empty text is a message like any other.
+    that have no reply are removed, because nothing is learned from them. An empty text is a message like any other.
 
-    Raises NoChat for another role, a text that is not a str, a system message that is not the first, a reply that
-    nobody asked for, and if no reply is left or no text.
+    Raises NoChat if
+
+        - a role is not one of ROLES, or a text is not a str
+        - a system message is not the first message
+        - a reply does not follow a user's message
+        - no reply is left, or all the texts are empty
     """
     chat = []
     for role, text in messages:
@@ -124,7 +128,7 @@ def encode_chats(chats, encode, ids):
 
         <|bos|>[<|system|>text]<|user|>text<|assistant|>text<|eos|><|user|>text<|assistant|>text<|eos|>...
 
-    The mask is 1 for the tokens of a reply and for the <|eos|> behind it, else 0. encode: a function from a list of
+    The mask is 1 for the tokens of a reply and for the <|eos|> after it, else 0. encode: a function from a list of
     texts to a list of id arrays; it is called once, with the texts of all chats. ids: see chat_ids().
     """
     if not chats:

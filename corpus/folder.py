@@ -1,13 +1,14 @@
 """Prepared folders: how they are named, what meta.json says, and how the token files are written and read.
 
 meta.json names every token file with its numbers of tokens, documents and UTF-8 bytes, its size and its checksum.
-read_meta() compares it with the files, so a folder that it accepts is whole. It looks as follows (shortened):
+read_meta() compares the sizes of the files, and the checksum of tokenizer.json. The checksums of the token files are
+for a training run that is resumed: they tell whether its data has changed. A meta.json looks as follows (shortened):
 
     {"format": 1, "dtype": "uint16", "vocab_size": 2111, "tokenizer_sha256": "51c3...",
      "settings": {"sources": [...], "tokenizer": "hybrid", "vocab_size": 2111, ...},
      "sources": [{"name": "pydocs", "language": "en", "kind": "code", "origin": {...}, "budget": 0, "skipped": {...},
-                  "train": {"file": "train.0-pydocs.bin", "tokens": 4442664, "unknown": 0, "documents": 703,
-                            "bytes": 10158329, "file_size": 8885328, "sha256": "ba5b..."},
+                  "train": {"file": "train.0-pydocs.bin", "tokens": 4442664, "unknown": 0, "documents": 708,
+                            "bytes": 10124203, "file_size": 8885328, "sha256": "6594..."},
                   "val": {...}}]}
 
 A source of chats also has "mask": {"file", "file_size", "sha256"} in "train" and in "val".
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import UserError
-from corpus.text import SKIPPED, SUFFIXES, Document, Seen
+from corpus.text import SKIPPED, SUFFIXES, Document, Seen, split_label
 from corpus.tokenizer import DEFAULT_VOCAB, READY, TRAINERS
 
 
@@ -42,17 +43,16 @@ def corpus_name(names, tokenizer, vocab_size):
 
 def base_name(word):
     """'books/novels.jsonl' -> 'novels', 'novels@it/books' -> 'novels', 'ORG/NAME' -> 'NAME', 'pydocs' -> 'pydocs'."""
-    if "@" in word and not os.path.exists(word):
-        word = word.rpartition("@")[0]
-    if os.path.exists(word) or word.endswith(SUFFIXES):
-        return Path(word).resolve().name.split(".")[0]
-    return Path(word).name
+    name, _, _ = split_label(word)
+    if os.path.exists(name) or name.endswith(SUFFIXES):
+        return Path(name).resolve().name.split(".")[0]
+    return Path(name).name
 
 
 def tokenizer_name(tokenizer):
     """The name of a kind of tokenizer, or of the file that holds one.
 
-    Files of the names tokenizer.json and *.pt are many, so they are called after their folder.
+    Many files are called tokenizer.json or best.pt, so the name of their folder is used.
     """
     if tokenizer in TRAINERS or tokenizer in READY:
         return tokenizer
@@ -63,6 +63,11 @@ def tokenizer_name(tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------------- meta.json
+
+def token_dtype(vocab_size):
+    """The type of the ids in token files: little-endian uint16, or uint32 if the vocabulary is larger than 65,536."""
+    return np.dtype("<u2" if vocab_size <= 2 ** 16 else "<u4")
+
 
 def token_files(sources, width=0):
     """Yields (entry, tokens, bytes per token) for each .bin and .mask.bin file of meta.json's sources.
@@ -83,9 +88,9 @@ def read_meta(folder):
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        width = np.dtype(meta["dtype"]).itemsize
+        id_bytes = np.dtype(meta["dtype"]).itemsize
         files = [(entry["file"], entry["file_size"], tokens, width)
-                 for entry, tokens, width in token_files(meta["sources"], width)]
+                 for entry, tokens, width in token_files(meta["sources"], id_bytes)]
     except FileNotFoundError:
         raise UserError(f"{folder} is not a prepared folder: it has no meta.json") from None
     except (ValueError, KeyError, TypeError) as e:
@@ -100,7 +105,7 @@ def read_meta(folder):
 
 
 def check_file(path, size, tokens, width):
-    """Raises UserError unless a token file has `size` bytes, and this is `tokens` times `width` bytes."""
+    """Raises UserError unless a token file has `size` bytes, and `size` is `tokens` times `width`."""
     if not path.exists():
         raise UserError(f"{path} is missing, though meta.json names it; prepare the folder again")
     actual = path.stat().st_size
@@ -154,8 +159,12 @@ class EncodedDocument(NamedTuple):
     n_bytes: int  # UTF-8 bytes of the text as the tokenizer sees it
 
 
-def first_place(stem, chat):
-    """Where the writing of a source begins: a dict that JSON can keep, for SourceWriter to bring up to date."""
+def new_place(stem, chat):
+    """How far the work on a source is when it begins: a dict that JSON can keep.
+
+    SourceWriter brings everything in it up to date as it writes, except `state`: that is for prepare.py's
+    encode_source() to set.
+    """
     splits = {}
     for split in ("train", "val"):
         splits[split] = dict(file=f"{split}.{stem}.bin", tokens=0, unknown=0, documents=0, bytes=0)
@@ -172,10 +181,11 @@ def first_place(stem, chat):
 class SourceWriter:
     """Writes the files of one source: tokens and masks of both splits, and the hashes of all its documents.
 
-    The hashes are for the time until the source is done: by them, duplicates are found when the work goes on after a
-    stop. Then `place` says where to go on, and what was written behind it is written again.
+    The file of hashes exists only until the source is done: a resumed run reads it to recognise duplicates. Whatever
+    was written after the last saved `place` is cut off and written again.
 
     threshold: documents with a split_hash below it are validation text. budget: training tokens to write; 0: all.
+    place: see new_place(). Raises UserError if a file is shorter than `place` says.
     """
 
     def __init__(self, folder, stem, dtype, threshold, budget, place):
@@ -196,15 +206,16 @@ class SourceWriter:
 
     def hashes_before(self):
         """The documents that were written before a stop, as a Seen."""
-        n = self.place["hashes"]
-        first = max(0, (n - 1) // Seen.LIMIT * Seen.LIMIT - Seen.LIMIT)  # what comes before is forgotten by now
+        # Seen keeps the generation that is being filled and the one before; begin where the older one began
+        generation = (self.place["hashes"] - 1) // Seen.LIMIT
+        first = max(0, generation - 1) * Seen.LIMIT
         return Seen(np.fromfile(self.folder / self.hashes_file, dtype="<u8", offset=8 * first).tolist())
 
     def full(self):
         """Whether the budget is spent, and there is validation text."""
         train, val = self.place["splits"]["train"], self.place["splits"]["val"]
-        spent = self.budget and train["tokens"] >= self.budget
-        return spent and (val["tokens"] or not self.threshold)
+        spent = self.budget > 0 and train["tokens"] >= self.budget
+        return spent and (val["tokens"] > 0 or self.threshold == 0)
 
     def write(self, batch, encoded):
         """Writes a batch, which ends early if the budget ends within it.

@@ -5,8 +5,8 @@ of such names. find_source() takes any other data set, ORG/NAME, and finds out f
 
 Nothing is downloaded as a whole. The `datasets` library opens a set as a stream of rows, and reads only the columns
 that are needed if the files are parquet. HubReader goes over that stream in blocks, tries again when the connection
-drops, and can go on from a state that it kept. A set is read at one commit of its repository, so that going on means
-the same rows.
+drops, and can continue from a state that it kept. A set is read at one commit of its repository, so that a resumed run
+meets the same rows.
 """
 import contextlib
 import itertools
@@ -15,12 +15,13 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from common import Progress, UserError, columns, nearest
 from corpus.chats import CHAT_COLUMNS, is_chat
-from corpus.text import SUFFIXES, Reader, TextSource, text_column
+from corpus.text import SUFFIXES, Reader, TextSource, split_label, text_column
 
 # ---------------------------------------------------------------------------------------------------- the catalogue
 
@@ -36,8 +37,8 @@ class HubSet:
     tokens: str = ""  # tokens of a GPT-2-like vocabulary, approximately
     disk: str = ""  # size of the files that are read, approximately; they are streamed, never stored
     configs: tuple = ((None, 1),)  # names of configurations, each with its share of the documents
-    columns: tuple = ("text",)  # what is read of a row; empty: all, because the format has no choice (.txt, .jsonl)
-    column: str = "text"  # field of a row that holds the text, or TinyChat's line; empty: the row as it is, a chat
+    read_columns: tuple = ("text",)  # those that are read; empty: all, as the format (.txt, .jsonl) offers no choice
+    text_field: str = "text"  # field of a row that holds the text, or TinyChat's line; empty: the whole row is a chat
     filters: tuple = ()  # as pyarrow writes them: (column, operator, value)
     budget: int = 0  # training tokens unless the user names a number; 0: all
     articles: bool = False  # rows are lines, which belong together up to the next title
@@ -59,7 +60,7 @@ HUB = {
         "9.7M", "10B", "28 GB", configs=(("sample-10BT", 1),), budget=200 * M),
     "python-stack": HubSet(
         "bigcode/python-stack-v1-functions-filtered", "Python functions with docstrings", "permissive", "en", "code",
-        "~0.6M", "~0.13B", "0.2 GB", columns=("content",), column="content"),
+        "~0.6M", "~0.13B", "0.2 GB", read_columns=("content",), text_field="content"),
     "finemath": HubSet(
         "HuggingFaceTB/finemath", "mathematics from the web, finemath-4plus", "ODC-By", "en", "math",
         "6.7M", "9.6B", "18 GB", configs=(("finemath-4plus", 1),), budget=200 * M),
@@ -83,19 +84,19 @@ HUB = {
         "2.1M", "470M", "1 GB"),
     "tinychat": HubSet(
         "starhopp3r/TinyChat", "short chats in simple words", "CC BY-NC", "en", "chat", "1M", "~175M", "0.7 GB",
-        columns=(), chat=True),
+        read_columns=(), chat=True),
     "alpaca": HubSet(
         "tatsu-lab/alpaca", "instructions and replies of a language model", "CC BY-NC", "en", "chat",
-        "52K", "~4M", "24 MB", columns=("instruction", "input", "output"), column="", chat=True),
+        "52K", "~4M", "24 MB", read_columns=("instruction", "input", "output"), text_field="", chat=True),
     "dolly": HubSet(
         "databricks/databricks-dolly-15k", "instructions and replies by people", "CC BY-SA", "en", "chat",
-        "15K", "~3M", "13 MB", columns=(), column="", chat=True),
+        "15K", "~3M", "13 MB", read_columns=(), text_field="", chat=True),
     "smol-smoltalk": HubSet(
         "HuggingFaceTB/smol-smoltalk", "chats for models below a billion parameters", "Apache-2.0", "en", "chat",
-        "460K", "~0.4B", "1 GB", columns=("messages",), column="", chat=True),
+        "460K", "~0.4B", "1 GB", read_columns=("messages",), text_field="", chat=True),
     "hq-sentences": HubSet(
         "agentlans/high-quality-english-sentences", "single well-formed sentences", "ODC-By", "en", "web",
-        "1.5M", "~48M", "0.1 GB", columns=()),
+        "1.5M", "~48M", "0.1 GB", read_columns=()),
 }
 
 # Mix -> (what it feeds, its sources in the order of the training run with their budgets; 0 is all)
@@ -106,14 +107,14 @@ MIXES = {
          ("wikipedia", 80 * M))),
     "gpt2preln": (
         "gpt2preln: English and Italian as on its card, budgets for web and wiki alike "
-        "(our reading; wiki40b-it ends at some 0.7B)",
+        "(our reading; wiki40b-it ends at about 0.7B)",
         (("fineweb-hq", 1_796_855_746), ("wiki40b-en", 1_796_855_746),
          ("fineweb2-hq-it", 1_652_941_754), ("wiki40b-it", 1_652_941_754))),
     "i3": (
         "i3-22m: its card's TinyChat, all of it",
         (("tinychat", 0),)),
     "i3-80m": (
-        "i3-80m: its card's three sets, some 3M tokens in all; how much of each is our choice",
+        "i3-80m: its card's three sets, about 3M tokens in all; how much of each is our choice",
         (("tinystories", M), ("tinychat", M), ("hq-sentences", M))),
     "i3-200m": (
         "i3-200m: its card's four sets; how much of each is our choice",
@@ -129,7 +130,7 @@ def list_table():
     rows = [
         ("name", "what it is", "licence", "documents", "tokens", "files", "language", "default", "in the mixes"),
         ("pydocs", "this Python's library and help topics, no download", "PSF",
-         "600", "4M", "11 MB", "en/code", "all", ""),
+         "740", "4M", "11 MB", "en/code", "all", ""),
         ("pydocs-chat", "questions and answers about that library, no download", "PSF",
          "31,000", "2.6M", "6 MB", "en/chat", "all", ""),
     ]
@@ -165,10 +166,12 @@ class HubSource(TextSource):
     def reader(self, state=None):
         if not self.hub.articles:
             return HubReader(self.name, self.hub, self.revision, self.folder, state)
-        # Articles must stay in order. The set is small enough to be read again up to the place.
-        reader = HubReader(self.name, self.hub, self.revision, self.folder)
-        lines = reader.texts(self.hub.configs[0][0], reader.state["parts"][0])
-        return Reader(lambda: articles(lines), state)
+        # The lines of an article must stay in order. A resumed run reads the set again from its beginning: it is small
+        line_reader = HubReader(self.name, self.hub, self.revision, self.folder)
+        lines = line_reader.texts(self.hub.configs[0][0], line_reader.state["parts"][0])
+        reader = Reader(lambda: articles(lines), state)
+        reader.stopped = line_reader.stopped
+        return reader
 
 
 def hub_source(name, source_dir, several):
@@ -177,29 +180,33 @@ def hub_source(name, source_dir, several):
     source_dir: a folder with copies of repositories, or empty. several: whether there are other sources beside it.
     """
     spec = HUB[name]
-    return make_source(name, spec, local_copy(spec.repo, source_dir, several))
+    return source_of_spec(name, spec, local_copy(spec.repo, source_dir, several))
 
 
-def make_source(name, spec, folder, revision="", row_columns=None):
-    """A HubSource. Its origin is what meta.json tells; its stamp changes when a file of a local copy is written to.
+def source_of_spec(name, spec, folder, revision="", origin_columns=None):
+    """A HubSource. Its origin is what meta.json reports; its stamp changes when a file of a local copy is written to.
 
-    row_columns: what the origin names, if a row has columns but its format does not let one choose them.
+    origin_columns: the columns that the origin names, if they are not spec.read_columns. In a .jsonl file, one column
+    may hold the text (so the origin names it) though all of them are read.
     """
     origin = dict(
         dataset=spec.repo,
         configs=[config for config, _ in spec.configs],
-        columns=list(spec.columns if row_columns is None else row_columns),
+        columns=list(spec.read_columns if origin_columns is None else origin_columns),
         filter=[list(condition) for condition in spec.filters])
     stamp = 0
     if folder:
-        stamp = [str(folder.resolve()), max(path.stat().st_mtime_ns for path in folder.rglob("*"))]
+        stamp = [str(folder.resolve()), max((path.stat().st_mtime_ns for path in folder.rglob("*")), default=0)]
     return HubSource(
         name, spec.language, spec.kind, origin, documents=None, budget=spec.budget, stamp=stamp, chat=spec.chat,
         hub=spec, revision=revision, folder=folder)
 
 
 def local_copy(repo, source_dir, several):
-    """The folder of a repository's copy, None without --source_dir. Raises UserError if --source_dir holds no copy."""
+    """The folder of a repository's copy, None without --source_dir. Raises UserError if --source_dir holds no copy.
+
+    --source_dir itself is taken for the copy if it looks like one, unless `several` sources are to be found in it.
+    """
     if not source_dir:
         return None
     root, short = Path(source_dir), repo.split("/")[1]
@@ -215,7 +222,7 @@ def local_copy(repo, source_dir, several):
 
 
 def articles(lines):
-    """Joins wikitext's lines into articles. A title is a line ` = Title = `; a heading has more signs of equality."""
+    """Joins wikitext's lines into articles. A title is a line ` = Title = `; a heading has more equals signs."""
     article = []
     for line in lines:
         if re.fullmatch(r" = [^=].* = \n?", line) and article:
@@ -229,11 +236,10 @@ def articles(lines):
 
 def hub_name(word):
     """'ORG/NAME@it/web' -> ('ORG/NAME', 'it', 'web'), with '' for what is not given. None if it is no such name."""
-    repo, _, label = word.partition("@")
+    repo, language, kind = split_label(word)
     part = r"[A-Za-z0-9][\w.-]*"
     if not re.fullmatch(f"{part}/{part}", repo, re.ASCII) or repo.endswith(SUFFIXES):
         return None
-    language, _, kind = label.partition("/")
     return repo, language, kind
 
 
@@ -252,22 +258,32 @@ def find_source(word, config, column, source_dir, several):
     patience = Patience(name, repo)
     while True:
         try:
-            row_columns, column, chat, can_choose = look(repo, location(repo, revision, folder), config, column)
+            found = inspect_rows(repo, location(repo, revision, folder), config, column)
             break
+        except UserError:
+            raise
         except Exception as e:
             patience.wait(e)
 
     spec = HubSet(
-        repo, about="", licence="", language=language or "und", kind=kind or ("chat" if chat else "text"),
-        configs=((config or None, 1),), columns=tuple(row_columns) if can_choose else (), column=column, chat=chat)
-    return make_source(name, spec, folder, revision, row_columns)
+        repo, about="", licence="", language=language or "und", kind=kind or ("chat" if found.chat else "text"),
+        configs=((config or None, 1),), read_columns=tuple(found.columns) if found.can_choose else (),
+        text_field=found.text_field, chat=found.chat)
+    return source_of_spec(name, spec, folder, revision, origin_columns=found.columns)
 
 
-def look(repo, where, config, column):
-    """Finds out how to read a data set from its configurations, its splits and its first row.
+class RowLayout(NamedTuple):
+    """How the rows of a data set are to be read."""
+    columns: list  # those that are needed
+    text_field: str  # the one that holds the text; empty: the whole row is a chat
+    chat: bool  # whether the rows are chats
+    can_choose: bool  # whether the format can read some columns without the others
 
-    where: see location(). Returns (columns that are needed, column of the text, whether rows are chats, whether the
-    format lets one choose columns). The column of the text is '' if the whole row is a chat.
+
+def inspect_rows(repo, where, config, column):
+    """The RowLayout of a data set, found out from its configurations, its splits and its first row.
+
+    where: see location(). config, column: as for find_source(). Raises UserError as find_source() does.
     """
     import datasets
     configs = datasets.get_dataset_config_names(**where)
@@ -281,7 +297,7 @@ def look(repo, where, config, column):
     if "train" not in splits:
         raise UserError(f"{repo} has no split called train; it has {some_of(splits)}")
 
-    # A parquet file names its columns without a row being read. A row may be large, so only some of it is read.
+    # A parquet file names its columns without a row being read. A row may be large, so only a part of it is read.
     can_choose = hasattr(builder.config, "columns")
     if can_choose:
         names = splits["train"].column_names
@@ -298,10 +314,11 @@ def look(repo, where, config, column):
             raise UserError(f"{repo} has no rows")
 
     if not column and is_chat(row):
-        return [name for name in CHAT_COLUMNS if name in names], "", True, can_choose
+        needed = [name for name in CHAT_COLUMNS if name in names]
+        return RowLayout(needed, text_field="", chat=True, can_choose=can_choose)
     text = text_column(repo, names, column)
     chat = not column and isinstance(row.get(text), str) and is_chat(row[text])  # a line of TinyChat's kind
-    return [text], text, chat, can_choose
+    return RowLayout([text], text_field=text, chat=chat, can_choose=can_choose)
 
 
 def some_of(names):
@@ -316,20 +333,20 @@ def some_of(names):
 class HubReader:
     """Goes over a data set of the Hub as a Reader goes over local text.
 
-    It does so in blocks of BLOCK documents, each in a random order that depends on the block's number alone. (The
-    library's own shuffle buffer cannot be continued exactly after a stop.) `state` is where the present block begins,
-    as `datasets` can find it again, and the place in the block.
+    It reads blocks of BLOCK documents, and gives those of a block in a random order that depends on the block's number
+    alone. (The library's own shuffle buffer cannot be continued exactly after a stop.) `state` is where the present
+    block begins, in a form from which `datasets` can continue, and the place in the block.
 
     Raises UserError for a file that is not as it should be, and if the network does not come back.
     """
-    BLOCK = 10_000  # documents in a block, or less if they are long:
-    BLOCK_BYTES = 64 * 2 ** 20  # characters in a block, more or less
+    BLOCK = 10_000  # documents in a block, or fewer if they are long:
+    BLOCK_CHARACTERS = 64 * 2 ** 20  # a block ends with the document that reaches this number
 
     def __init__(self, name, spec, revision, folder, state=None):
         self.name = name
         self.spec = spec
         self.where = location(spec.repo, revision, folder)
-        self.stopped = threading.Event()  # set by whoever reads when nobody waits for more
+        self.stopped = threading.Event()  # set when nobody waits for more texts
         if state is None:
             parts = [dict(rows=None, read=0, ended=False) for _ in spec.configs]
             state = dict(block=0, taken=0, parts=parts)
@@ -355,19 +372,19 @@ class HubReader:
     def next_block(self, streams, parts):
         """The next texts or chats, in the order of the rows; none at the end of the data set."""
         texts, size = [], 0
-        while len(texts) < self.BLOCK and size < self.BLOCK_BYTES and not self.stopped.is_set():
+        while len(texts) < self.BLOCK and size < self.BLOCK_CHARACTERS and not self.stopped.is_set():
             open_ones = [i for i, part in enumerate(parts) if not part["ended"]]
             if not open_ones:
                 break
-            # of several configurations, the one furthest behind its share gives the next row
+            # of several configurations, the one that has given least of its share gives the next row
             i = min(open_ones, key=lambda i: parts[i]["read"] / self.spec.configs[i][1])
-            for text in itertools.islice(streams[i], 1):  # none, if the stream ends here
+            for text in itertools.islice(streams[i], 1):  # one, or none if the stream ends here
                 texts.append(text)
                 size += len(text if isinstance(text, str) else str(text))
         return texts
 
     def texts(self, config, part):
-        """The texts or chats of a configuration from where `part` says on; `part` is kept up to date."""
+        """The texts or chats of a configuration, from the row that `part` names; `part` is kept up to date."""
         patience = Patience(self.name, self.spec.repo, self.stopped)
         while True:
             try:
@@ -377,7 +394,7 @@ class HubReader:
                         patience.reset()
                         part["rows"] = data.state_dict()
                         part["read"] += 1
-                        yield row[self.spec.column] if self.spec.column else row
+                        yield row[self.spec.text_field] if self.spec.text_field else row
                         if self.stopped.is_set():
                             return
                 part["ended"] = True
@@ -388,11 +405,11 @@ class HubReader:
                     return
 
     def open(self, config, state):
-        """The stream of a configuration's rows, from a state of `datasets` on."""
+        """The stream of a configuration's rows, from the place that `state`, of the `datasets` library, names."""
         import datasets
         choice = {}
-        if self.spec.columns:
-            choice["columns"] = list(self.spec.columns)
+        if self.spec.read_columns:
+            choice["columns"] = list(self.spec.read_columns)
         if self.spec.filters:
             choice["filters"] = list(self.spec.filters)
         data = datasets.load_dataset(**self.where, name=config, split="train", streaming=True, **choice)
@@ -402,7 +419,7 @@ class HubReader:
 
 
 def location(repo, revision, folder):
-    """Where a data set is, in the words of the `datasets` library: a local folder, or a commit of a repository."""
+    """Where a data set is, as arguments of the `datasets` library: a local folder, or a commit of a repository."""
     if folder:
         return dict(path=str(folder))
     return dict(path=repo, revision=revision)
@@ -418,7 +435,7 @@ def hub_setup():
     # Patience tries again, and says so
     datasets.config.STREAMING_READ_MAX_RETRIES = 1
     datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
-    # With the default, each read brings 5 MB of other columns along
+    # With the default, each read also fetches 5 MB of other columns
     huggingface_hub.hf_file_system.HfFileSystemFile.DEFAULT_BLOCK_SIZE = 2 ** 20
     for log in (datasets.logging, huggingface_hub.utils.logging):
         log.set_verbosity(log.CRITICAL)
@@ -455,7 +472,7 @@ def hub_revision(name, repo):
 class Patience:
     """Decides what follows an error of the network: another try after a pause, or the end."""
     TRIES = 8  # failures in a row before it gives up
-    PAUSE = 1.0  # seconds behind the first failure; they double with each further one, up to a minute
+    PAUSE = 1.0  # seconds after the first failure; they double with each further one, up to a minute
 
     def __init__(self, name, repo, stopped=None):
         self.name = name
@@ -469,15 +486,13 @@ class Patience:
 
     def wait(self, error):
         """Pauses if the error may pass. Raises UserError if it will not, or if it came too often."""
-        if isinstance(error, UserError):
-            raise error
         kind, message = type(error).__name__, " ".join(str(error).split())
         if not may_pass(error):
             raise UserError(f"{self.name}: {self.repo} cannot be read as expected ({kind}: {message[:300]})") from None
         self.failures += 1
         if self.failures > self.TRIES:
             raise UserError(f"{self.name}: the connection to the Hugging Face Hub is lost ({kind}: {message[:200]}); "
-                            "the same command goes on from what is written") from None
+                            "run the same command again; it keeps what is already encoded") from None
         pause = min(60.0, self.PAUSE * 2 ** (self.failures - 1))
         Progress().done(f"{self.name:<12} {kind}: {message[:120]}; "
                         f"trying again in {pause:.0f} s ({self.failures} of {self.TRIES})")
@@ -485,7 +500,7 @@ class Patience:
 
 
 def may_pass(error):
-    """Whether an error may be gone in a while: one of the network, or of a server that is busy or broken."""
+    """Whether an error may be gone in a while: it is one of the network, or of a server that is busy or broken."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return status in (408, 425, 429) or status >= 500

@@ -289,7 +289,7 @@ class Loader:
                     fingerprint=[s.fingerprint for s in self.sources])
 
     def load_state_dict(self, state):
-        """Goes on where the loader of `state` was; if its rows were of another length, at the same part of each epoch."""
+        """Goes on where the loader of `state` was, or at the same part of each epoch if its rows had another length."""
         before = state.get("per_epoch", self.per_epoch)  # the first checkpoints of this format lack it
         self.taken = [taken if n == m else round(taken * n / m)
                       for taken, n, m in zip(state["taken"], self.per_epoch, before)]

@@ -2,15 +2,14 @@
 
 A TextSource is something that one can read text from: a file or folder here, one of corpus/pydocs.py's sets, or a data
 set of corpus/hub.py. Its reader() goes over the texts (or over the rows of chats) one by one and always knows how far
-it is, so that a run that was stopped can go on. clean() turns what was read into Documents, and leaves out empty texts,
-rows that are no chats, and exact duplicates.
+it is, so that a run that was stopped can be resumed. clean() turns what was read into Documents. For an empty text, a
+row that is no chat, or an exact duplicate, it yields the reason instead.
 
 Each Document carries a hash of its text. The hash decides whether it is training or validation text, so the split does
 not depend on the order of files or on what is added later.
 """
 import argparse
 import ast
-import contextlib
 import gzip
 import hashlib
 import itertools
@@ -40,7 +39,7 @@ class TextSource:
     origin: dict  # where the text came from, for meta.json
     documents: object  # () -> iterator over texts or chats; called once to sample, once to encode
     budget: int = 0  # training tokens to take; 0: all
-    stamp: object = 0  # changes when a local file changes: what was made of the old text is then not continued
+    stamp: object = 0  # changes when a local file changes: then work on the old text is not resumed but begun anew
     chat: bool = False  # `documents` gives chats: rows that chat_messages() reads, or Documents
 
     def reader(self, state=None):
@@ -50,8 +49,8 @@ class TextSource:
 class Reader:
     """Goes over the texts or chats of a source.
 
-    state: how far it is, in a form that JSON can keep; a new Reader goes on from there. Here it is a number of texts,
-    which are read again: with local text that costs little beside encoding it.
+    state: how far it is, in a form that JSON can keep; a new Reader continues from there. Here it is the number of
+    texts that were read. They are read again and skipped: with local text that costs little compared to encoding it.
     """
 
     def __init__(self, documents, state=None):
@@ -116,10 +115,10 @@ SKIPPED = ("empty", "not text", "duplicate")  # why a text is left out
 
 
 def clean(texts, seen=None, chat=False):
-    """Turns texts, or with `chat` rows of chats, into Documents.
+    """Turns texts (with `chat`, rows of chats) into Documents.
 
-    For each text or row it yields a Document, or a str that says why there is none: one of SKIPPED, or what makes the
-    row no chat. seen: a Seen that finds duplicates; None: they stay.
+    For each text or row it yields a Document, or a str that says why there is none: one of SKIPPED, or the text of a
+    NoChat. seen: a Seen that finds duplicates; None: they stay.
     """
     for text in texts:
         found = chat_or_reason(text) if chat else text_or_reason(text)
@@ -142,29 +141,28 @@ def text_or_reason(text):
         return "empty"
     if not isinstance(text, str):
         return "not text"
+    text = without_marks(text)
     if not text.strip():
         return "empty"
-
-    if re.match(r"""(?:b["'])?(?:\\n|\s)*_START_ARTICLE_""", text):
-        with contextlib.suppress(ValueError, SyntaxError):  # a damaged article is taken as it is
-            text = wiki40b_text(text)
-        if not text:
-            return "empty"
-
     text = mended(text)
     utf8 = text.encode()
     own = text_hash(utf8)
     return Document(text, utf8, own, own)
 
 
-def wiki40b_text(text):
-    """The text of an article of wiki40b (Guo et al. 2020) without the words that mark its structure.
+def without_marks(text):
+    """An article of wiki40b (Guo et al. 2020) without the words that mark its structure; any other text as it is.
 
     Empty lines set headings and paragraphs apart instead. Some files hold the article as Python writes bytes, b'...'.
-    Raises ValueError or SyntaxError if such an article is damaged.
+    An article of that form that is damaged is also taken as it is.
     """
+    if not re.match(r"""(?:b["'])?(?:\\n|\s)*_START_ARTICLE_""", text):
+        return text
     if text.startswith("b"):
-        text = ast.literal_eval(text).decode()
+        try:
+            text = ast.literal_eval(text).decode()
+        except (ValueError, SyntaxError):
+            return text
     text = re.sub(r"\s*_START_(?:ARTICLE|SECTION|PARAGRAPH)_\s*", "\n\n", text)
     return text.replace("_NEWLINE_", "\n").strip()
 
@@ -174,8 +172,8 @@ def wiki40b_text(text):
 def text_documents(path, limit=PIECE):
     """The text of a file, in documents of at most `limit` characters.
 
-    A document ends behind a paragraph; if none ends in its second half, behind a line; if none, behind a word. As in
-    Python's text mode, line ends become \\n and a byte order mark goes; bytes that are not UTF-8 become U+FFFD.
+    A document ends after a paragraph; if none ends in its second half, after a line; if none, after a word. As in
+    Python's text mode, line ends become \\n. A byte order mark is removed, and bytes that are not UTF-8 become U+FFFD.
     """
     rest = ""
     with open(path, encoding="utf-8-sig", errors="replace") as f:
@@ -200,8 +198,8 @@ def last_break(text, limit):
 def row_documents(path, column, chat=False):
     """The texts in the rows of a .jsonl, .jsonl.gz or .parquet file; with `chat` the rows themselves, as dicts.
 
-    column: the one that holds the text; empty: text or content. Raises UserError, which names the line that is broken
-    or the column that is missing.
+    column: the one that holds the text; empty: text or content. Raises UserError, which names the broken line or the
+    missing column.
     """
     if str(path).endswith(".parquet"):
         yield from parquet_documents(path, column, chat)
@@ -243,7 +241,7 @@ def json_documents(path, column, chat):
 
 
 def text_column(path, columns, wanted):
-    """The column to read: the wanted one, or text or content if none is named. UserError if it is not there."""
+    """The column to read: the wanted one; if none is named, text or content. UserError if it is not there."""
     name = wanted or next((name for name in ("text", "content") if name in columns), "text")
     if name not in columns:
         there = ", ".join(map(repr, columns))
@@ -254,7 +252,7 @@ def text_column(path, columns, wanted):
 def chat_rows(path, longest=-1):
     """What chat_messages() reads: the rows of a .jsonl, .jsonl.gz or .parquet file, or the lines of a text file.
 
-    longest: characters of a line that are read at a time; -1: all.
+    longest: characters of a line that are read at once; -1: all.
     """
     if path.suffix not in TEXT_SUFFIXES:
         yield from row_documents(path, "", chat=True)
@@ -281,16 +279,23 @@ def split_budget(word):
         raise UserError(f"the budget behind {m[1]}: {e}") from None
 
 
+def split_label(word):
+    """'novels@it/books' -> ('novels', 'it', 'books'), with '' for what is not given."""
+    name, at, label = word.rpartition("@")
+    if not at or os.path.exists(word):  # a file's name may have an @ in it
+        return word, "", ""
+    language, _, kind = label.partition("/")
+    return name, language, kind
+
+
 def local_source(word, column, known=()):
     """A file or folder as a TextSource. word: PATH, or PATH@language/kind.
 
     column: see row_documents(); if it is named, rows of chats are text too. known: the names of other sources, to
     guess what the user meant. Raises UserError if there is nothing that can be read.
     """
-    path, label = word, ""
-    if not os.path.exists(word):  # a file's name may have an @ in it
-        path, _, label = word.rpartition("@")
-    if not path or not os.path.exists(path):
+    path, language, kind = split_label(word)
+    if not os.path.exists(path):
         hint = nearest(word, known) or ", such as pydocs, which needs no network"
         raise UserError(f"{word!r} is neither a file or folder here, nor a corpus of --list, "
                         f"nor ORG/NAME of the Hugging Face Hub{hint}")
@@ -313,7 +318,6 @@ def local_source(word, column, known=()):
             else:
                 yield from row_documents(p, column)
 
-    language, _, kind = label.partition("/")
     return TextSource(
         name=source_name(path),
         language=language or "und",  # undetermined, in ISO 639
@@ -345,7 +349,7 @@ def is_hidden(path):
 
 
 def all_chats(path, files):
-    """Whether the files hold chats, as their first rows or lines tell. Empty files count as neither.
+    """Whether the files hold chats, judged by the first row or line of each. Empty files count as neither.
 
     Raises UserError if some hold chats and others text.
     """
@@ -362,7 +366,7 @@ def all_chats(path, files):
 
 
 def source_name(path):
-    """The name of a file without its suffix, or of a folder, with _ for what does not belong into a file's name."""
+    """The name of a file without its suffix, or of a folder, with _ for characters that file names should not have."""
     name = path.resolve().name
     if path.is_file():
         suffix = max((s for s in SUFFIXES if path.name.endswith(s)), key=len)

@@ -12,9 +12,9 @@ TRAINERS holds the functions that train the first three, READY the one that make
 seven SPECIAL_TOKENS, with ids 0 to 6; gpt2 has <|endoftext|> alone. bos_eos() gives the ids that begin and end a
 document in either case.
 
-Text that spells "<|eos|>" must not become the token <|eos|>. load_tokenizer() sees to that, with a setting that a
-tokenizer.json cannot keep, so every load goes through it. fast_encoder() gives the ids that the library gives, several
-times faster if the tokenizer allows it.
+Text that spells "<|eos|>" must not become the token <|eos|>. load_tokenizer() prevents that with a setting that a
+tokenizer.json cannot keep, so every tokenizer is loaded by it. fast_encoder() gives the ids that the library gives,
+several times faster if the tokenizer allows it.
 """
 import hashlib
 import itertools
@@ -43,11 +43,11 @@ PIECE = 2 ** 16  # characters of a text that are held or counted at a time
 # ---------------------------------------------------------------------------------------------------- loading
 
 def load_tokenizer(source):
-    """Loads a tokenizer from a tokenizer.json's path or text, or from the path of a checkpoint (.pt).
+    """Loads a tokenizer from the path or the text of a tokenizer.json, or from the path of a checkpoint (.pt).
 
     Raises UserError if `source` holds no tokenizer, or one without the tokens that begin and end a document.
     """
-    name = source
+    name = source = str(source)
     try:
         if source.lstrip().startswith("{"):
             name = "the tokenizer"
@@ -61,7 +61,7 @@ def load_tokenizer(source):
         raise
     except Exception as e:  # the library raises plain Exception for everything
         raise UserError(f"{name} is not a tokenizer.json of the tokenizers library: {e}") from None
-    bos_eos(tokenizer, name)
+    bos_eos(tokenizer, name)  # raises UserError if it has neither
 
     # text that spells a special token stays ordinary characters
     tokenizer.encode_special_tokens = True
@@ -129,7 +129,7 @@ def train_hybrid(texts, vocab_size):
     """TinyMemoryLM's tokenizer: special tokens, the 256 bytes, and the most frequent words.
 
     A word in the vocabulary is one token. Any other word is spelled byte by byte, so that nothing is lost. A BPE that
-    has no merges, but looks up whole words first, does just that.
+    has no merges, but looks up whole words first, does exactly that.
     """
     # rank the words by their frequency, then by the alphabet
     counter = Tokenizer(models.WordLevel())
@@ -156,8 +156,8 @@ TRIGRAMS = (
 def chunk_pattern():
     """The regular expression that cuts lowercase text into chunks.
 
-    A chunk is one of TRIGRAMS; else three characters of which the first is a space; else three of which the last is
-    one; else two characters; else one.
+    At each place, the first of these rules that fits makes the chunk: one of TRIGRAMS; three characters whose first is
+    a space; three whose last is a space; two characters; a single character.
     """
     # trigrams that begin with the same letter share a branch, which is a quarter faster
     endings = {}
@@ -318,10 +318,10 @@ def byte_of_character():
 
 
 def token_byte_counts(tokenizer):
-    """UTF-8 bytes of text behind each token id, int64 (vocabulary size,). Special tokens stand for none.
+    """UTF-8 bytes of text that each token id stands for, int64 (vocabulary size,). Special tokens stand for none.
 
-    So does <|unk|>: text that a tokenizer cannot spell adds no bytes, which can only raise bits per byte. The text is
-    the normalized one: chunk, which lowercases, makes three bytes of the two of İ.
+    <|unk|> too stands for none: text that a tokenizer cannot spell adds no bytes, which can only raise bits per byte.
+    The text is the normalized one: chunk, which lowercases, makes three bytes of the two of İ.
     """
     is_byte = byte_of_character()
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -376,25 +376,31 @@ def fast_encoder(tokenizer):
 def tiktoken_gives_equal_ids(tokenizer, merges, tokens):
     """Whether tiktoken's merge loop finds the ids that the tokenizer gives.
 
-    It merges the pair whose union has the lowest rank, the library applies the merges in their order. That is the same
-    if each token comes from one merge only and if each token's own text is encoded to that token alone. Beside that,
-    nothing may change the text before or find tokens in it, and the words must be GPT-2's.
+    tiktoken merges the pair whose union has the lowest rank; the library applies the merges in their order. Both give
+    the same if each token comes from one merge only, and if each token's own text is encoded to that token alone. Also,
+    nothing may change the text or find tokens in it beforehand, and the text must be cut into words as GPT-2 does it.
     """
     spec = json.loads(tokenizer.to_str())
     model = spec["model"]
     words = spec["pre_tokenizer"] or {}
 
+    # A BPE that nothing comes before, with GPT-2's words
     if model["type"] != "BPE" or not merges or spec["normalizer"]:
         return False
     if words.get("type") != "ByteLevel" or words["add_prefix_space"] or not words.get("use_regex", True):
         return False
+
+    # Merges alone decide: none is left out by chance, no whole word is looked up, no mark is added to a part of a word
     if model["dropout"] or model["ignore_merges"]:
         return False
     if model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
         return False
-    if not all(token.special for token in tokenizer.get_added_tokens_decoder().values()):
-        return False  # an added token that is not special is found in the text first
 
+    # An added token that is not special is found in the text first
+    if not all(token.special for token in tokenizer.get_added_tokens_decoder().values()):
+        return False
+
+    # Each token comes from one merge or is a byte, every byte has a token, and each token's text gives the token alone
     if len({a + b for a, b in merges}) != len(merges):
         return False
     if not byte_of_character().keys() <= model["vocab"].keys():
@@ -410,7 +416,7 @@ def library_encoder(tokenizer):
 
 
 def tasks(texts):
-    """Shares texts out into lists of some TASK characters: a task for a short text would take longer than the text."""
+    """Divides texts into lists of about TASK characters: a task for a short text would take longer than the text."""
     task, size = [], 0
     for text in texts:
         task.append(text)

@@ -4,7 +4,7 @@ import random
 GRAMMAR = dict(
     en=dict(
         the=["the", "a", "this", "every"],
-        noun=["house", "river", "old man", "letter", "city", "child", "war", "garden", "king", "song", "road", "machine"],
+        noun=["house", "river", "old man", "letter", "city", "child", "war", "garden", "king", "song", "road"],
         verb=["sees", "takes", "forgets", "follows", "builds", "loses", "remembers", "sells"],
         how=["slowly", "at night", "without a word", "in the end", "again"],
         also="and",

@@ -1,10 +1,13 @@
-"""common.py: flags are read as people write them, and a mistake in one is answered with what would be right."""
+"""common.py: flags are read as people write them, a mistake is answered in one line with what would be right, and files
+are replaced as a whole."""
 import dataclasses
+import errno
 
 import pytest
 from hypothesis import example, given, strategies as st
 
-from common import UserError, columns, number, parse_flags
+from common import (Progress, UserError, clock, columns, flag_value, mended, number, parse_flags, replacing,
+                    run_tool)
 from corpus_helpers import properties
 from prepare import Settings
 
@@ -85,3 +88,114 @@ def test_help_explains_each_flag_with_its_default(monkeypatch, capsys):
 
 def test_the_columns_of_a_table_are_aligned():
     assert columns([("name", "tokens"), ("a", "12"), ("longer", "3")]) == ["name    tokens", "a       12", "longer  3"]
+
+
+@dataclasses.dataclass
+class Further(Example):
+    rate: float = 0.1  # how fast at the end
+    quiet: bool | None = None  # whether it whispers; not given: it depends
+
+
+def test_a_dataclass_that_extends_another_one_explains_its_own_flags_and_the_others(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        parse_flags(["--help"], Further())
+    out = capsys.readouterr().out
+    for line in ("how many; 100% of them [1,200]", "how fast at the end [0.1]", "it depends [unset]"):
+        assert line in out
+
+
+def test_a_switch_without_a_default_is_unset_until_it_is_typed():
+    assert parse_flags([], Further()) == ({}, [])
+    assert parse_flags(["--quiet"], Further())[0] == {"quiet": True}
+    assert parse_flags(["--no-quiet"], Further())[0] == {"quiet": False}
+
+
+@pytest.mark.parametrize("argv, value", [
+    (["--out=run"], "run"), (["--out", "run"], "run"), (["--out"], "true"), (["--out", "--lr=1"], "true"), ([], None),
+    (["--out=a", "--out=b"], "b"), (["--output=run"], None), (["--out="], ""), (["--out=a=b"], "a=b"),
+])
+def test_a_flag_can_be_read_before_the_others_are_known(argv, value):
+    assert flag_value(argv, "out") == value
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+def ending(main, monkeypatch, capsys):
+    """(exit status, standard output, standard error) of a tool."""
+    monkeypatch.setattr("sys.argv", ["folder/tool.py", "--flag"])
+    with pytest.raises(SystemExit) as end:
+        run_tool(main)
+    return end.value.code, *capsys.readouterr()
+
+
+def raising(error):
+    """A tool that ends with this error."""
+    def main(argv):
+        raise error
+    return main
+
+
+ENDINGS = {
+    "a user's mistake": (UserError("two\n  lines"), 2, "tool.py: two lines\n"),
+    "no file": (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"), 2,
+                "tool.py: a.txt: No such file or directory\n"),
+    "a full disk": (OSError(errno.ENOSPC, "No space left on device", "a.bin"), 2,
+                    "tool.py: a.bin: no space left on the disk; nothing was written over\n"),
+    "Ctrl-C": (KeyboardInterrupt(), 130, "\ntool.py: stopped\n"),
+}
+
+
+@pytest.mark.parametrize("what", ENDINGS)
+def test_what_a_user_can_get_wrong_is_one_line_and_a_status(what, monkeypatch, capsys):
+    error, status, line = ENDINGS[what]
+    assert ending(raising(error), monkeypatch, capsys) == (status, "", line)
+
+
+def test_a_fault_of_the_code_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tool.py"])
+    with pytest.raises(ZeroDivisionError):
+        run_tool(lambda argv: 1 / 0)
+
+
+def test_a_tool_that_ends_well_gives_its_own_status(monkeypatch, capsys):
+    assert ending(lambda argv: 0, monkeypatch, capsys) == (0, "", "")
+
+
+def test_an_old_python_is_told_what_is_needed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.version_info", (3, 10, 0))
+    status, _, line = ending(lambda argv: 0, monkeypatch, capsys)
+    assert status == 2 and "this needs Python 3.11 or newer" in line
+
+
+# --------------------------------------------------------------------------------------------------- terminal and files
+
+@pytest.mark.parametrize("seconds, text", [(0, "00:00"), (59.6, "01:00"), (125, "02:05"), (7265, "2:01:05")])
+def test_a_clock_shows_minutes_and_hours_only_if_there_are_some(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_a_pipe_gets_the_lines_that_stay_and_no_others(capsys):
+    progress = Progress()
+    progress.show("half")
+    progress.done("all")
+    assert capsys.readouterr().out == "all\n"
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    with replacing(path) as f:
+        f.write(b"old")
+        assert not path.exists()  # not before all is there
+    with pytest.raises(ZeroDivisionError), replacing(path) as f:
+        f.write(b"half of the ne")
+        1 / 0
+    assert path.read_bytes() == b"old"
+    with replacing(path) as f:
+        f.write(b"new")
+    assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("text, expected", [("caffè 😀", "caffè 😀"), ("\ud83d\ude00", "😀"), ("a\ud83db", "a\ufffdb")])
+def test_text_that_utf8_cannot_hold_is_mended(text, expected):
+    assert mended(text) == expected

@@ -1,4 +1,4 @@
-"""sample.py: each sampling rule against a plain reference, batches, the cache beyond the context, and what is printed."""
+"""sample.py: each sampling rule against a plain reference, batches, the cache beyond the context, what is printed."""
 import io
 import json
 import math
@@ -16,35 +16,41 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ivme
+import run
 import sample
 import tinymemory
-import train
-from conftest import ROOT
-from test_architectures import ARCHITECTURES, randomised
+from architectures import ARCHITECTURES, randomised
 from common import UserError
+from conftest import ROOT
 from corpus.chats import chat_ids, chat_messages, encode_chats
-from corpus.tokenizer import SPECIAL_TOKENS, fast_encoder, load_tokenizer, train_hybrid
+from corpus.tokenizer import (
+    END_OF_TEXT, SPECIAL_TOKENS, fast_encoder, from_tiktoken, load_tokenizer, train_hybrid,
+)
+from corpus_helpers import small_gpt2
 
 TINY = dict(n_layer=2, d_model=16, n_head=2, d_ff=16, vocab_size=40, context_length=16)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(params=[ivme, tinymemory], ids=["ivme", "tinymemory"])
 def model(request):
     torch.manual_seed(0)
-    model = request.param.Model(replace(request.param.Config(), **TINY, **({"n_kv_head": 1} if request.param is ivme else {})))
+    shape = dict(TINY, n_kv_head=1) if request.param is ivme else TINY
+    model = request.param.Model(replace(request.param.Config(), **shape))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4)
     return model.eval()
 
 
-def probabilities(logits):
-    return logits.softmax(-1)
-
+# ---------------------------------------------------------------------------------------------------- choosing a token
 
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 99), top_k=st.integers(0, 12), top_p=st.floats(0, 1), min_p=st.floats(0, 0.9))
 def test_top_k_top_p_and_min_p_keep_what_transformers_keeps(seed, top_k, top_p, min_p):
-    logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(seed)) * 3
+    logits = torch.randn(3, 12, generator=seeded(seed)) * 3
     expected = logits
     if top_k:
         expected = transformers.TopKLogitsWarper(top_k)(None, expected)
@@ -57,15 +63,17 @@ def test_top_k_top_p_and_min_p_keep_what_transformers_keeps(seed, top_k, top_p, 
 
 def test_repetition_penalty_is_transformers_own():
     logits, idx = torch.randn(3, 12), torch.randint(12, (3, 7))
+    seen = torch.zeros(3, 12, dtype=torch.bool).scatter_(1, idx, True)
     expected = transformers.RepetitionPenaltyLogitsProcessor(1.3)(idx, logits)
-    assert torch.equal(sample.penalize_repetition(logits, torch.zeros(3, 12, dtype=torch.bool).scatter_(1, idx, True), 1.3), expected)
+    assert torch.equal(sample.penalize_repetition(logits, seen, 1.3), expected)
 
 
 @settings(max_examples=50, deadline=None)
 @given(row=st.lists(st.integers(0, 3), max_size=30), n=st.integers(1, 5))
 def test_banned_tokens_are_those_that_transformers_bans(row, n):
     logits = torch.zeros(1, 4)
-    expected = transformers.NoRepeatNGramLogitsProcessor(n)(torch.tensor([row], dtype=torch.long).view(1, -1), logits)
+    idx = torch.tensor([row], dtype=torch.long).view(1, -1)
+    expected = transformers.NoRepeatNGramLogitsProcessor(n)(idx, logits)
     assert set(sample.SeenNgrams(n, row).banned()) == set(torch.where(expected[0] == -math.inf)[0].tolist())
 
 
@@ -78,7 +86,7 @@ def test_no_ngram_is_repeated(model):
 
 
 def test_greedy_beyond_the_context_equals_rereading_the_second_half(model):
-    """Reference without a cache: while the context is not full, all of it; when full, start again from its second half."""
+    """Reference without a cache: all of it until the context is full, then its second half and what comes after."""
     idx, C, begin = torch.tensor([[5, 6, 7], [8, 9, 10]]), 16, 0
     got = sample.generate(model, idx, 40, temperature=0)
     for _ in range(40):
@@ -92,32 +100,36 @@ def test_greedy_beyond_the_context_equals_rereading_the_second_half(model):
 
 def test_a_prompt_longer_than_the_context_is_read_from_its_end(model):
     long = torch.randint(40, (1, 50))
-    assert torch.equal(sample.generate(model, long, 5, temperature=0)[:, 50:], sample.generate(model, long[:, -16:], 5, temperature=0)[:, 16:])
+    whole = sample.generate(model, long, 5, temperature=0)
+    end = sample.generate(model, long[:, -16:], 5, temperature=0)
+    assert torch.equal(whole[:, 50:], end[:, 16:])
 
 
 def test_same_seed_same_text_and_another_seed_another(model):
-    a, b, c = (sample.generate(model, torch.tensor([[1]]), 60, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    a, b, c = (sample.generate(model, torch.tensor([[1]]), 60, generator=seeded(seed)) for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_samples_follow_the_models_distribution(model):
     prompt = torch.tensor([[3, 4]])
     n = 20_000
-    drawn = sample.generate(model, prompt.repeat(n, 1), 1, temperature=0.7, generator=torch.Generator().manual_seed(0))[:, -1]
+    drawn = sample.generate(model, prompt.repeat(n, 1), 1, temperature=0.7, generator=seeded(0))[:, -1]
     with torch.no_grad():
-        p = probabilities(model(prompt)[0][0, -1] / 0.7)
+        p = (model(prompt)[0][0, -1] / 0.7).softmax(-1)
     assert (torch.bincount(drawn, minlength=40) / n - p).abs().max() < 4 * math.sqrt(0.25 / n)
 
 
 def test_rows_of_a_batch_are_what_each_gives_alone(model):
     prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     together = sample.generate(model, prompts, 30, temperature=0, repetition_penalty=1.2)
-    assert all(torch.equal(together[i], sample.generate(model, prompts[i:i + 1], 30, temperature=0, repetition_penalty=1.2)[0]) for i in range(3))
+    for i in range(3):
+        alone = sample.generate(model, prompts[i:i + 1], 30, temperature=0, repetition_penalty=1.2)
+        assert torch.equal(together[i], alone[0])
 
 
 def test_rows_end_at_the_stop_token_and_are_filled_up_with_it(model):
     def draw(**kw):
-        return sample.generate(model, torch.tensor([[1], [2]]), 40, generator=torch.Generator().manual_seed(4), **kw).tolist()
+        return sample.generate(model, torch.tensor([[1], [2]]), 40, generator=seeded(4), **kw).tolist()
     free = draw()
     stop = next(t for t in free[0][1:] if t in free[1][1:])  # a token that both rows come to, at different places
     ends = [row.index(stop, 1) for row in free]
@@ -148,50 +160,76 @@ def test_text_ends_at_the_end_token(byte_tokenizer):
     assert [t.add(i) for i in (ids[0], 2, ids[1])] == ["a", "", ""] and t.done
 
 
-def run(capsys, *flags):
+def show(capsys, *flags):
+    """What sample.py prints."""
     sample.main(list(flags))
     return capsys.readouterr().out
 
 
 def test_one_sample_continues_the_prompt(trained, capsys):
-    text = run(capsys, f"--ckpt={trained}/best.pt", "--prompt=import os", "--max_new_tokens=20")
+    flags = f"--ckpt={trained}/best.pt", "--prompt=import os", "--max_new_tokens=20"
+    text = show(capsys, *flags)
     assert text.startswith("import os") and len(text) > len("import os\n")
-    assert text == run(capsys, f"--ckpt={trained}/best.pt", "--prompt=import os", "--max_new_tokens=20")
-    assert text != run(capsys, f"--ckpt={trained}/best.pt", "--prompt=import os", "--max_new_tokens=20", "--seed=3")
+    assert text == show(capsys, *flags)
+    assert text != show(capsys, *flags, "--seed=3")
 
 
 def test_several_samples_are_marked_and_differ(trained, capsys):
-    parts = run(capsys, f"--ckpt={trained}/best.pt", "--prompt=def", "--num_samples=3", "--max_new_tokens=15").split("--- sample ")
-    assert len(parts) == 4 and len({p.split("\n", 1)[1] for p in parts[1:]}) == 3 and all("\ndef" in p for p in parts[1:])
+    shown = show(capsys, f"--ckpt={trained}/best.pt", "--prompt=def", "--num_samples=3", "--max_new_tokens=15")
+    parts = shown.split("--- sample ")
+    assert len(parts) == 4 and len({p.split("\n", 1)[1] for p in parts[1:]}) == 3
+    assert all("\ndef" in p for p in parts[1:])
 
 
 def test_the_prompt_may_come_from_standard_input(trained, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("class A\n"))
-    assert run(capsys, f"--ckpt={trained}/best.pt", "--max_new_tokens=4").startswith("class A")
+    assert show(capsys, f"--ckpt={trained}/best.pt", "--max_new_tokens=4").startswith("class A")
 
 
-def test_a_prompt_that_spells_a_special_token_is_plain_text(trained, capsys, monkeypatch):
-    read = []
-    monkeypatch.setattr(sample, "stream", lambda model, idx, *args, **kw: iter(read.append(idx) or ()))
-    run(capsys, f"--ckpt={trained}/best.pt", "--prompt=<|eos|>x")
-    bos, *rest = read[0][0].tolist()
-    tokenizer = train.load_checkpoint(trained / "best.pt")[1]
+@pytest.fixture
+def read(monkeypatch):
+    """A list that receives the token ids that sample.py lets the model read; nothing is generated."""
+    ids = []
+    monkeypatch.setattr(sample, "stream", lambda model, idx, *args, **kw: iter(ids.append(idx[0].tolist()) or ()))
+    return ids
+
+
+def test_a_prompt_that_spells_a_special_token_is_plain_text(trained, capsys, read):
+    show(capsys, f"--ckpt={trained}/best.pt", "--prompt=<|eos|>x")
+    bos, *rest = read[0]
+    tokenizer = run.load_checkpoint(trained / "best.pt")[1]
     assert bos == 1 and min(rest) > 6 and tokenizer.decode(rest) == "<|eos|>x"
+
+
+def test_a_prompt_in_gpt2s_tokenizer_begins_and_ends_with_its_only_special_token(trained, tmp_path, capsys, read):
+    checkpoint = run.read_checkpoint(trained / "best.pt")
+    checkpoint["tokenizer"] = from_tiktoken(small_gpt2(vocab_size=500)).to_str()
+    run.save_checkpoint(tmp_path / "gpt2.pt", checkpoint)
+    show(capsys, f"--ckpt={tmp_path}/gpt2.pt", "--prompt=a word")
+    tokenizer = load_tokenizer(checkpoint["tokenizer"])
+    end_of_text, *rest = read[0]
+    assert end_of_text == tokenizer.token_to_id(END_OF_TEXT) and tokenizer.decode(rest) == "a word"
+    with pytest.raises(UserError, match="which chats are framed with"):
+        sample.main([f"--ckpt={tmp_path}/gpt2.pt", "--chat"])
 
 
 def test_ema_and_no_ema_choose_the_weights(trained, monkeypatch, capsys):
     asked, load = [], sample.load_checkpoint
-    monkeypatch.setattr(sample, "load_checkpoint", lambda path, device, ema: (asked.append(ema), load(path, device, ema))[1])
+
+    def loading(path, device, ema):
+        asked.append(ema)
+        return load(path, device, ema)
+    monkeypatch.setattr(sample, "load_checkpoint", loading)
     for flag in ((), ("--ema",), ("--no-ema",), ("--ema=false",)):
-        run(capsys, f"--ckpt={trained}/ckpt.pt", "--prompt=x", "--max_new_tokens=1", *flag)
+        show(capsys, f"--ckpt={trained}/ckpt.pt", "--prompt=x", "--max_new_tokens=1", *flag)
     assert asked == [None, True, False, False]
 
 
 def test_generation_ends_before_the_stop_text(trained, capsys):
     flags = (f"--ckpt={trained}/best.pt", "--prompt=import", "--max_new_tokens=80")
-    free = run(capsys, *flags)[len("import"):-1]
+    free = show(capsys, *flags)[len("import"):-1]
     stop = free[20:22]
-    assert run(capsys, *flags, f"--stop={stop}") == "import" + free.split(stop)[0] + "\n"
+    assert show(capsys, *flags, f"--stop={stop}") == "import" + free.split(stop)[0] + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------- chat
@@ -201,12 +239,23 @@ def byte_ids(byte_tokenizer):
     return chat_ids(byte_tokenizer)
 
 
+def small(name, context_length=64):
+    """A small model of an architecture, for the byte tokenizer."""
+    arch = ARCHITECTURES[name]
+    shape = dict(arch.tiny, vocab_size=263)
+    if context_length:
+        shape["context_length"] = context_length
+    return arch.module.Model(arch.module.Config(**shape))
+
+
+def babbling(name):
+    """One that hardly ever says a special token: it writes on until it is stopped."""
+    return randomised(small(name)).eval()
+
+
 @pytest.fixture(params=ARCHITECTURES)
 def talker(request):
-    """A small model of each architecture that hardly ever says a special token: it writes on until it is stopped."""
-    arch = ARCHITECTURES[request.param]
-    model = randomised(arch.module.Model(arch.module.Config(**{**arch.tiny, "vocab_size": 263, "context_length": 64}))).eval()
-    return model
+    return babbling(request.param)
 
 
 def plain_reply(model, ids, n, specials):
@@ -223,100 +272,123 @@ def plain_reply(model, ids, n, specials):
 
 def test_a_chat_through_the_cache_equals_reading_all_of_it_anew(talker, byte_tokenizer, byte_ids):
     chat = sample.Chat(talker, byte_tokenizer, system="be brief", temperature=0)
-    bos, eos, system, user, assistant = (byte_ids[f"<|{name}|>"] for name in ("bos", "eos", "system", "user", "assistant"))
-    expected, read, written = [bos, system, *byte_tokenizer.encode("be brief").ids], [], 0
+    names = ("bos", "eos", "system", "user", "assistant")
+    bos, eos, system, user, assistant = (byte_ids[f"<|{name}|>"] for name in names)
+    expected = [bos, system, *byte_tokenizer.encode("be brief").ids]
+    written, read = 0, []  # tokens that the chat wrote, and how many it read at a time
     forward = talker.forward
-    talker.forward = lambda idx, **kw: (read.append(idx.size(1)), forward(idx, **kw))[1]
+
+    def counting(idx, **kw):
+        read.append(idx.size(1))
+        return forward(idx, **kw)
+
     for message, n in (("hi", 5), ("and?", 1), ("", 6)):
         read.clear()
         begun = len(expected) - chat.cache.length  # what ended the last reply; at first the instructions
+        talker.forward = counting
         pieces = list(chat.reply(message, n))
+        talker.forward = forward
         new = [user, *byte_tokenizer.encode(message).ids, assistant]
         assert begun + len(new) <= sum(read) < begun + len(new) + n and (begun <= 2 or message == "hi")
-        talker.forward = forward
         said = plain_reply(talker, expected + new, n, byte_ids.values())
-        talker.forward = lambda idx, **kw: (read.append(idx.size(1)), forward(idx, **kw))[1]
         expected += [*new, *said, eos]
         written += len(said)
         assert chat.ids == expected and "".join(pieces) == chat.messages[-1]["content"]
-    assert [m["role"] for m in chat.messages] == ["system"] + ["user", "assistant"] * 3 and not chat.forgot and written > 5
+
+    assert [m["role"] for m in chat.messages] == ["system"] + ["user", "assistant"] * 3
+    assert not chat.forgot and written > 5
     chat.reset()
     list(chat.reply("hi", 5))
     assert chat.ids == expected[:len(chat.ids)] and len(chat.messages) == 3  # as if it were the first
 
 
 def test_a_full_context_forgets_the_oldest_turns_but_not_the_instructions(byte_tokenizer, byte_ids):
-    arch = ARCHITECTURES["ivme"]
-    model = randomised(arch.module.Model(arch.module.Config(**{**arch.tiny, "vocab_size": 263, "context_length": 64}))).eval()
+    model = babbling("ivme")
     chat = sample.Chat(model, byte_tokenizer, system="be brief", temperature=0)
     opening = list(chat.ids)
     for i in range(8):
         before = len(chat.ids)
         list(chat.reply(f"question {i}", 6))
         assert len(chat.ids) <= 64 + 1 and chat.ids[:len(opening)] == opening
-        if len(chat.ids) < before:  # forgotten: the rest begins with a turn, fits into half, and is read as if it were all
+        if len(chat.ids) < before:  # forgotten: the rest begins with a turn, and fits into half
             assert chat.ids[len(opening)] == byte_ids["<|user|>"] and len(chat.ids) <= 32 + 8
-        assert chat.ids[-2:-1] == plain_reply(model, chat.ids[:-2], 1, byte_ids.values())  # the last token came after what is left
+        # what is left is read as if it were all: the last token came after it
+        assert chat.ids[-2:-1] == plain_reply(model, chat.ids[:-2], 1, byte_ids.values())
     assert chat.forgot and len(chat.messages) == 17  # what is saved is all of it
-    list(chat.reply("x" * 200, 100))  # a message longer than the context, a reply that fills it
+
+    # a message longer than the context, and a reply that fills it: cut within, the turn is still framed
+    list(chat.reply("x" * 200, 100))
     assert len(chat.ids) <= 65 and chat.ids[:len(opening)] == opening
-    assert [t for t in chat.ids if t < 7] == [byte_ids[f"<|{t}|>"] for t in ("bos", "system", "assistant", "eos")]  # cut within, it is still framed
+    assert [t for t in chat.ids if t < 7] == [byte_ids[f"<|{t}|>"] for t in ("bos", "system", "assistant", "eos")]
+
+    # a message that fits if all before it is forgotten
     chat = sample.Chat(model, byte_tokenizer, temperature=0)
     list(chat.reply("x" * 20, 3))
-    list(chat.reply("y" * 50, 3))  # fits if all before it is forgotten
+    list(chat.reply("y" * 50, 3))
     assert chat.ids[1] == byte_ids["<|user|>"] and byte_tokenizer.decode(chat.ids).startswith("y" * 50)
     with pytest.raises(UserError, match="the system's message has"):
         sample.Chat(model, byte_tokenizer, system="long " * 20)
 
 
+SPELLED = st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|", "|>", "assistant", "yes", " ", "\n"]), max_size=6)
+
+
 @settings(max_examples=40, deadline=None)
-@given(message=st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|", "|>", "assistant", "yes", " ", "\n"]), max_size=6).map("".join))
+@given(message=SPELLED.map("".join))
 def test_a_message_that_spells_a_turn_opens_none(message, byte_tokenizer, byte_ids):
-    arch = ARCHITECTURES["tinymemory"]
-    chat = sample.Chat(arch.module.Model(arch.module.Config(**{**arch.tiny, "vocab_size": 263, "context_length": 512})), byte_tokenizer, system=message)
+    chat = sample.Chat(small("tinymemory", 512), byte_tokenizer, system=message)
     list(chat.reply(message, 0))
     special = [t for t in chat.ids if t < 7]
-    assert special == [byte_ids[f"<|{t}|>"] for t in ["bos", *["system"] * bool(message), "user", "assistant", "eos"]]
-    assert byte_tokenizer.decode(chat.ids[chat.start + 1:chat.ids.index(byte_ids["<|assistant|>"])]) == message
+    system = ["system"] if message else []
+    assert special == [byte_ids[f"<|{t}|>"] for t in ["bos", *system, "user", "assistant", "eos"]]
+    asked = chat.ids[chat.start + 1:chat.ids.index(byte_ids["<|assistant|>"])]
+    assert byte_tokenizer.decode(asked) == message
+
+
+def says(monkeypatch, tokens):
+    """Lets every reply consist of these tokens."""
+    monkeypatch.setattr(sample, "stream", lambda *args, **kw: iter(torch.tensor(tokens)[:, None]))
 
 
 def test_a_chat_has_the_tokens_that_training_on_it_has(monkeypatch, byte_tokenizer, byte_ids):
-    arch, turns = ARCHITECTURES["tinymemory"], [("hi", "Hello!"), (" two\nlines ", "yes <|eos|>")]
-    chat = sample.Chat(arch.module.Model(arch.module.Config(**{**arch.tiny, "vocab_size": 263, "context_length": 128})), byte_tokenizer, system="be brief")
+    turns = [("hi", "Hello!"), (" two\nlines ", "yes <|eos|>")]
+    chat = sample.Chat(small("tinymemory", 128), byte_tokenizer, system="be brief")
     for message, reply in turns:
-        said = [*byte_tokenizer.encode(reply, add_special_tokens=False).ids, byte_ids["<|eos|>"]]
-        monkeypatch.setattr(sample, "stream", lambda *args, said=said, **kw: iter(torch.tensor(said)[:, None]))
+        says(monkeypatch, [*byte_tokenizer.encode(reply, add_special_tokens=False).ids, byte_ids["<|eos|>"]])
         assert "".join(chat.reply(message, 100)) == reply
-    rows = [("system", "be brief"), *((role, text) for turn in turns for role, text in zip(("user", "assistant"), turn))]
+    rows = [("system", "be brief")]
+    for message, reply in turns:
+        rows += [("user", message), ("assistant", reply)]
     (expected, _), = encode_chats([rows], fast_encoder(byte_tokenizer), byte_ids)
     assert chat.ids == expected.tolist() and [tuple(m.values()) for m in chat.messages] == rows
 
 
 def test_a_reply_ends_at_any_token_that_belongs_to_none_and_when_it_is_stopped(monkeypatch, byte_tokenizer, byte_ids):
-    arch, a = ARCHITECTURES["tinymemory"], byte_tokenizer.encode("a").ids[0]
-    model = arch.module.Model(arch.module.Config(**{**arch.tiny, "vocab_size": 263}))
+    a, assistant, eos = byte_tokenizer.encode("a").ids[0], byte_ids["<|assistant|>"], byte_ids["<|eos|>"]
+    model = small("tinymemory", None)
     for end in byte_ids.values():
-        monkeypatch.setattr(sample, "stream", lambda *args, end=end, **kw: iter(torch.tensor([[a], [a], [end], [a]])))
+        says(monkeypatch, [a, a, end, a])
         chat = sample.Chat(model, byte_tokenizer)
-        assert "".join(chat.reply("hi", 10)) == "aa" and chat.ids[-3:] == [a, a, byte_ids["<|eos|>"]]
+        assert "".join(chat.reply("hi", 10)) == "aa" and chat.ids[-3:] == [a, a, eos]
+
     monkeypatch.setattr(sample, "stream", lambda model, idx, n, **kw: iter(torch.tensor([[a]] * n)))
     chat, said = sample.Chat(model, byte_tokenizer), []
     for piece in chat.reply("hi", 100, stopped=lambda: len(said) == 2):
         said.append(piece)
-    assert chat.messages[-1]["content"] == "aa" and chat.ids[-1] == byte_ids["<|eos|>"]
+    assert chat.messages[-1]["content"] == "aa" and chat.ids[-1] == eos
     chat.reset()
-    assert "".join(chat.reply("hi", 100, stop="aaaaa")) == "" and chat.ids[-2:] == [byte_ids["<|assistant|>"], byte_ids["<|eos|>"]]  # no more is read than was shown
+    assert "".join(chat.reply("hi", 100, stop="aaaaa")) == ""
+    assert chat.ids[-2:] == [assistant, eos]  # no more is read than was shown
     chat.reset()
     assert "".join(chat.reply("hi", 3)) == "aaa" and chat.cut
     chat.reset()
     for piece in chat.reply("hi", 100):  # whoever leaves in between leaves a chat that can go on
         break
-    assert chat.messages[-1]["content"] == "a" and chat.ids[-2:] == [a, byte_ids["<|eos|>"]]
+    assert chat.messages[-1]["content"] == "a" and chat.ids[-2:] == [a, eos]
 
 
-def test_an_interrupt_within_the_model_leaves_a_chat_that_reads_all_anew(monkeypatch, byte_tokenizer, byte_ids):
-    arch = ARCHITECTURES["i3"]
-    model = randomised(arch.module.Model(arch.module.Config(**{**arch.tiny, "vocab_size": 263}))).eval()
+def test_an_interrupt_within_the_model_leaves_a_chat_that_reads_all_anew(byte_tokenizer):
+    model = randomised(small("i3", None)).eval()
     chats = [sample.Chat(model, byte_tokenizer, temperature=0) for _ in range(2)]
     for chat in chats:
         "".join(chat.reply("hi", 3))
@@ -332,7 +404,8 @@ def test_an_interrupt_within_the_model_leaves_a_chat_that_reads_all_anew(monkeyp
         list(chats[0].reply("and", 50))
     del block.forward
     assert "".join(chats[1].reply("and", len(calls) - 1)) == chats[0].messages[-1]["content"]
-    assert chats[0].ids == chats[1].ids and list(chats[0].reply("so", 6)) == list(chats[1].reply("so", 6)) and chats[0].ids == chats[1].ids
+    assert chats[0].ids == chats[1].ids
+    assert list(chats[0].reply("so", 6)) == list(chats[1].reply("so", 6)) and chats[0].ids == chats[1].ids
 
 
 def test_neither_penalty_keeps_a_reply_from_ending(byte_tokenizer, byte_ids):
@@ -353,12 +426,15 @@ def test_neither_penalty_keeps_a_reply_from_ending(byte_tokenizer, byte_ids):
 
         def parameters(self):
             return iter([torch.zeros(1)])
+
     read = torch.tensor([[5, eos, 5, eos, 5]])
     for rule in (dict(no_repeat_ngram_size=2), dict(repetition_penalty=2.0)):
         assert int(next(sample.stream(Ending(), read, 1, temperature=0, **rule))) == 100
         chat = sample.Chat(Ending(), byte_tokenizer, temperature=0, **rule)
         assert ["".join(chat.reply("hi", 9)) for _ in range(3)] == ["", "", ""]
 
+
+# ---------------------------------------------------------------------------------------------------- at the terminal
 
 def test_a_saved_chat_replaces_only_its_own_line(tmp_path):
     path, saved = tmp_path / "chats.jsonl", {}
@@ -369,75 +445,126 @@ def test_a_saved_chat_replaces_only_its_own_line(tmp_path):
     with open(path, "a") as f:
         f.write("another's\n")
     sample.save_chat(path, ["a", "b", "\udce9"], saved)
-    assert path.read_text() == '{"messages": 1}\n{"messages": ["a", "b"]}\nanother\'s\n{"messages": ["a", "b", "?"]}\n'
+    lines = ['{"messages": 1}', '{"messages": ["a", "b"]}', "another's", '{"messages": ["a", "b", "?"]}']
+    assert path.read_text() == "\n".join(lines) + "\n"
 
 
 @pytest.fixture
 def chatty(trained, tmp_path):
     """A checkpoint that never ends a reply of its own accord when it takes the likeliest token."""
-    checkpoint = train.read_checkpoint(trained / "best.pt")
+    checkpoint = run.read_checkpoint(trained / "best.pt")
     for part in ("model", "ema"):
         checkpoint[part]["embed.weight"][:7] = 0
-    train.save_checkpoint(tmp_path / "chatty.pt", checkpoint)
+    run.save_checkpoint(tmp_path / "chatty.pt", checkpoint)
     return tmp_path / "chatty.pt"
 
 
+PIPED = """import os\r
+class A:\\\r
+    pass
+/save chat.jsonl
+again
+/save chat.jsonl
+/nonsense
+/reset
+/save chat.jsonl
+
+x
+/save chat.jsonl
+/save /no/such/folder/x
+/exit
+never"""
+
+
 def test_a_chat_through_pipes_answers_each_line_and_saves_what_prepare_reads(chatty, tmp_path, capfd, monkeypatch):
-    lines = "import os\r\nclass A:\\\r\n    pass\n/save chat.jsonl\nagain\n/save chat.jsonl\n/nonsense\n/reset\n\nx\n/save chat.jsonl\n/save /no/such/folder/x\n/exit\nnever"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    assert sample.main([f"--ckpt={chatty}", "--chat", "--max_new_tokens=6", "--temperature=0", "--system=be brief"]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO(PIPED))
+    flags = [f"--ckpt={chatty}", "--chat", "--max_new_tokens=6", "--temperature=0", "--system=be brief"]
+    assert sample.main(flags) == 0
     out, err = capfd.readouterr()
     saved = [json.loads(line)["messages"] for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
-    assert [[m["content"] for m in chat if m["role"] == "user"] for chat in saved] == [["import os", "class A:\n    pass", "again"], ["x"]]
+    asked = [[m["content"] for m in chat if m["role"] == "user"] for chat in saved]
+    assert asked == [["import os", "class A:\n    pass", "again"], ["x"]]
     assert "".join(m["content"] + "\n" for chat in saved for m in chat if m["role"] == "assistant") == out
     assert all(chat[0] == dict(role="system", content="be brief") for chat in saved) and ">" not in out
-    assert "saved 7 messages to chat.jsonl" in err and "there is no command /nonsense" in err and "the chat was not saved" in err and "a new chat" in err
+    for line in ("saved 7 messages to chat.jsonl", "there is no command /nonsense", "the chat was not saved",
+                 "a new chat", "there is nothing to save yet", "cut after 6 tokens"):
+        assert line in err
     assert [chat_messages(dict(messages=chat)) for chat in saved]
+
+
+def test_the_first_message_may_be_a_flag_and_is_never_a_command(chatty, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("/save chat.jsonl\n"))
+    flags = [f"--ckpt={chatty}", "--chat", "--max_new_tokens=6", "--temperature=0", "--prompt=/reset"]
+    assert sample.main(flags) == 0
+    question, answer = json.loads((tmp_path / "chat.jsonl").read_text())["messages"]
+    assert question["content"] == "/reset" and capfd.readouterr().out == answer["content"] + "\n"
+
+
+class TerminalUser:
+    """Someone at a terminal, who types to a process and sees what it shows."""
+
+    def __init__(self, fd):
+        self.fd, self.shown = fd, b""
+
+    def type(self, keys):
+        os.write(self.fd, keys)
+
+    def wait_until(self, condition):
+        """Reads until condition() is true, or until the process has closed its side."""
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, self.shown
+            if select.select([self.fd], [], [], 1)[0]:
+                try:
+                    self.shown += os.read(self.fd, 65536)
+                except OSError:  # the other side is closed
+                    return
+
+    def wait_for(self, ending):
+        self.wait_until(lambda: self.shown.endswith(ending))
 
 
 def test_ctrl_c_ends_a_reply_and_the_chat_goes_on(chatty, tmp_path):
     """On a terminal: an endless reply, Ctrl-C, at the prompt Ctrl-C again, another message, /save, Ctrl-D."""
     pty = pytest.importorskip("pty", reason="pseudo-terminals are a Unix thing")
+    flags = [f"--ckpt={chatty}", "--chat", "--max_new_tokens=1000000", "--temperature=0"]
     pid, fd = pty.fork()
     if not pid:
         os.chdir(tmp_path)
         os.environ["OMP_NUM_THREADS"] = "1"
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background inherits that it is ignored
-        os.execv(sys.executable, [sys.executable, str(ROOT / "sample.py"), f"--ckpt={chatty}", "--chat", "--max_new_tokens=1000000", "--temperature=0"])
-    shown = b""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+        os.execv(sys.executable, [sys.executable, str(ROOT / "sample.py"), *flags])
+    user = TerminalUser(fd)
+    user.wait_for(b"> ")
 
-    def until(condition):
-        nonlocal shown
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < deadline, shown
-            if select.select([fd], [], [], 1)[0]:
-                try:
-                    shown += os.read(fd, 65536)
-                except OSError:  # the other side is closed
-                    return
-    until(lambda: shown.endswith(b"> "))
+    # Ctrl-C in a reply
     for message in (b"import os", b"again"):
-        begun = len(shown)
-        os.write(fd, message + b"\r")
-        until(lambda: len(shown) > begun + 200)
-        os.write(fd, b"\x03")
-        until(lambda: shown.endswith(b"> "))
-    os.write(fd, b"half a mess")
-    until(lambda: shown.endswith(b"half a mess"))
-    begun, pressed = len(shown), []
+        begun = len(user.shown)
+        user.type(message + b"\r")
+        user.wait_until(lambda: len(user.shown) > begun + 200)
+        user.type(b"\x03")
+        user.wait_for(b"> ")
+
+    # Ctrl-C at the prompt
+    user.type(b"half a mess")
+    user.wait_for(b"half a mess")
+    begun, pressed = len(user.shown), []
 
     def another_prompt():  # between its prompt and its waiting for keys Python misses a signal
-        if time.monotonic() > (pressed or [0])[-1] + 1:
+        if not pressed or time.monotonic() > pressed[-1] + 1:
             pressed.append(time.monotonic())
-            os.write(fd, b"\x03")
-        return len(shown) > begun and shown.endswith(b"> ")
-    until(another_prompt)
-    os.write(fd, b"/save chat.jsonl\r")
-    until(lambda: b"saved 4 messages" in shown and shown.endswith(b"> "))
-    os.write(fd, b"\x04")
-    until(lambda: False) if sys.platform == "linux" else None
+            user.type(b"\x03")
+        return len(user.shown) > begun and user.shown.endswith(b"> ")
+    user.wait_until(another_prompt)
+
+    user.type(b"/save chat.jsonl\r")
+    user.wait_until(lambda: b"saved 4 messages" in user.shown and user.shown.endswith(b"> "))
+    user.type(b"\x04")
+    if sys.platform == "linux":
+        user.wait_until(lambda: False)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     os.close(fd)
-    assert [m["role"] for m in json.loads((tmp_path / "chat.jsonl").read_text())["messages"]] == ["user", "assistant"] * 2 and b"Traceback" not in shown
+    messages = json.loads((tmp_path / "chat.jsonl").read_text())["messages"]
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 2 and b"Traceback" not in user.shown

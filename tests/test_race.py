@@ -1,0 +1,100 @@
+"""race.py: the measures, what is compared with what, and an experiment that can be stopped."""
+import json
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import finetune
+import prepare
+import race
+import run
+import tinymemory
+from common import UserError
+from conftest import ROOT
+from made_up import made_up_chats
+
+
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(st.integers(0, 2), max_size=40), loop=st.lists(st.integers(0, 2), min_size=3, max_size=9),
+       times=st.integers(0, 4))
+def test_repetition_is_found_where_a_search_finds_it(ids, loop, times):
+    text = ids + loop * times
+    places = range(len(text) - 3)
+    assert race.repeats_4gram(text) == any(text[i:i + 4] == text[j:j + 4] for i in places for j in places if i < j)
+
+    tails = [text[-k:] for k in range(1, len(text) + 1)]
+    three_times = any(len(tail) == 3 * n and tail == tail[:n] * 3 for tail in tails for n in range(3, 20))
+    one_token = len(text) > 16 and len(set(text[-17:])) == 1
+    assert race.ends_in_loop(text) == (three_times or one_token)
+
+
+def test_each_kind_is_plain_tuning_with_one_trick_of_the_recipe_or_all():
+    recipe, plain = tinymemory.PRESETS["tinymemory-sft"][1], finetune.Settings()
+    assert all(getattr(plain, name) == value for name, value in race.OFF.items())
+    assert {name: recipe[name] for name in race.OFF} == race.TRICKS
+    first, *single, last = race.KINDS.values()
+    assert first == {} and [len(tricks) for tricks in single] == [1, 1, 1, 1]
+    assert {name: value for tricks in single for name, value in tricks.items()} == race.TRICKS == last
+    tables = (ROOT / "MEASUREMENTS.md").read_text(encoding="utf-8")
+    for kind in race.KINDS:
+        assert f"| {kind.replace('plain', 'plain tuning')} |" in tables
+
+
+@pytest.fixture
+def flags(trained, workdir):
+    """A small experiment on chats of the test's own."""
+    (workdir / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in made_up_chats(400, 1)))
+    tokenizer = str((workdir / "data/pydocs-hybrid/tokenizer.json").resolve())
+    prepare.prepare(["chats.jsonl"], prepare.Settings(
+        tokenizer=tokenizer, out_dir="mine", name="chats", val_fraction=0.1))
+    return ["tricks", f"--init_from={trained}/best.pt", "--data=mine/chats", "--base_data=data/pydocs-hybrid",
+            "--max_steps=2", "--seeds=2", "--questions=4", "--dtype=float32"]
+
+
+def test_each_kind_is_trained_once_and_what_was_measured_is_printed(flags, workdir, monkeypatch, capsys):
+    monkeypatch.setattr(race, "KINDS", {"plain": {}, "all": race.TRICKS})
+    results = workdir / "out/tricks/results.jsonl"
+    capsys.readouterr()
+    assert race.main(flags) == 0
+    shown = capsys.readouterr().out.splitlines()
+    measured = [json.loads(line) for line in results.read_text().splitlines()]
+    runs = [(row["about"]["kind"], row["about"]["seed"]) for row in measured]
+    assert runs == [("before tuning", 0), ("plain", 0), ("plain", 1), ("all", 0), ("all", 1)]
+    before, first, second = (row["measures"] for row in measured[:3])
+    assert first["replies"] < before["replies"] and first != second
+    values = [first["replies"], second["replies"]]
+    assert re.search(rf"plain +{sum(values) / 2:.3f} ± {abs(values[0] - values[1]) / 2 ** 0.5:.3f} ", shown[3])
+    tuned = run.read_checkpoint(workdir / "out/tricks/run/best.pt")["train"]  # the last one
+    assert {name: tuned[name] for name in race.TRICKS} == race.TRICKS
+    assert tuned["max_steps"] == 2 and tuned["seed"] == 1338
+
+    # the same command again has nothing left to do
+    with monkeypatch.context() as m:
+        m.setattr(finetune, "main", None)
+        assert race.main(flags) == 0 and capsys.readouterr().out.splitlines() == shown
+
+    # what is stopped half-way, as Ctrl-C does it, is not measured; nor is anything taken for what it is not
+    def stopped(argv):
+        (workdir / "out/tricks/run/metrics.jsonl").write_text('{"step": 1}\n')
+        return 0
+    with monkeypatch.context() as m:
+        m.setattr(finetune, "main", stopped)
+        m.setitem(race.TRICKS, "relevance", 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            race.main(flags)
+    assert len(results.read_text().splitlines()) == 5
+
+
+def test_what_cannot_be_tried_is_one_line(flags):
+    mistakes = [
+        ([], "which experiment? tricks"),
+        (["ablation"], "which experiment? tricks, not ablation"),
+        ([*flags, "--seeds=0"], "must be above 0"),
+        (["tricks", "--init_from=none.pt"], "no checkpoint none.pt"),
+        ([*flags, "--data=data/pydocs-hybrid"], "holds no chats to validate on"),
+    ]
+    for argv, line in mistakes:
+        with pytest.raises(UserError, match=re.escape(line)):
+            race.main(argv)

@@ -1,0 +1,316 @@
+"""run.py: which run the flags mean, which data a name means, and what is in a checkpoint, also in an older one."""
+import json
+import shutil
+from dataclasses import asdict, fields
+
+import pytest
+import torch
+
+import finetune
+import prepare
+import run
+import sample
+import train
+from common import UserError
+from conftest import ALONE, SMALL, pretraining_plan, run_train, same_tensors, tuning_plan
+from made_up import made_up_chats
+
+TUNE = ["--block_size=64", "--batch_tokens=512", "--max_steps=1", "--eval_tokens=256", "--final_eval_tokens=256",
+        "--sample_tokens=0", "--compile=off"]
+
+
+def write_chats(path, n, seed):
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in made_up_chats(n, seed)))
+
+
+# ---------------------------------------------------------------------------------------------------- recipes
+
+def test_no_flags_mean_tinymemory_on_pydocs(workdir):
+    s = pretraining_plan().settings
+    assert (s.model, s.data, s.tokenizer, s.out) == ("tinymemory", "pydocs", "hybrid", "out/tinymemory")
+
+
+def test_the_ivme_preset_is_its_cards_recipe_to_the_number(workdir):
+    plan = pretraining_plan("--model=ivme")
+    s, cfg = plan.settings, plan.cfg
+    assert (s.max_steps, s.batch_tokens, s.warmup_steps) == (1447, 1_048_576, 100)
+    assert (s.schedule, round(s.decay_fraction * s.max_steps), s.final_lr_fraction) == ("wsd", 289, 0.0)
+    assert train.lr_factor(1447 - 289, s) == 1 > train.lr_factor(1447 - 288, s)
+    assert (s.optimizer, s.muon_lr, s.lr, s.weight_decay, s.grad_clip) == ("muon", 0.02, 3e-4, 0.1, 1.0)
+    assert (s.data, s.tokenizer, s.order, s.block_size, s.ema_beta) == ("ivme", "bpe", "sequential", 1024, 0.999)
+    assert (cfg.n_layer, cfg.d_model, cfg.d_ff, cfg.n_head, cfg.n_kv_head) == (10, 384, 1024, 6, 2)
+    assert (cfg.context_length, cfg.vocab_size) == (1024, 16_384)
+
+
+I3 = {"i3": ("tinychat", "chunk", 3e-4, 100), "i3-80m": ("i3-80m", "chunk", 3e-4, 100),
+      "i3-200m": ("i3-200m", "bpe", 4e-4, 25)}
+
+
+@pytest.mark.parametrize("preset", I3)
+def test_the_i3_presets_are_their_cards_recipes(preset, workdir):
+    plan = pretraining_plan(f"--model={preset}")
+    s = plan.settings
+    assert (s.data, s.tokenizer, s.lr, s.warmup_steps) == I3[preset] and s.out == f"out/{preset}"
+    assert (s.optimizer, s.schedule, s.final_lr_fraction, s.grad_clip) == ("adamw", "cosine", 0.1, 1.0)
+    assert s.block_size == plan.cfg.context_length == 256 and plan.cfg.n_head == 16
+
+
+GPT2PRELN = {"gpt2preln": (6, 2500, 240_000), "gpt2preln-medium": (1, 2500, 240_000),
+             "gpt2preln-gpt2": (15, 1024, 245_760)}
+
+
+@pytest.mark.parametrize("preset", GPT2PRELN)
+def test_the_gpt2preln_presets_are_their_cards_recipe(preset, workdir):
+    plan = pretraining_plan(f"--model={preset}")
+    s = plan.settings
+    micro, T, batch_tokens = GPT2PRELN[preset]
+    assert (s.micro_batch, s.block_size, s.batch_tokens) == (micro, T, batch_tokens) and plan.cfg.context_length == T
+    assert batch_tokens % (T * micro) == 0
+    assert (s.optimizer, s.lr, s.lr * s.final_lr_fraction) == ("adamw", 2e-4, pytest.approx(2e-5))
+    assert (s.order, s.pack, s.data, s.max_steps) == ("balanced", "document", "gpt2preln", 8000)
+    # no decay of its own: stable checkpoints are decayed by --decay_only
+    assert s.schedule == "wsd" and train.lr_factor(7999, s) == 1 and train.lr_factor(0, s) < 0.01
+
+
+# ---------------------------------------------------------------------------------------------------- which tool
+
+def test_fine_tunings_flags_are_those_that_its_settings_add():
+    own = {field.name for field in fields(finetune.Settings)} - {field.name for field in fields(train.Settings)}
+    assert set(run.FINE_TUNING) == own
+
+
+@pytest.mark.parametrize("flag", run.FINE_TUNING)
+def test_train_given_a_flag_of_fine_tuning_names_the_tool_that_has_it(flag, workdir):
+    line = f"--{flag} belongs to fine-tuning on chats: python finetune.py .*--{flag}=0.5"
+    with pytest.raises(UserError, match=line):
+        train.main([f"--{flag}=0.5"])
+
+
+def test_train_given_a_recipe_for_fine_tuning_names_finetune(workdir):
+    for flags in ([], ["--out=elsewhere", "--lr=0.1"]):
+        with pytest.raises(UserError, match="recipe for fine-tuning: python finetune.py --model=tinymemory-sft"):
+            train.main(["--model=tinymemory-sft", *flags])
+
+
+@pytest.fixture
+def both(trained, corpora, workdir):
+    """The folders run (pretrained) and tuned (from it), and chats.jsonl in its tokenizer as own/chats."""
+    shutil.copytree(trained, "run")
+    write_chats(workdir / "chats.jsonl", 60, 2)
+    prepare.prepare(["chats.jsonl"], prepare.Settings(
+        tokenizer="run/tokenizer.json", out_dir="own", name="chats", val_fraction=0.1))
+    finetune.main(["--init_from=run/best.pt", "--data=own/chats", "--out=tuned", *TUNE])
+    return workdir
+
+
+def test_each_tool_names_the_other_for_the_others_runs(both):
+    cases = [(train, "tuned", "fine-tuning", "finetune"), (finetune, "run", "pretraining", "train")]
+    for tool, out, kind, other in cases:
+        with pytest.raises(UserError, match=f"a {kind} run: python {other}.py --resume --out={out} goes on"):
+            tool.main(["--resume", f"--out={out}"])
+        flags = [f"--init_from={out}/best.pt", "--decay_only", "--decay_steps=2", "--out=new"]
+        with pytest.raises(UserError, match=f"a {kind} run: python {other}.py --init_from={out}/best.pt --decay_only"):
+            tool.main(flags)
+
+        # before its first checkpoint, a run is known by config.json alone
+        for checkpoint in (both / out).glob("*.pt"):
+            checkpoint.unlink()
+        if out == "tuned":
+            shutil.copy("run/best.pt", "start.pt")
+        with pytest.raises(UserError, match=f"a {kind} run: python {other}.py --resume --out={out} goes on"):
+            tool.main(["--resume", f"--out={out}"])
+
+
+def test_a_tuned_run_of_random_weights_stopped_before_its_first_checkpoint_goes_on(both):
+    shape = ["--model=tinymemory", *SMALL[:5], "--vocab_size=600", "--tokenizer=hybrid"]
+    finetune.main([*shape, "--init_from=", "--data=own/chats", "--out=random", *TUNE])
+    expected = run.read_checkpoint("random/ckpt.pt")
+    for checkpoint in (both / "random").glob("*.pt"):
+        checkpoint.unlink()
+    assert finetune.main(["--resume", "--out=random"]) == 0
+    assert same_tensors(expected["model"], run.read_checkpoint("random/ckpt.pt")["model"])
+
+
+def test_evaluating_is_a_tool_of_its_own(workdir):
+    with pytest.raises(UserError, match="python eval.py --ckpt"):
+        train.main(["--init_from=run/best.pt", "--eval_only"])
+
+
+def test_resume_without_out_means_the_folder_that_a_run_of_this_model_goes_to(both):
+    for tool, out in ((train, "out/tinymemory"), (finetune, "out/tinymemory-sft")):
+        shutil.copytree("run" if tool is train else "tuned", out)
+        steps = run.read_checkpoint(f"{out}/ckpt.pt")["step"] + 1
+        assert tool.main(["--resume", f"--max_steps={steps}"]) == 0
+        assert run.read_checkpoint(f"{out}/ckpt.pt")["step"] == steps
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+def test_checkpoints_hold_plain_values_and_the_documented_keys(trained):
+    checkpoint = torch.load(trained / "ckpt.pt", weights_only=True)
+    assert tuple(checkpoint) == run.KEYS
+    assert checkpoint["step"] == 12 and checkpoint["tokens"] == 12 * 512 and checkpoint["model_name"] == "tinymemory"
+    assert set(checkpoint["train"]) == {f.name for f in fields(train.Settings)}
+
+
+def test_load_checkpoint_picks_the_winner_unless_told(trained):
+    chosen, tokenizer, checkpoint = run.load_checkpoint(trained / "best.pt")
+    raw, ema = (run.load_checkpoint(trained / "best.pt", ema=e)[0].state_dict() for e in (False, True))
+    assert same_tensors(chosen.state_dict(), ema if checkpoint["use_ema"] else raw) and not same_tensors(raw, ema)
+    assert not chosen.training and tokenizer.encode("<|bos|>").ids != [1]
+
+
+def test_settings_of_another_version_are_read_and_what_is_unknown_is_left_out():
+    values = dict(asdict(finetune.Settings(lr=0.5, replay=0.25)), eval_only=False, beam=3)
+    assert run.known_settings(finetune.Settings, values) == finetune.Settings(lr=0.5, replay=0.25)
+    assert run.known_settings(train.Settings, values) == train.Settings(model="tinymemory-sft", pack="document", lr=0.5)
+
+
+# ---------------------------------------------------------------------------------------------------- older runs
+
+# What train.py wrote into "train", and in this order, when it still was the tool for everything
+OLD_TRAIN = dict(
+    model="tinymemory", data="pydocs-hybrid", tokenizer="hybrid", out="old", resume=False, overwrite=False,
+    init_from="", decay_only=False, eval_only=False, order="random", pack="stream", block_size=64, batch_tokens=512,
+    micro_batch=8, grad_checkpoint=False, max_steps=8, epochs=0.0, loss_on="all", word_boost=1.0,
+    response_start_tokens=8, response_start_weight=1.0, base_data="", replay=0.0, relevance=0.0, relevance_margin=1.0, optimizer="muon",
+    muon_lr=0.02, lr=0.003, weight_decay=0.1, grad_clip=1.0, schedule="wsd", warmup_steps=3, decay_fraction=0.45,
+    decay_steps=0, final_lr_fraction=0.0, ema_beta=0.98, eval_every=4, eval_tokens=1024, final_eval_tokens=1024,
+    save_every=4, keep_every=0, log_every=1, sample_every=0, sample_prompt="", sample_tokens=8, seed=1337, device="cpu",
+    dtype="float32", compile="off", deterministic=False)
+
+
+def make_old(out, optimizer, **changes):
+    """Makes of a run's folder what the older train.py would have left: no tokenizer.json, older settings and keys."""
+    settings = dict(OLD_TRAIN, optimizer=optimizer, out=str(out), **changes)
+    (out / "tokenizer.json").unlink()
+    cfg = json.loads((out / "config.json").read_text())["cfg"]
+    (out / "config.json").write_text(json.dumps(dict(model="tinymemory", cfg=cfg, train=settings), indent=1))
+    for path in out.glob("*.pt"):
+        now = torch.load(path, weights_only=True)
+        states = now["optimizer"]
+        torch.save(dict(
+            format=1, step=now["step"], tokens=now["tokens"], model_name="tinymemory", cfg=cfg, train=settings,
+            model=now["model"], ema=now["ema"], use_ema=now["use_ema"],
+            optimizer=dict(adamw=states["adamw"], muon=states.get("muon", {})), rng=now["rng"], loader=now["loader"],
+            tokenizer=now["tokenizer"],
+            metrics=dict(best=now["metrics"]["best"], elapsed=now["metrics"]["elapsed"])), path)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_run_of_the_older_version_resumes_to_the_bit_samples_and_fine_tunes(optimizer, workdir, capsys):
+    flags = ["--data=pydocs-hybrid", f"--optimizer={optimizer}", "--eval_every=4", "--decay_fraction=0.45"]
+    run_train(*flags, "--out=whole", "--max_steps=8")
+    run_train(*flags, "--out=old", "--max_steps=8", "--keep_every=4")
+    for name in ("ckpt.pt", "best.pt", "step_8.pt"):
+        (workdir / "old" / name).unlink()
+    (workdir / "old/step_4.pt").rename(workdir / "old/ckpt.pt")  # it stopped there
+    make_old(workdir / "old", optimizer)
+
+    # it goes on
+    assert train.main(["--resume", "--out=old"]) == 0
+    a, b = (run.read_checkpoint(f"{out}/ckpt.pt") for out in ("whole", "old"))
+    for key in ("model", "ema", "optimizer", "loader", "step", "tokens"):
+        assert same_tensors(a[key], b[key]), key
+    assert "eval_only" not in b["train"] and "loss_on" not in b["train"]
+
+    # the older checkpoint itself speaks, starts a fine-tuning run, and gives prepare.py its tokenizer
+    make_old(workdir / "old", optimizer)
+    capsys.readouterr()
+    assert sample.main(["--ckpt=old/best.pt", "--prompt=def ", "--max_new_tokens=5", "--device=cpu"]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+    write_chats(workdir / "chats.jsonl", 60, 2)
+    (workdir / "data").unlink()  # so that only the checkpoint holds the tokenizer
+    line = "no prepared data 'chats'.*python prepare.py chats.jsonl --tokenizer=old/best.pt"
+    with pytest.raises(UserError, match=line):
+        finetune.main(["--init_from=old/best.pt", "--data=chats", "--out=tuned", *TUNE])
+    assert prepare.main(["chats.jsonl", "--tokenizer=old/best.pt", "--val_fraction=0.1"]) == 0
+    assert finetune.main(["--init_from=old/best.pt", "--data=chats", "--out=tuned", *TUNE]) == 0
+    assert run.read_checkpoint("tuned/best.pt")["train"]["init_from"] == "old/best.pt"
+    assert "no base data" in capsys.readouterr().out  # the older run says what it was trained on, and that is gone
+
+
+def test_a_tuned_run_of_the_older_version_is_fine_tunings(both):
+    """Its settings have the same names and say loss_on=responses."""
+    finetune.main(["--init_from=run/best.pt", "--data=own/chats", "--out=old", *TUNE, "--max_steps=2"])
+    now = run.read_checkpoint("old/ckpt.pt")["train"]
+    kept = (*run.FINE_TUNING, "data", "init_from", "pack", "max_steps", "lr", "muon_lr", "warmup_steps")
+    make_old(both / "old", "muon", **{name: now[name] for name in kept})
+    assert finetune.main(["--resume", "--out=old", "--max_steps=3"]) == 0
+    assert run.read_checkpoint("old/ckpt.pt")["step"] == 3
+    with pytest.raises(UserError, match="python finetune.py --resume --out=old"):
+        train.main(["--resume", "--out=old"])
+
+
+# ---------------------------------------------------------------------------------------------------- which data
+
+SMALL_IVME = ["--model=ivme", "--n_layer=1", "--d_model=32", "--n_head=2", "--n_kv_head=1", "--d_ff=48",
+              "--context_length=64", "--block_size=64", "--batch_tokens=512", "--max_steps=1", "--eval_tokens=256",
+              "--final_eval_tokens=256", "--sample_tokens=0", "--compile=off", "--device=cpu"]
+
+
+def test_a_recipe_whose_mix_is_missing_names_the_command_and_what_is_ready(workdir):
+    """Of what is prepared only sets in the recipe's tokenizer are named."""
+    (workdir / "data").unlink()
+    (workdir / "sums.txt").write_text("1 + 1 = 2\n\n" * 3000)
+    prepare.prepare(["sums.txt"], prepare.Settings(vocab_size=270, name="finemath-bpe"))
+    prepare.prepare(["sums.txt"], prepare.Settings(tokenizer="hybrid", vocab_size=300, name="other-hybrid"))
+    with pytest.raises(UserError) as error:
+        train.main(SMALL_IVME)
+    assert str(error.value) == ("there is no prepared data 'ivme'; prepare it: python prepare.py ivme; "
+                                "prepared and ready is --data=finemath")
+    assert train.main([*SMALL_IVME, "--data=finemath"]) == 0
+    assert run.read_checkpoint("out/ivme/best.pt")["step"] == 1
+
+
+def test_a_name_means_the_folder_in_the_checkpoints_tokenizer(trained, workdir, monkeypatch):
+    """Of two sets of one name, or with the one that is missing, or that can be made on the spot."""
+    (workdir / "data").unlink()
+    write_chats(workdir / "chats.jsonl", 60, 2)
+    flags = [f"--init_from={trained}/best.pt", "--model=tinymemory-sft", "--data=chats", "--replay=0", "--base_data=",
+             "--tokenizer=hybrid", *TUNE]
+    other = dict(tokenizer="hybrid", vocab_size=600, val_fraction=0.1)
+    prepare.prepare(["chats.jsonl"], prepare.Settings(name="chats-hybrid-600", **other))  # another tokenizer
+    before = sorted(workdir.rglob("*"))
+    line = rf"no prepared data 'chats'.*python prepare.py chats.jsonl --tokenizer={trained}/tokenizer.json"
+    with pytest.raises(UserError, match=line):
+        finetune.main([*flags, "--out=missing"])
+    assert sorted(workdir.rglob("*")) == before  # nothing is written to say so
+
+    # with the command that the line names it is found, from whatever run of this tokenizer one starts
+    prepare.main(["chats.jsonl", f"--tokenizer={trained}/tokenizer.json", "--val_fraction=0.1"])
+    assert finetune.main([*flags, "--out=found"]) == 0
+    assert finetune.main(["--resume", "--out=found", "--max_steps=2"]) == 0
+    assert finetune.main([*flags, "--init_from=found/best.pt", "--out=again"]) == 0
+
+    # an embedded corpus is prepared on the spot, with a file of the same tokenizer
+    made = []
+
+    def copied(names, s):
+        made.append((names, s.tokenizer))
+        shutil.copytree(f"data/chats-{trained.name}", "data/pydocs-chat-chats-" + trained.name)
+
+    monkeypatch.setattr("prepare.prepare", copied)
+    tokenizer = f"data/chats-{trained.name}/tokenizer.json"
+    text = (trained / "tokenizer.json").read_text()
+    shutil.copytree(f"data/chats-{trained.name}", "data/more-hybrid-600")
+    sources, _ = run.find_data("pydocs-chat,more", "hybrid", 600, ALONE, text, f"{trained}/best.pt")
+    assert made == [(["pydocs-chat"], tokenizer)] and len(sources) == 2
+
+    # without a checkpoint the first name decides
+    assert len(run.find_data("chats-hybrid-600,chats", "hybrid", 600, ALONE)[0]) == 2
+    shutil.rmtree("data/more-hybrid-600")
+    line = "no prepared data 'more'.*--tokenizer=data/chats-hybrid-600/tokenizer.json"
+    with pytest.raises(UserError, match=line):
+        run.find_data("chats-hybrid-600,more", "hybrid", 600, ALONE)
+
+
+def test_a_checkpoints_own_data_is_looked_for_as_it_was(trained, workdir):
+    plan = tuning_plan(f"--init_from={trained}/best.pt", "--model=tinymemory-sft")
+    assert plan.settings.tokenizer == run.read_checkpoint(trained / "best.pt")["train"]["tokenizer"]
+
+
+def test_two_folders_may_bring_sources_of_one_name(workdir):
+    sources, _ = run.find_data("pydocs-hybrid,pydocs-hybrid:2.5,two-hybrid", "hybrid", 600, ALONE)
+    assert [source.name for source in sources] == ["pydocs-0", "pydocs-1", "one", "two"]
+    assert [source.weight for source in sources] == [1.0, 2.5, 1.0, 1.0]
