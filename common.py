@@ -201,7 +201,7 @@ def mended(text):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write to, which then takes the place of `path`. After a crash, the old or the new one is there whole."""
+    """A file to write to, which then takes the place of `path`. A crash leaves the old or the new one whole."""
     part = Path(path).with_name(Path(path).name + ".part")
     with open(part, "wb") as f:
         yield f

@@ -8,7 +8,7 @@ NAME is one of these. A budget of training tokens may follow it, after a colon (
     ORG/NAME         any other data set of the Hub, with --config and --column where they are needed
     PATH             a file or folder of yours with texts or chats (.txt, .md, .jsonl, .jsonl.gz, .parquet)
 
-PATH and ORG/NAME take a language and a kind behind an @: `novels_it@it/books:50M`. Several names become several
+PATH and ORG/NAME take a language and a kind after an @: `novels_it@it/books:50M`. Several names become several
 sources of one corpus. Each has files of its own, and one tokenizer learns from them all. data/NAME-TOKENIZER holds:
 
     tokenizer.json                  a file of the Hugging Face `tokenizers` library
@@ -21,10 +21,11 @@ The input is read as a stream, twice: first for a sample of the text, from which
 only the beginning is read for that), then to encode it. Memory does not grow with the input. If the program is stopped
 while it encodes, the same command resumes the work, and the result is the same to the byte.
 
-Exact duplicates within a source are left out, if not more than 4 million documents lie between them. Whether a document
-is training or validation text depends on the hash of its text alone, not on the order of files or on what is added
-later. There is one exception: if the hashes of all documents of a source fall below val_fraction, or none does, the
-threshold moves until each split has a document. A chat of pydocs-chat goes where its module's source goes in pydocs.
+Exact duplicates within a source are left out; each document is compared with the last 4 million at least. Whether a
+document is training or validation text depends on the hash of its text alone, not on the order of files or on what is
+added later. There is one exception: if the hashes of all documents of a source fall below val_fraction, or none does,
+the threshold moves until each split has a document (with a val_fraction of 0, all of it is training text). A chat of
+pydocs-chat goes where its module's source goes in pydocs.
 """
 import dataclasses
 import hashlib
@@ -44,7 +45,8 @@ import numpy as np
 from common import Progress, UserError, clock, columns, nearest, parse_flags, replacing, run_tool
 from corpus.chats import chat_ids, encode_chats
 from corpus.folder import (
-    EncodedDocument, SourceWriter, corpus_name, document_edges, new_place, read_meta, read_tokens, token_dtype, token_files,
+    EncodedDocument, SourceWriter, corpus_name, document_edges, new_place, read_meta, read_tokens, token_dtype,
+    token_files,
 )
 from corpus.hub import HUB, MIXES, HubSource, find_source, hub_name, hub_revision, hub_setup, hub_source, list_table
 from corpus.pydocs import EMBEDDED
@@ -90,7 +92,7 @@ def prepare(names, s):
     check_settings(names, s)
     tokenizer_plan = plan_tokenizer(s)
     sources = plan_sources(names, s)
-    if tokenizer_plan.tokenizer and any(source.chat for source in sources):
+    if tokenizer_plan.tokenizer is not None and any(source.chat for source in sources):
         chat_ids(tokenizer_plan.tokenizer)  # raises UserError if it lacks the tokens of the roles
     asked = settings_asked(sources, tokenizer_plan, s)
 
@@ -289,11 +291,10 @@ class Record:
 def first_pass(sources, tokenizer_plan, val_fraction, part, record):
     """Scans the sources, trains the tokenizer unless it exists, and begins the folder with it."""
     threshold = int(val_fraction * 2 ** 64)
-    sample_bytes = 0 if tokenizer_plan.tokenizer else SAMPLE_BYTES // len(sources)
-    scans = [scan(source, threshold, sample_bytes) for source in sources]
-
     tokenizer = tokenizer_plan.tokenizer
-    if not tokenizer:
+    sample_bytes = SAMPLE_BYTES // len(sources) if tokenizer is None else 0
+    scans = [scan(source, threshold, sample_bytes) for source in sources]
+    if tokenizer is None:
         texts = [text for found in scans for text in found.texts]
         tokenizer = train_tokenizer(tokenizer_plan.label, tokenizer_plan.vocab_size, texts)
 
@@ -323,8 +324,9 @@ def scan(source, threshold, sample_bytes):
     """First pass over a source: how much there is, a sample of its training text, and where its validation split lies.
 
     No more is read than the source's budget can need, and of a Hub data set no more than sample_bytes or a megabyte.
-    `threshold` moves just above the lowest hash if no hash is below it, and down to the highest if all are. So a small
-    source has both splits too, unless threshold is 0. Raises UserError if there are not enough documents for that.
+    `threshold` moves just above the lowest hash if no hash is below it, and down to the highest hash if all are below.
+    So a small source has both splits too. (A threshold of 0 stays: there is no validation text then.) Raises UserError
+    if there are not enough documents for that.
     """
     sample = Sample(sample_bytes)
     lowest, highest = 2 ** 64, -1

@@ -159,6 +159,13 @@ def is_fine_tuning(settings):
     return settings.get("loss_on") == "responses"
 
 
+def recorded_settings(folder):
+    """The settings that config.json of a run's folder has; none if it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["train"]
+    return {}
+
+
 def check_tool(plan):
     """UserError if the preset, or the run that is to go on, belongs to the other tool: the command that was meant."""
     s, recorded = plan.settings, plan.recorded

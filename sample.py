@@ -1,5 +1,5 @@
-"""Text from a trained model: `python sample.py --ckpt=out/tinymemory/best.pt --prompt="def "`, or a conversation with a
-fine-tuned one: `python sample.py --chat`.
+"""Text from a trained model: `python sample.py --prompt="def "`, or a conversation with a fine-tuned one:
+`python sample.py --chat`. --ckpt names the model; without it, it is the best of the latest run.
 
 One sample is shown while it is generated. Several are generated together and shown when all are done. Tokens are
 decoded one at a time, through the model's cache. Generation goes on beyond the model's context: when the context is
@@ -29,14 +29,14 @@ from common import UserError, mended, parse_flags, replacing, run_tool
 from corpus.chats import chat_ids
 from corpus.tokenizer import bos_eos
 from machine import find_device
-from run import load_checkpoint
+from run import is_fine_tuning, load_checkpoint, recorded_settings
 
 
 @dataclass
 class Settings:
-    ckpt: str = "out/tinymemory/best.pt"  # checkpoint to sample from
+    ckpt: str = ""  # checkpoint to sample from; empty: the best of the latest run under out/; --chat: of a fine-tuned one
     prompt: str = ""  # text to continue; empty: piped standard input, else a new document; --chat: the first message
-    chat: bool = False  # a conversation at the terminal or through a pipe; --ckpt is then out/tinymemory-sft/best.pt
+    chat: bool = False  # a conversation at the terminal or through a pipe
     system: str = ""  # with --chat: instructions before the first message
     num_samples: int = 1  # continuations of the prompt
     max_new_tokens: int = 256  # length of each
@@ -483,15 +483,24 @@ class Conversation:
 
 # ---------------------------------------------------------------------------------------------------- the tool
 
+def latest_best(chat):
+    """best.pt of the pretraining run or, for a chat, of the fine-tuning run under out/ that wrote it last."""
+    runs = [path.parent for path in Path("out").glob("*/best.pt")]
+    runs = [folder for folder in runs if is_fine_tuning(recorded_settings(folder)) == chat]
+    if not runs:
+        what, tool = ("fine-tuning run", "finetune.py") if chat else ("pretraining run", "train.py")
+        raise UserError(f"there is no {what} under out/ yet: python {tool} makes one, --ckpt names a checkpoint elsewhere")
+    return str(max(runs, key=lambda folder: (folder / "best.pt").stat().st_mtime) / "best.pt")
+
+
 def read_settings(argv):
     """(Settings, names of the flags that were typed). Raises UserError for what cannot be meant."""
     description = " ".join(__doc__.split("\n\n")[0].split())
     given, _ = parse_flags(argv, Settings(), description=description)
     s = Settings(**given)
-    if s.chat and "ckpt" not in given:
-        s.ckpt = "out/tinymemory-sft/best.pt"
-        if not os.path.exists(s.ckpt):
-            raise UserError(f"there is no {s.ckpt} to chat with: python finetune.py makes it, --ckpt names another")
+    if not s.ckpt:
+        s.ckpt = latest_best(s.chat)
+        note(f"[{s.ckpt}]")
     if s.chat and s.num_samples != 1:
         raise UserError("--num_samples does not go with --chat")
     if s.system and not s.chat:

@@ -410,7 +410,7 @@ class Pretraining:
         return Loader(self.sources, s.order, self.T, s.max_steps * self.rows, s.seed, self.frame)
 
     def settled(self, s):
-        """The settings, now final: --epochs becomes a number of steps, and then warms up for a tenth of them at most."""
+        """The settings, now final: --epochs becomes a number of steps, with a warm-up of at most a tenth of them."""
         if s.epochs:
             max_steps = math.ceil(s.epochs * self.rows_per_epoch(s) / self.rows)
             s = replace(s, epochs=0.0, max_steps=max_steps)
@@ -606,7 +606,7 @@ class Trainer:
             metrics=dict(best=dict(loss=state.best_loss, step=state.best_step), elapsed=state.elapsed)))
 
     def measure_both(self):
-        """Measures the raw and the averaged weights and records it: ({"raw": result, "ema": result}, row of the log)."""
+        """Measures the raw and the averaged weights, and records it: ({"raw": result, "ema": result}, the row)."""
         self.model.eval()
         results = dict(raw=self.task.measure(self.model, self.s.eval_tokens))
         if self.ema is not None and self.state.step:

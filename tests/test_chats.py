@@ -412,7 +412,7 @@ def test_stopped_again_and_again_a_chat_set_is_made_with_the_same_bytes(tmp_path
             break
         except MemoryError:
             continue
-    assert stop > 5 and capsys.readouterr().out.count("going on") == stop
+    assert stop > 5 and capsys.readouterr().out.count("resuming") == stop
     assert snapshot(folder) == snapshot(whole)
 
 

@@ -141,7 +141,7 @@ ENDINGS = {
     "no file": (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"), 2,
                 "tool.py: a.txt: No such file or directory\n"),
     "a full disk": (OSError(errno.ENOSPC, "No space left on device", "a.bin"), 2,
-                    "tool.py: a.bin: no space left on the disk; nothing was written over\n"),
+                    "tool.py: a.bin: no space left on the disk; nothing was overwritten\n"),
     "Ctrl-C": (KeyboardInterrupt(), 130, "\ntool.py: stopped\n"),
 }
 

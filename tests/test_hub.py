@@ -20,7 +20,7 @@ from common import UserError
 from conftest import ROOT
 from corpus.chats import chat_messages
 from corpus.folder import read_meta
-from corpus.hub import HUB, MIXES, hub_name
+from corpus.hub import HUB, MIXES, HubReader, hub_name, hub_source
 from corpus.tokenizer import load_tokenizer
 from corpus_helpers import expected as framed, masked, snapshot, texts_of
 from fake_hub import FakeHub, Fault, alpaca, prose, talk, turns, write_repository
@@ -103,7 +103,7 @@ def expected(name, layouts):
     for config, _ in spec.configs:
         for row in written_rows(layouts, spec.repo, config):
             if name != "fineweb-hq" or row["quality_score"] > 0.8:
-                found.append(row[spec.columns[0] if spec.columns else "text"])
+                found.append(row[spec.read_columns[0] if spec.read_columns else "text"])
     if spec.repo == "google/wiki40b":
         found = [eval(t).decode() if t.startswith("b") else t for t in found]
         found = [re.sub(r"\s*_START_\w+?_\n", "\n\n", t).replace("_NEWLINE_", "\n").strip() for t in found]
@@ -421,7 +421,7 @@ def test_the_first_look_at_a_data_set_is_tried_again_too(others_root, new, tmp_p
 BEYOND_REPAIR = {
     "truncate": r"cosmopedia: HuggingFaceTB/cosmopedia cannot be read as expected \(ArrowInvalid",
     "column": r"cosmopedia: HuggingFaceTB/cosmopedia cannot be read as expected .*text",
-    "down": r"cosmopedia: the connection to the Hugging Face Hub is lost .*the same command goes on",
+    "down": r"cosmopedia: the connection to the Hugging Face Hub is lost .*run the same command again",
 }
 
 
@@ -449,7 +449,7 @@ def test_what_cannot_be_mended_is_one_line_and_the_work_goes_on_later(fault, own
         later.write_bytes(whole)
         hub.faults.clear()
         assert (tmp_path / "data/.x.part/train.0-cosmopedia.bin").stat().st_size > 3000
-        assert "going on" in child(hub, tmp_path / "home2", [job]).stdout
+        assert "resuming" in child(hub, tmp_path / "home2", [job]).stdout
     assert snapshot(tmp_path / "data/x") == good
 
 
@@ -517,6 +517,37 @@ def test_a_copy_of_any_other_data_set_gives_the_same_text_without_a_network(othe
         assert read_meta(tmp_path / name)["sources"][0]["origin"] == NEW[name][2]
 
 
+def test_a_mix_of_one_source_finds_its_copy_where_the_source_alone_finds_it(tmp_path):
+    copy = tmp_path / "TinyChat"
+    copy.mkdir()
+    for name in ("tinychat", "i3"):
+        source, = prepare.plan_sources([name], prepare.Settings(source_dir=str(copy)))
+        assert source.folder == copy
+    with pytest.raises(UserError, match="holds no copy"):
+        prepare.plan_sources(["i3", "pydocs"], prepare.Settings(source_dir=str(copy)))
+
+
+def test_an_empty_copy_is_refused_in_one_line(tmp_path):
+    names = ("tinychat", "me/pages")
+    for name in ("TinyChat", "pages"):
+        (tmp_path / name).mkdir()
+    jobs = [[name, *SMALL, f"--source_dir={tmp_path}", f"--out_dir={tmp_path}/data"] for name in names]
+    run = child(None, None, jobs, COMPLAIN, **NOWHERE, HF_HOME=str(tmp_path / "home"))
+    for line in json.loads(run.stdout.splitlines()[-1]):
+        assert "cannot be read as expected" in line and "\n" not in line
+
+
+def test_a_stop_reaches_the_lines_that_wikitexts_articles_are_made_of(monkeypatch, tmp_path):
+    """Without that, a lost connection would be waited for though nobody reads on."""
+    readers = []
+    texts = HubReader.texts
+    monkeypatch.setattr(HubReader, "texts", lambda self, *args: readers.append(self) or texts(self, *args))
+    (tmp_path / "wikitext").mkdir()
+    reader = hub_source("wikitext", str(tmp_path), several=False).reader()
+    reader.stopped.set()
+    assert readers[0].stopped.is_set()
+
+
 @pytest.mark.parametrize("spoil", ("another", "changed"))
 def test_what_was_begun_from_one_copy_does_not_go_on_with_another(spoil, hub_root, layouts, tmp_path):
     repo = "agentlans/high-quality-english-sentences"
@@ -542,7 +573,7 @@ for words""")
         shutil.move(tmp_path / "two", tmp_path / "one")
     out = child(None, None, [[*words, f"--source_dir={tmp_path}/{copy}"]], **nowhere).stdout
     texts = documents(tmp_path / "data/x")
-    assert "going on" not in out and len(texts) == 300 and all(text.startswith("1: ") for text in texts)
+    assert "resuming" not in out and len(texts) == 300 and all(text.startswith("1: ") for text in texts)
 
 
 @pytest.mark.parametrize("name", ("finemath", "me/pages"))

@@ -242,7 +242,7 @@ MISTAKES = {
     "nothing but replay": (finetune, [*TUNE, "--replay=1"], chat_set, "--replay must be below 1"),
     "replay where everything counts": (
         finetune, [*TUNE, "--loss_on=all", "--replay=0.1"], chat_set,
-        "--replay is about replies: it needs --loss_on=responses"),
+        "--replay goes only with --loss_on=responses"),
     "replay of another tokenizer's data": (
         finetune, [*TUNE, "--base_data=data/short"], chats_and_short,
         "data/short was not encoded with the chats' tokenizer; "
@@ -250,7 +250,7 @@ MISTAKES = {
 
     # sampling
     "a chat without a tuned model": (
-        sample, ["--chat"], nothing, "no out/tinymemory-sft/best.pt to chat with: python finetune.py makes it"),
+        sample, ["--chat"], nothing, "there is no fine-tuning run under out/ yet: python finetune.py makes one"),
     "several chats": (sample, [*SAMPLE, "--chat", "--num_samples=2"], nothing, "--num_samples does not go with --chat"),
     "instructions without a chat": (sample, [*SAMPLE, "--system=be brief"], nothing, "--system belongs to --chat"),
     "a chat without roles": (

@@ -507,7 +507,8 @@ NEXT = {
     "hybrid": (dict(tokenizer="hybrid"), "train.py --model=tinymemory --data={} --vocab_size=300"),
     "chunk": (dict(tokenizer="chunk"), "train.py --model=i3 --data={} --vocab_size=..."),
     "gpt2": (dict(tokenizer="gpt2"), "train.py --model=gpt2preln-gpt2 --data={}"),
-    "reused": (dict(tokenizer="own.json"), "train.py --data={}"),
+    "reused": (dict(tokenizer="own.json"), "train.py --init_from=CHECKPOINT --data={}"),
+    "checkpoint": (dict(tokenizer="run/ckpt.pt"), "train.py --init_from=run/ckpt.pt --data={}"),
     "chats": (dict(chats=True), "train.py --model=ivme --data={} --vocab_size=300"),
     "chats, reused": (dict(chats=True, tokenizer="own.json"), "finetune.py --init_from=CHECKPOINT --data={}"),
     "chats, checkpoint": (dict(chats=True, tokenizer="run/ckpt.pt"), "finetune.py --init_from=run/ckpt.pt --data={}"),
@@ -528,10 +529,18 @@ def test_the_last_line_names_the_command_that_comes_next(what, gpt2, tmp_path, m
         path = write_rows("x.jsonl", [{"instruction": f"Say {i}", "output": str(i)} for i in range(30)])
     else:
         path = write_jsonl("x.jsonl", map(document, range(30)))
-    assert prepare.main([str(path), *flags]) == 0
-    folder, = (p for p in Path("data").iterdir() if (p / "meta.json").exists())
-    expected = expected.replace("...", str(read_meta(folder)["vocab_size"]))  # chunk finds fewer than 300
-    assert capsys.readouterr().out.endswith(f" next: python {expected.format(folder)}\n")
+    for _ in range(2):  # the folder is made, then it is there already
+        assert prepare.main([str(path), *flags]) == 0
+        folder, = (p for p in Path("data").iterdir() if (p / "meta.json").exists())
+        expected = expected.replace("...", str(read_meta(folder)["vocab_size"]))  # chunk finds fewer than 300
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.startswith(f"{folder} holds train.0-x.bin ")
+        assert line.endswith(f" next: python {expected.format(folder)}")
+
+    prepare.show(folder)
+    kind = given.get("tokenizer", "bpe")
+    kind = kind if kind in NEXT else "reused"
+    assert capsys.readouterr().out.startswith(f"{folder}: {kind} tokenizer of ")
 
 
 # ---------------------------------------------------------------------------------------------------- after a stop
@@ -606,7 +615,7 @@ def test_killed_at_ten_random_moments_and_run_again_it_writes_the_same_bytes(tmp
     for seed in itertools.count():
         process = command("-c", KILL, seed, *words, "--out_dir=killed")
         out, err = process.communicate(timeout=600)
-        resumed += "going on" in out
+        resumed += "resuming" in out
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, err

@@ -1,4 +1,5 @@
 """sample.py: each sampling rule against a plain reference, batches, the cache beyond the context, what is printed."""
+import shutil
 import io
 import json
 import math
@@ -568,3 +569,19 @@ def test_ctrl_c_ends_a_reply_and_the_chat_goes_on(chatty, tmp_path):
     os.close(fd)
     messages = json.loads((tmp_path / "chat.jsonl").read_text())["messages"]
     assert [m["role"] for m in messages] == ["user", "assistant"] * 2 and b"Traceback" not in user.shown
+
+
+# ---------------------------------------------------------------------------------------------------- which checkpoint
+
+def test_without_a_name_the_latest_run_is_sampled_and_the_latest_fine_tuned_one_talks(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for hour, (name, loss_on) in enumerate((("one", "all"), ("two", None), ("chats", "responses"))):
+        folder = tmp_path / "out" / name
+        folder.mkdir(parents=True)
+        shutil.copy(trained / "best.pt", folder)
+        settings = {} if loss_on is None else dict(loss_on=loss_on)
+        (folder / "config.json").write_text(json.dumps(dict(model="tinymemory", train=settings)))
+        os.utime(folder / "best.pt", (3600 * hour, 3600 * hour))
+    assert sample.latest_best(chat=False) == "out/two/best.pt" and sample.latest_best(chat=True) == "out/chats/best.pt"
+    os.utime("out/one/best.pt")
+    assert sample.latest_best(chat=False) == "out/one/best.pt"
