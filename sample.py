@@ -34,7 +34,7 @@ from run import is_fine_tuning, load_checkpoint, recorded_settings
 
 @dataclass
 class Settings:
-    ckpt: str = ""  # checkpoint to sample from; empty: the best of the latest run under out/; --chat: of a fine-tuned one
+    ckpt: str = ""  # checkpoint to sample from; empty: the best of the latest run, with --chat of the latest fine-tuned one
     prompt: str = ""  # text to continue; empty: piped standard input, else a new document; --chat: the first message
     chat: bool = False  # a conversation at the terminal or through a pipe
     system: str = ""  # with --chat: instructions before the first message

@@ -1,10 +1,10 @@
 """sample.py: each sampling rule against a plain reference, batches, the cache beyond the context, what is printed."""
-import shutil
 import io
 import json
 import math
 import os
 import select
+import shutil
 import signal
 import sys
 import time
