@@ -288,14 +288,18 @@ def relevance(model, sources, tokens, T, rows, on, bos, world):
 
 @dataclass
 class ChatMicro:
-    """Rows that are computed at once. Behind the batch's own rows stand those with wrong prompts, if there are any."""
+    """Rows that are computed at once. After the batch's own rows come those with wrong prompts, if there are any."""
     x: torch.Tensor  # int64 (rows + extra rows, T)
     y: torch.Tensor
     reset: torch.Tensor | None
     weights: torch.Tensor  # float (rows, T)
     of_chats: torch.Tensor  # bool (rows, 1): whether the row holds chats, of which only the replies count
-    number: torch.Tensor | None  # int64 (extra rows, T), see pack_replies
-    own: torch.Tensor | None  # int64 (rows, T), see wrong_prompts
+    number: torch.Tensor | None = None  # int64 (extra rows, T), see pack_replies
+    own: torch.Tensor | None = None  # int64 (rows, T), see wrong_prompts
+
+    def to(self, device):
+        """The same on another device."""
+        return ChatMicro(*(None if tensor is None else tensor.to(device) for tensor in vars(self).values()))
 
 
 class FineTuning(Pretraining):
@@ -367,17 +371,17 @@ class FineTuning(Pretraining):
         x, y, reset = self.loader.tensors(mine)
         self.check_ids(x, y)
 
-        # what counts, and how much
+        # what counts, how much, and the sums of it over all processes
         marks = torch.cat([self.marks(source, pieces) for source, pieces in mine])
         y[marks == 0] = -1
-        of_chats = torch.tensor([self.is_chat(source) for source, _ in mine])
         weights = token_weights(y, marks, self.boost, s.response_start_weight)
-        spoken = y[of_chats] >= 0
-        totals = torch.stack([(y >= 0).sum().double(), weights.sum().double(), spoken.sum().double()])
-        targets, whole, n_spoken = world.sum(totals).tolist()
-        self.whole, self.spoken = whole or 1.0, max(1, n_spoken)
+        of_chats = torch.tensor([self.is_chat(source) for source, _ in mine])
+        in_reply = y[of_chats] >= 0
+        sums = torch.stack([(y >= 0).sum().double(), weights.sum().double(), in_reply.sum().double()])
+        targets, weight, reply_targets = world.sum(sums).tolist()
+        self.weight, self.reply_targets = weight or 1.0, max(1, reply_targets)
 
-        # replies under the wrong prompts; each process draws its own
+        # micro-batches, with replies under the wrong prompts, which each process draws for itself
         rng = np.random.default_rng([s.seed, step, world.rank, 1])
         replies = []
         if s.relevance:
@@ -385,19 +389,21 @@ class FineTuning(Pretraining):
         micros = []
         for i in range(0, len(mine), self.micro):
             part = slice(i, i + self.micro)
-            micro = ChatMicro(x[part], y[part], None if reset is None else reset[part], weights[part].to(device),
-                              of_chats[part, None].to(device), None, None)
+            own_reset = None if reset is None else reset[part]
+            micro = ChatMicro(x[part], y[part], own_reset, weights[part], of_chats[part, None])
             if s.relevance:
-                n_rows = int(self.micro * s.relevance + rng.random())  # rounded so that the mean is right
-                *extra, number, own = wrong_prompts(replies, list(numbers[part]), n_rows, self.T, rng)
-                if n_rows:
-                    micro.x, micro.y, micro.reset = map(torch.cat, zip((micro.x, micro.y, micro.reset), extra))
-                    micro.number, micro.own = number.to(device), own.to(device)
-            micro.x, micro.y = micro.x.to(device), micro.y.to(device)
-            micro.reset = None if micro.reset is None else micro.reset.to(device)
-            micros.append(micro)
+                self.add_wrong_prompts(micro, replies, list(numbers[part]), rng)
+            micros.append(micro.to(device))
         self.plain, self.contrast, self.nats = (torch.zeros((), device=device) for _ in range(3))
-        return Batch(micros, int(targets), y[of_chats][spoken])
+        return Batch(micros, int(targets), y[of_chats][in_reply])
+
+    def add_wrong_prompts(self, micro, replies, numbers, rng):
+        """Extra rows for a micro-batch of the rows `numbers`, in which its replies stand under other chats' prompts."""
+        n_rows = int(self.micro * self.s.relevance + rng.random())  # rounded so that the mean is right
+        *extra, number, own = wrong_prompts(replies, numbers, n_rows, self.T, rng)
+        if n_rows:
+            micro.x, micro.y, micro.reset = map(torch.cat, zip((micro.x, micro.y, micro.reset), extra))
+            micro.number, micro.own = number, own
 
     def marks(self, source, pieces):
         """mark_replies of a row; all ones if every target counts, as in base data."""
@@ -413,8 +419,8 @@ class FineTuning(Pretraining):
             losses, under_wrong = losses.split((len(micro.weights), len(micro.number)))
             lengths = reply_sums(torch.ones_like(under_wrong), micro.number, n)
             own, wrong = reply_sums(losses, micro.own, n), reply_sums(under_wrong, micro.number, n)
-            contrast = relevance_loss(own, wrong, lengths, self.s.relevance_margin) / self.spoken
-        plain = (losses * micro.weights).sum() / self.whole
+            contrast = relevance_loss(own, wrong, lengths, self.s.relevance_margin) / self.reply_targets
+        plain = (losses * micro.weights).sum() / self.weight
 
         self.plain += plain.detach()
         self.contrast += contrast.detach()

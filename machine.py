@@ -93,7 +93,7 @@ def pick_device(device, dtype="auto", compile="auto", deterministic=False, local
         raise UserError("--compile=on needs a C++ compiler on a CPU, and none was found; --compile=off trains without")
     if device.type == "cpu" or deterministic:
         # without this, compiled CPU code was seen to differ from run to run
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would load the compiler: a second
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every buffer twice
         if device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -181,7 +181,10 @@ def make_net(model, s, on, world):
     work = model.flops_per_token(s.block_size) * s.batch_tokens * s.max_steps
     pays = on.device.type == "cuda" or (on.device.type == "cpu" and on.compiler and work > COMPILE_PAYS)
     compiled = s.compile == "on" or (s.compile == "auto" and pays)
-    net = torch.compile(model, dynamic=False) if compiled else model
+    net = model
+    if compiled:
+        torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # now the compiler knows too
+        net = torch.compile(model, dynamic=False)
     if world.size > 1:
         ids = [on.device.index] if on.device.type == "cuda" else None
         net = torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)

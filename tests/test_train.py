@@ -1,5 +1,6 @@
 """train.py: optimizers, schedules, the loss of a step, evaluation, going on, and what a fork adds, each against an
 independent reference."""
+import copy
 import json
 import math
 import shutil
@@ -18,8 +19,10 @@ import run
 import tinymemory
 import train
 from common import UserError
-from conftest import (ALONE, CPU, SMALL, FakeSource, evaluations, pretraining_plan, rows, run_train, same_tensors,
-                      sources_of, step_rows)
+from conftest import (
+    ALONE, CPU, SMALL, FakeSource, command, evaluations, pretraining_plan, rows, run_train, same_tensors,
+    sources_of, step_rows,
+)
 from corpus.folder import read_meta
 from corpus.loader import Loader
 from corpus.tokenizer import bos_eos, load_tokenizer, token_byte_counts
@@ -113,7 +116,7 @@ def test_every_parameter_is_updated_by_exactly_one_optimizer(name, optimizer):
     model = module.Model(replace(module.Config(), n_layer=1, vocab_size=300, **shape))
     optimizers = train.Optimizers(model, train.Settings(optimizer=optimizer), torch.float32)
     by_muon = {id(p) for p in optimizers.matrix.params} if optimizers.matrix else set()
-    by_adamw = [id(p) for group in optimizers.adamw.param_groups for p in group["params"]]
+    by_adamw = [id(p) for params, _ in optimizers.adamw.groups for p in params]
     assert len(by_adamw) == len(set(by_adamw)) and not by_muon & set(by_adamw)
     assert by_muon | set(by_adamw) == {id(p) for p in model.parameters()}
     assert bool(by_muon) == (optimizer == "muon")
@@ -128,9 +131,49 @@ def test_every_parameter_is_updated_by_exactly_one_optimizer(name, optimizer):
 
     # vectors are not decayed
     names = {id(p): name for name, p in model.named_parameters()}
-    for group in optimizers.adamw.param_groups:
-        for p in group["params"]:
-            assert (group["weight_decay"] == 0) == (p.ndim == 1 or names[id(p)].endswith(tables))
+    for params, weight_decay in optimizers.adamw.groups:
+        for p in params:
+            assert (weight_decay == 0) == (p.ndim == 1 or names[id(p)].endswith(tables))
+
+
+def test_adamw_is_torchs_to_the_bit_and_goes_on_from_its_state():
+    """Two groups, one without decay, at a rate that changes; half-way both go on from the other one's state."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((5, 3), (4, 4), (7,))]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+
+    def make():
+        adamw = train.AdamW([(ours[:2], 0.1), (ours[2:], 0.0)])
+        groups = [dict(params=theirs[:2], weight_decay=0.1), dict(params=theirs[2:], weight_decay=0.0)]
+        return adamw, torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+    adamw, reference = make()
+    for step in range(20):
+        rate = 0.01 * (step + 1)
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        for group in reference.param_groups:
+            group["lr"] = rate
+        adamw.step(rate)
+        reference.step()
+        assert same_tensors([p.detach() for p in ours], [q.detach() for q in theirs])
+        if step == 9:
+            state, their_state = adamw.state_dict(), reference.state_dict()
+            assert same_tensors(state["state"], their_state["state"])
+            adamw, reference = make()
+            adamw.load_state_dict(their_state)
+            reference.load_state_dict(their_state | copy.deepcopy(state))
+
+
+def test_a_start_does_not_load_the_compiler():
+    """torch's compiler takes a second and a half to import; a run that is not compiled does without."""
+    code = ("import sys, torch, train\nfrom machine import pick_device\npick_device('cpu', 'float32', 'off')\n"
+            "p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
+            "train.AdamW([([p], 0.1)]).step(0.1); train.clip_gradients([p], 1.0)\n"
+            "print('torch._dynamo' in sys.modules, torch.are_deterministic_algorithms_enabled())")
+    out, err = command("-c", code).communicate()
+    assert out == "False True\n", err
 
 
 def test_a_parameter_no_role_names_is_an_error():
