@@ -34,7 +34,7 @@ from run import is_fine_tuning, load_checkpoint, recorded_settings
 
 @dataclass
 class Settings:
-    ckpt: str = ""  # checkpoint to sample from; empty: the best of the latest run, with --chat of the latest fine-tuned one
+    ckpt: str = ""  # checkpoint to sample from; empty: the best of the latest run, or fine-tuned run with --chat
     prompt: str = ""  # text to continue; empty: piped standard input, else a new document; --chat: the first message
     chat: bool = False  # a conversation at the terminal or through a pipe
     system: str = ""  # with --chat: instructions before the first message
@@ -489,7 +489,7 @@ def latest_best(chat):
     runs = [folder for folder in runs if is_fine_tuning(recorded_settings(folder)) == chat]
     if not runs:
         what, tool = ("fine-tuning run", "finetune.py") if chat else ("pretraining run", "train.py")
-        raise UserError(f"there is no {what} under out/ yet: python {tool} makes one, --ckpt names a checkpoint elsewhere")
+        raise UserError(f"there is no {what} under out/ yet: python {tool} makes one, --ckpt names a checkpoint")
     return str(max(runs, key=lambda folder: (folder / "best.pt").stat().st_mtime) / "best.pt")
 
 

@@ -85,8 +85,8 @@ def test_the_cards_batches_fit_16_gb_as_measured():
 # ---------------------------------------------------------------------------------------------------- the others
 
 def test_preparing_is_measured_on_text_without_duplicates(capsys):
-    texts = list(bench.library_documents(30_000_000))  # more than the library has
-    assert len(texts) == len(set(texts)) and sum(map(len, texts)) == 30_000_000
+    texts = list(bench.library_documents(13_000_000))  # more than the library has
+    assert len(texts) == len(set(texts)) and sum(map(len, texts)) == 13_000_000
     assert bench.main(["prepare", "--megabytes=2"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("2 MB, ") and len(re.findall(r"\d MB/s", shown)) == 3
