@@ -83,7 +83,7 @@ def test_a_run_killed_again_and_again_and_resumed_is_the_uninterrupted_run_to_th
     assert_same_runs("killed", "whole")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_compiled_run_killed_and_resumed_is_the_uninterrupted_run_to_the_bit(workdir, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workdir / "inductor"))  # compiled once, by the first process
     monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")  # the compiler knows what the CPU knows: no trials
@@ -272,7 +272,7 @@ print(re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read())[1])
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, limit", [("bfloat16", 2.4e9), ("float32", 4e9)])
 def test_training_ivme_on_8192_tokens_at_once_fits_in_memory(dtype, limit, workdir):
     """The whole process: weights, gradients, Muon, AdamW, EMA, activations, the checkpoint's writing.

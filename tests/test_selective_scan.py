@@ -422,7 +422,7 @@ def test_an_unwritable_cache_is_no_end(tmp_path):
     assert TRUE in out and "Traceback" not in err
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
 def test_without_simd_flags_it_is_right_and_two_processes_may_build_at_once(tmp_path):
     # ATEN_CPU_CAPABILITY=default: what a machine without AVX2 would build. Another process is killed while it builds
