@@ -333,7 +333,8 @@ def evaluate(model, sources, tokens, T, rows, on, bytes_per_token, world, frame=
     """
     sums = torch.zeros(len(sources), 3, dtype=torch.float64)  # nats, tokens and bytes of each source
     factor = torch.ones(len(sources), 1, dtype=torch.float64)  # a short source counts as if it had more text
-    wanted = tokens or max(source.validation_rows(T, frame)[1] for source in sources)
+    longest = max(source.validation_rows(T, frame)[1] for source in sources)
+    wanted = min(tokens, longest) if tokens else longest
     for i, source in enumerate(sources):
         chosen, are_all = source.spread_rows(tokens, T, frame)
         targets = source.validation_rows(T, frame)[1]
