@@ -98,6 +98,7 @@ SMALL_I3 = [*(flag for flag in RUN if not flag.startswith("--d_ff")), "--model=i
             "--ffn_rank=8", "--head_rank=16"]
 
 
+@pytest.mark.slow
 def test_i3_killed_and_resumed_is_the_uninterrupted_run_to_the_bit(workdir):
     finish(command(ROOT / "train.py", *SMALL_I3, "--out=whole"))
     finish(command("-c", KILL_WHILE_SAVING, 2, "within", *SMALL_I3, "--out=killed"), -signal.SIGKILL)

@@ -648,6 +648,7 @@ end()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_tune_as_one_does(tune, chat_data, workdir):
     """Losses, gradients and every figure of the validation are those of one process.
 
