@@ -173,7 +173,8 @@ OLD_TRAIN = dict(
     model="tinymemory", data="pydocs-hybrid", tokenizer="hybrid", out="old", resume=False, overwrite=False,
     init_from="", decay_only=False, eval_only=False, order="random", pack="stream", block_size=64, batch_tokens=512,
     micro_batch=8, grad_checkpoint=False, max_steps=8, epochs=0.0, loss_on="all", word_boost=1.0,
-    response_start_tokens=8, response_start_weight=1.0, base_data="", replay=0.0, relevance=0.0, relevance_margin=1.0, optimizer="muon",
+    response_start_tokens=8, response_start_weight=1.0, base_data="", replay=0.0, relevance=0.0, relevance_margin=1.0,
+    optimizer="muon",
     muon_lr=0.02, lr=0.003, weight_decay=0.1, grad_clip=1.0, schedule="wsd", warmup_steps=3, decay_fraction=0.45,
     decay_steps=0, final_lr_fraction=0.0, ema_beta=0.98, eval_every=4, eval_tokens=1024, final_eval_tokens=1024,
     save_every=4, keep_every=0, log_every=1, sample_every=0, sample_prompt="", sample_tokens=8, seed=1337, device="cpu",
@@ -227,7 +228,8 @@ def test_a_run_of_the_older_version_resumes_to_the_bit_samples_and_fine_tunes(op
     assert prepare.main(["chats.jsonl", "--tokenizer=old/best.pt", "--val_fraction=0.1"]) == 0
     assert finetune.main(["--init_from=old/best.pt", "--data=chats", "--out=tuned", *TUNE]) == 0
     assert run.read_checkpoint("tuned/best.pt")["train"]["init_from"] == "old/best.pt"
-    assert "forgetting is not measured" in capsys.readouterr().out  # the older run says what it was trained on, and that is gone
+    # the older run says what it was trained on, and that is gone
+    assert "forgetting is not measured" in capsys.readouterr().out
 
 
 def test_a_tuned_run_of_the_older_version_is_fine_tunings(both):
