@@ -165,7 +165,7 @@ def measure_memory(s, rows, grad_checkpoint, results):
     torch.manual_seed(0)
     model = plan.module.Model(plan.cfg).to(on.device)
     if grad_checkpoint:
-        train.checkpoint_blocks(model)
+        machine.checkpoint_blocks(model)
     tensors = peak_of_tensors(model, plan.settings, on, plan.settings.block_size, rows)
     unit = 1 if sys.platform == "darwin" else 1024
     results.put((tensors, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))

@@ -470,9 +470,6 @@ class FineTuning(Pretraining):
         return ["user: " + self.tokenizer.decode(prompt[prompt.index(user):]),
                 "assistant: " + self.tokenizer.decode(reply)]
 
-    def sample_flags(self):
-        return " --chat"
-
     def about(self):
         s = self.s
         if s.replay:

@@ -1,6 +1,7 @@
 """What a run computes on, and what reaches it from outside: the device, the processes, the compiled and distributed
 model, signals, the clock."""
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 
 from common import UserError
 
@@ -168,6 +170,17 @@ class World:
 
 
 # ---------------------------------------------------------------------------------------------------- the net
+
+def checkpoint_blocks(model):
+    """From now on the blocks keep only their inputs and compute the rest anew for the gradients (arXiv 1604.06174)."""
+    def recomputed(forward, *args):
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False)
+
+    for block in model.blocks:
+        block.forward = functools.partial(recomputed, block.forward)
+
 
 # Compiling takes half a minute on a CPU. It pays from this many FLOP on, about 15 minutes of training on two cores
 COMPILE_PAYS = 1e14

@@ -8,7 +8,7 @@ import lzma
 import math
 from pathlib import Path
 
-from common import clock, columns, replacing
+from common import UserError, clock, columns, replacing
 
 # ---------------------------------------------------------------------------------------------------- the log
 
@@ -94,6 +94,40 @@ def run_lines(trainer):
     if plan.kind == "resumed":
         lines.append(f"{'resumed':<12} {s.out} at step {trainer.state.step:,}")
     return lines
+
+
+# ---------------------------------------------------------------------------------------------------- the end
+
+def result_lines(task, best, result, xz):
+    """The lines about the best weights. best: their checkpoint; result: of their last evaluation; xz: see below."""
+    average = " (EMA)" if best["use_ema"] else ""
+    beside = f"; xz -9 needs {xz:.3f}" if xz else ""
+    lines = [f"{'best':<12} step {best['step']:,}{average}: {result['bits_per_byte']['mixed']:.3f} bits/byte over the "
+             f"{task.measured_text}{beside}"]
+    if len(task.sources) > 1 or not task.is_text:
+        lines += task.table(result)
+    return lines
+
+
+def last_line(trainer):
+    """What a run wrote, and the next command."""
+    task, folder = trainer.task, trainer.folder
+    flags = ""
+    if not task.is_text:
+        flags = " --chat"
+    elif trainer.s.sample_prompt:
+        flags = f' --prompt="{trainer.s.sample_prompt}"'
+    return (f"wrote {folder.path}: {' '.join(folder.files())}        "
+            f"next: python sample.py --ckpt={folder.path / 'best.pt'}{flags}")
+
+
+def divergence(trainer, loss, grad_norm):
+    """The error for a gradient that is not finite."""
+    state, kept = trainer.state, "no checkpoint was written yet"
+    if state.saved_step >= 0:
+        kept = f"{trainer.folder.path / 'ckpt.pt'} holds step {state.saved_step}"
+    return UserError(f"the gradient is not finite at step {state.step + 1} (loss {float(loss):.3g}, gradient norm "
+                     f"{grad_norm}): stopped; {kept}. A lower learning rate or --dtype=float32 may help")
 
 
 # ---------------------------------------------------------------------------------------------------- losses

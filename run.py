@@ -181,6 +181,17 @@ def check_tool(plan):
             raise UserError(f"the recipe of {s.model} names {name!r}, which is no setting{nearest(name, vars(s))}")
 
 
+def check_flags(argv):
+    """UserError if a flag of train.py belongs to another tool: the command that was meant."""
+    for flag in FINE_TUNING:
+        value = flag_value(argv, flag)
+        if value is not None:
+            raise UserError(f"--{flag} belongs to fine-tuning on chats: python finetune.py --init_from=CHECKPOINT "
+                            f"--data=CHATS --{flag}={value}")
+    if flag_value(argv, "eval_only") is not None:
+        raise UserError("--eval_only is a tool of its own: python eval.py --ckpt=CHECKPOINT")
+
+
 def known_settings(Settings, values):
     """Settings from a dict that another version or the other tool may have written, without what is unknown here."""
     names = {field.name for field in fields(Settings)}
@@ -316,6 +327,8 @@ def plan_run(argv, Settings, choices, default_out, description, adapt=lambda pla
     both. default_out: (model, kind of run) -> folder. adapt: changes the plan after the flags are read, before the
     checks. Raises UserError for whatever cannot be meant.
     """
+    if not hasattr(Settings, "loss_on"):
+        check_flags(argv)
     if yes_or_no(flag_value(argv, "resume") or "false"):
         plan = recorded_run(argv, Settings, default_out)
     else:

@@ -11,7 +11,6 @@ A run writes out/RUN: ckpt.pt (the latest state, for --resume), best.pt (lowest 
 step_N.pt (--keep_every), metrics.jsonl, loss.png, config.json, tokenizer.json.
 """
 import contextlib
-import functools
 import json
 import math
 from dataclasses import asdict, dataclass, replace
@@ -19,13 +18,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.utils.checkpoint
 from torch.optim.adamw import adamw
 
 import machine
 import report
 import run
-from common import UserError, flag_value, run_tool
+from common import UserError, run_tool
 from corpus.loader import Loader, fill_rows
 from corpus.tokenizer import bos_eos, load_tokenizer, token_byte_counts
 
@@ -250,17 +248,6 @@ class Optimizers:
         self.adamw.load_state_dict(state["adamw"])
         if self.matrix is not None:
             self.matrix.load_state_dict(state[self.name])
-
-
-def checkpoint_blocks(model):
-    """From now on the blocks keep only their inputs and compute the rest anew for the gradients (arXiv 1604.06174)."""
-    def recomputed(forward, *args):
-        if not torch.is_grad_enabled():
-            return forward(*args)
-        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False)
-
-    for block in model.blocks:
-        block.forward = functools.partial(recomputed, block.forward)
 
 
 # ---------------------------------------------------------------------------------------------------- schedules, EMA
@@ -533,10 +520,6 @@ class Pretraining:
         """A result of `measure` as lines for the terminal."""
         return report.loss_table(result, self.sources)
 
-    def sample_flags(self):
-        """What sample.py is told at the end of the run."""
-        return f' --prompt="{self.s.sample_prompt}"' if self.s.sample_prompt else ""
-
     def about(self):
         """Lines that tell what is trained on."""
         return report.source_lines(self.loader)
@@ -577,7 +560,7 @@ class Trainer:
             won = plan.start["use_ema"] and not plan.continues
             run.load_weights(self.model, plan.start, won, plan.start_path)
         if s.grad_checkpoint:
-            checkpoint_blocks(self.model)
+            machine.checkpoint_blocks(self.model)
         self.model.to(on.device)
         self.params = list(self.model.parameters())
         self.names = [name for name, _ in self.model.named_parameters()]
@@ -683,14 +666,6 @@ class Trainer:
             self.progress.done(f"{label:<12} " + paragraph.replace("\n", "\n" + 13 * " "))
             label = ""
 
-    def divergence(self, loss, grad_norm):
-        """The error for a gradient that is not finite."""
-        kept = "no checkpoint was written yet"
-        if self.state.saved_step >= 0:
-            kept = f"{self.folder.path / 'ckpt.pt'} holds step {self.state.saved_step}"
-        return UserError(f"the gradient is not finite at step {self.state.step + 1} (loss {float(loss):.3g}, gradient "
-                         f"norm {grad_norm}): stopped; {kept}. A lower learning rate or --dtype=float32 may help")
-
     def finish(self):
         """Measures the best weights of the run on --final_eval_tokens, draws the loss, shows a sample."""
         s, task, folder = self.s, self.task, self.folder
@@ -708,15 +683,9 @@ class Trainer:
         title = f"{s.model} on {', '.join(source.name for source in task.sources)}"
         report.draw_loss(folder.rows(), folder.path / "loss.png", title, xz)
 
-        average = " (EMA)" if best["use_ema"] else ""
-        beside = f"; xz -9 needs {xz:.3f}" if xz else ""
-        print(f"{'best':<12} step {best['step']:,}{average}: {result['bits_per_byte']['mixed']:.3f} bits/byte over the "
-              f"{task.measured_text}{beside}")
-        if len(task.sources) > 1 or not task.is_text:
-            print("\n".join(task.table(result)))
+        print("\n".join(report.result_lines(task, best, result, xz)))
         self.show_sample()
-        print(f"wrote {folder.path}: {' '.join(folder.files())}        "
-              f"next: python sample.py --ckpt={folder.path / 'best.pt'}{task.sample_flags()}")
+        print(report.last_line(self))
 
 
 def loop(trainer, stop):
@@ -740,7 +709,7 @@ def loop(trainer, stop):
         # the update
         grad_norm = clip_gradients(params, s.grad_clip)
         if not math.isfinite(grad_norm):
-            raise trainer.divergence(loss, grad_norm)
+            raise report.divergence(trainer, loss, grad_norm)
         lr = optimizers.step(lr_factor(state.step, s))
         for p in params:
             p.grad = None
@@ -811,12 +780,6 @@ def default_out(model, kind):
 
 def main(argv):
     with machine.World().one_voice():
-        for flag in run.FINE_TUNING:
-            if flag_value(argv, flag) is not None:
-                raise UserError(f"--{flag} belongs to fine-tuning on chats: python finetune.py --init_from=CHECKPOINT "
-                                f"--data=CHATS --{flag}={flag_value(argv, flag)}")
-        if flag_value(argv, "eval_only") is not None:
-            raise UserError("--eval_only is a tool of its own: python eval.py --ckpt=CHECKPOINT")
         description = " ".join(__doc__.split("\n\n")[0].split())
         plan = run.plan_run(argv, Settings, choices(), default_out, description)
         return train(plan)

@@ -2,8 +2,10 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,12 @@ import run
 import train
 from corpus.loader import TokenSource
 from fake_hub import make_real_layouts
+from forks import Forked, prepare_server
 from made_up import made_up_text
 
 ROOT = Path(train.__file__).parent
-torch.set_num_threads(1)  # such small models are slower on two, and two test processes share the machine
+os.environ["OMP_NUM_THREADS"] = "1"  # such small models are slower on two, and two test processes share the machine
+torch.set_num_threads(1)
 
 # a model that trains in milliseconds, and a run of it; tests add or override flags
 SMALL = ["--n_layer=2", "--d_model=32", "--n_head=2", "--d_ff=48", "--context_length=128", "--block_size=64",
@@ -30,6 +34,11 @@ SMALL = ["--n_layer=2", "--d_model=32", "--n_head=2", "--d_ff=48", "--context_le
 
 # files whose set-up is costly, or whose tests are
 FIRST = ("test_hub", "test_fake_hub", "test_pydocs", "test_bench", "test_end_to_end")
+
+
+def pytest_collection_finish(session):
+    if session.items and not session.config.option.collectonly:
+        prepare_server()
 
 
 def pytest_collection_modifyitems(items):
@@ -126,10 +135,16 @@ def tuning_plan(*flags):
     return run.plan_run(list(flags), finetune.Settings, train.choices(), finetune.default_out, "", finetune.adapt)
 
 
-def command(*words, **env):
-    """Starts a tool in a process of its own, in the current directory; stdout and stderr are pipes."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
-    return subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+def command(*words, fresh=False, **env):
+    """Starts a tool in a process of its own, in the current directory; stdout and stderr are pipes.
+
+    words: a script and its arguments, or -c and code. fresh: a new interpreter, for what happens while it starts.
+    """
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    words = list(map(str, words))
+    if not fresh:
+        return Forked(words, env)
+    return subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             stdin=subprocess.DEVNULL, text=True, env=env)
 
 
@@ -143,7 +158,18 @@ def finish(process, status=0):
 def torchrun(n, *words):
     """Starts n processes of a script or tool that train together."""
     return command("-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0", "--rdzv_backend=c10d",
-                   "--rdzv_endpoint=localhost:0", *words)
+                   "--rdzv_endpoint=localhost:0", *words, fresh=True)
+
+
+def together(n, *words):
+    """What torchrun does, without its launcher: (exit status, standard output, standard error) of n processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(n))
+    processes = [command(*words, RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(n)]
+    with ThreadPoolExecutor() as readers:
+        outputs = list(readers.map(lambda process: process.communicate(timeout=300), processes))
+    return [(process.returncode, *texts) for process, texts in zip(processes, outputs)]
 
 
 # ---------------------------------------------------------------------------------------------------- made by hand

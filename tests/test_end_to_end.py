@@ -14,7 +14,7 @@ import machine
 import run
 import train
 from conftest import (ALONE, CPU, ROOT, SMALL, command, evaluations, finish, rows, same_tensors, step_rows, timeless,
-                      torchrun)
+                      together, torchrun)
 
 RUN = [*SMALL, "--vocab_size=600", "--data=pydocs-hybrid"]
 
@@ -195,16 +195,14 @@ dist.destroy_process_group()
 
 
 def test_muons_stacks_are_shared_out_over_the_processes(workdir):
-    (workdir / "shared.py").write_text(SHARED_MUON)
-    finish(torchrun(2, workdir / "shared.py"))
+    assert all(status == 0 for status, *_ in together(2, "-c", SHARED_MUON))
     done = sorted(int((workdir / f"did-{rank}").read_text()) for rank in range(2))
     assert sum(done) == 3 * 2 + 4 + 1 and done[0] >= 4  # eleven maps, each once, about half on either side
 
 
 def test_a_mistake_that_all_processes_meet_is_told_once(workdir):
-    process = torchrun(2, ROOT / "train.py", "--lr=-1")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0 and err.count("train.py: --lr=-1.0 must be at least 0") == 1
+    (first, _, told), (second, _, silence) = together(2, ROOT / "train.py", "--lr=-1")
+    assert first == second == 2 and told.count("train.py: --lr=-1.0 must be at least 0") == 1 and silence == ""
 
 
 # ----------------------------------------------------------------------------------------------- disk, terminal, memory
@@ -288,7 +286,7 @@ def test_training_ivme_on_8192_tokens_at_once_fits_in_memory(dtype, limit, workd
     flags = ["--model=ivme", "--data=pydocs-hybrid", "--order=random", "--batch_tokens=8192", "--micro_batch=8",
              "--max_steps=1", "--eval_tokens=64", "--final_eval_tokens=64", "--sample_tokens=0", "--compile=off",
              "--device=cpu", f"--dtype={dtype}"]
-    out = finish(command("-c", PEAK, *flags, MALLOC_MMAP_THRESHOLD_="1000000"))
+    out = finish(command("-c", PEAK, *flags, fresh=True, MALLOC_MMAP_THRESHOLD_="1000000"))
     peak = int(out.split()[-1]) * 1024
     assert peak < limit, f"{peak / 1e9:.2f} GB"
 

@@ -9,7 +9,7 @@ import finetune
 import prepare
 import run
 from common import UserError
-from conftest import ROOT, finish, rows, run_train, torchrun
+from conftest import ROOT, rows, run_train, together
 from made_up import made_up_chats
 
 MEASURE = ["--device=cpu", "--micro_batch=3"]
@@ -126,9 +126,9 @@ def test_the_length_of_a_row_changes_the_losses_and_the_micro_batch_does_not(tra
 
 def test_two_processes_find_what_one_finds(trained, workdir, capsys):
     flags = [f"--ckpt={trained}/best.pt", "--eval_tokens=1024", *MEASURE]
-    together = finish(torchrun(2, ROOT / "eval.py", *flags))
+    (first, told, _), (second, silence, _) = together(2, ROOT / "eval.py", *flags)
     capsys.readouterr()
-    assert eval.main(flags) == 0 and together == capsys.readouterr().out
+    assert first == second == eval.main(flags) == 0 and told == capsys.readouterr().out and silence == ""
 
 
 def test_what_cannot_be_measured_is_one_line(trained, workdir):

@@ -1,14 +1,12 @@
 """The stand-in for the Hub: the real `datasets` reads every layout through it, resumes, and meets its faults."""
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import command
 from fake_hub import LAYOUTS, FakeHub, Fault
 
 pytest.importorskip("datasets")
@@ -20,17 +18,17 @@ from datasets import load_dataset
 def stream(repo, config=None, split="train", columns=None, **more):
     choice = {"columns": columns} if columns else {}
     return load_dataset(repo, config, split=split, streaming=True, **choice, **more)
-jobs, answer = json.load(sys.stdin), []
+jobs, answer = json.loads(sys.argv[1]), []
 """
 
 
 def child(hub, home, code, jobs=None):
     """(answer, standard error) of the code, run behind STREAM in a process that takes `hub` for the Hub."""
     source = f"{STREAM}\n{code}\nprint(json.dumps(answer))"
-    run = subprocess.run([sys.executable, "-c", source], input=json.dumps(jobs), capture_output=True, text=True,
-                         env={**os.environ, "OMP_NUM_THREADS": "1", **hub.env(home, impatient=True)})
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout), run.stderr
+    process = command("-c", source, json.dumps(jobs), **hub.env(home, impatient=True))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out), err
 
 
 def test_datasets_streams_every_layout_in_order(hub_root, layouts, tmp_path):

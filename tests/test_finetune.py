@@ -17,7 +17,7 @@ import train
 from architectures import ARCHITECTURES, randomised
 from common import UserError
 from conftest import (ALONE, CPU, FakeSource, evaluations, finish, pretraining_plan, rows, same_tensors,
-                      sources_of, step_rows, timeless, torchrun, tuning_plan)
+                      sources_of, step_rows, timeless, together, tuning_plan)
 from corpus.folder import document_edges
 from corpus.loader import Loader
 from corpus.tokenizer import bos_eos
@@ -659,9 +659,9 @@ def test_two_processes_tune_as_one_does(tune, chat_data, workdir):
     s = run.read_checkpoint(alone / "ckpt.pt")["train"]
     left_out = ("resume", "overwrite", "decay_only", "out", "epochs", "sample_prompt")
     words = [f"--{name}={value}" for name, value in s.items() if name not in left_out]
-    (workdir / "twice.py").write_text(TWICE)
-    finish(torchrun(2, "twice.py", *words, "--out=two", "and", "--out=pairs", "--relevance=0.5",
-                    "--relevance_margin=0.4", "--lr=0", "--muon_lr=0"))
+    done = together(2, "-c", TWICE, *words, "--out=two", "and", "--out=pairs", "--relevance=0.5",
+                    "--relevance_margin=0.4", "--lr=0", "--muon_lr=0")
+    assert all(status == 0 for status, *_ in done), done
 
     for a, b in zip(rows(alone), rows("two"), strict=True):
         if "train_loss" in a:

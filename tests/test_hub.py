@@ -3,12 +3,9 @@ all the usual ways."""
 import gzip
 import json
 import math
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +14,7 @@ import pytest
 
 import prepare
 from common import UserError
-from conftest import ROOT
+from conftest import ROOT, command
 from corpus.chats import chat_messages
 from corpus.folder import read_meta
 from corpus.hub import HUB, MIXES, HubReader, hub_name, hub_source
@@ -33,7 +30,7 @@ from common import run_tool
 from corpus.hub import HubReader, Patience
 HubReader.BLOCK, Patience.TRIES, Patience.PAUSE, prepare.BATCH_BYTES, prepare.SAVE_SECONDS = 7, 3, 0.01, 3000, -1
 prepare.SAMPLE_BYTES, prepare.HUB_SCAN = 20_000, 3000
-for words in json.load(sys.stdin):
+for words in json.loads(sys.argv[1]):
     prepare.main(words)
 """
 
@@ -45,13 +42,12 @@ NOWHERE = dict(HF_ENDPOINT="http://127.0.0.1:9")
 
 
 def child(hub, home, jobs, source=PREPARE, status=0, **env):
-    """Runs `source`, which reads `jobs` from standard input, in a process that takes `hub` for the Hub."""
+    """Runs `source` with `jobs` as its argument in a process that takes `hub` for the Hub: (output, errors)."""
     hub_env = hub.env(home, impatient=True) if hub else {}
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **hub_env, **env}
-    run = subprocess.run([sys.executable, "-c", source], input=json.dumps(jobs), capture_output=True, text=True,
-                         timeout=300, env=env)
-    assert run.returncode == status, (run.stdout[-2000:], run.stderr[-3000:])
-    return run
+    process = command("-c", source, json.dumps(jobs), **{**hub_env, **env})
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, (out[-2000:], err[-3000:])
+    return out, err
 
 
 @pytest.fixture(scope="module")
@@ -325,8 +321,8 @@ def test_several_other_data_sets_and_one_of_the_catalogue_make_one_corpus(others
     shutil.copytree(hub_root / "roneneldan", tmp_path / "root/roneneldan")
     words = ["me/pages@it/web:1K", "tinystories", "you/pages", "--vocab_size=300", f"--out_dir={tmp_path}"]
     with FakeHub(tmp_path / "root") as hub:
-        run = child(hub, tmp_path / "home", [words, words])
-    assert "is there already, made with these settings" in run.stdout
+        out, err = child(hub, tmp_path / "home", [words, words])
+    assert "is there already, made with these settings" in out
     folder = tmp_path / "pages+tinystories+pages-bpe-300"
     sources = read_meta(folder)["sources"]
     assert [(s["name"], s["budget"]) for s in sources] == [("pages", 1000), ("tinystories", 0), ("pages", 0)]
@@ -359,7 +355,7 @@ WRONG = {
 
 COMPLAIN = PREPARE.split("for words")[0] + """
 lines = []
-for words in json.load(sys.stdin):
+for words in json.loads(sys.argv[1]):
     try:
         prepare.main(words)
         lines.append("nothing wrong")
@@ -374,9 +370,9 @@ def complaints(others_root, tmp_path_factory):
     """What is wrong -> the line that says so."""
     home = tmp_path_factory.mktemp("complaints")
     with FakeHub(others_root) as hub:
-        run = child(hub, home, [[*words, f"--out_dir={home}/data"] for words, _ in WRONG.values()], COMPLAIN)
+        out, err = child(hub, home, [[*words, f"--out_dir={home}/data"] for words, _ in WRONG.values()], COMPLAIN)
     assert not (home / "data").exists()
-    return dict(zip(WRONG, json.loads(run.stdout.splitlines()[-1])))
+    return dict(zip(WRONG, json.loads(out.splitlines()[-1])))
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -404,7 +400,7 @@ def test_dropped_connections_and_busy_servers_change_nothing(hub_root, good, tmp
     with FakeHub(hub_root) as hub:
         hub.faults += [Fault("drop", "*stanford*", times=9, skip=2), Fault("status", "*train.txt.gz", times=9),
                        Fault("status", "*wikihow*", status=429, times=9)]
-        out = child(hub, tmp_path / "home", [[*JOB, f"--out_dir={tmp_path}/faulty"]]).stdout
+        out, _ = child(hub, tmp_path / "home", [[*JOB, f"--out_dir={tmp_path}/faulty"]])
         assert not any(fault.times for fault in hub.faults) and "trying again in" in out
     assert snapshot(tmp_path / "faulty/x") == good
 
@@ -413,7 +409,7 @@ def test_the_first_look_at_a_data_set_is_tried_again_too(others_root, new, tmp_p
     words = ["me/notes-1.5", *SMALL, f"--out_dir={tmp_path}", "--name=x"]
     with FakeHub(others_root) as hub:
         hub.faults += [Fault("status", "*train.jsonl", times=9)]
-        out = child(hub, tmp_path / "home", [words]).stdout
+        out, _ = child(hub, tmp_path / "home", [words])
         assert not any(fault.times for fault in hub.faults) and "notes-1_5 " in out and "trying again in" in out
     assert snapshot(tmp_path / "x") == snapshot(new[0] / "content")
 
@@ -442,14 +438,14 @@ def test_what_cannot_be_mended_is_one_line_and_the_work_goes_on_later(fault, own
             hub.faults.append(Fault("truncate", "*stanford/*00001-of*"))
         else:
             hub.faults.append(Fault("status", "*stanford/*00001-of*", status=503, times=math.inf))
-        run = child(hub, tmp_path / "home", [job], tool, status=2)
-        assert run.stderr.startswith("prepare.py: ") and run.stderr.count("\n") == 1
-        assert re.search(BEYOND_REPAIR[fault], run.stderr), run.stderr
+        out, err = child(hub, tmp_path / "home", [job], tool, status=2)
+        assert err.startswith("prepare.py: ") and err.count("\n") == 1
+        assert re.search(BEYOND_REPAIR[fault], err), err
 
         later.write_bytes(whole)
         hub.faults.clear()
         assert (tmp_path / "data/.x.part/train.0-cosmopedia.bin").stat().st_size > 3000
-        assert "resuming" in child(hub, tmp_path / "home2", [job]).stdout
+        assert "resuming" in child(hub, tmp_path / "home2", [job])[0]
     assert snapshot(tmp_path / "data/x") == good
 
 
@@ -463,7 +459,7 @@ def replace_or_die(*args):
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     replace(*args)
-os.replace, (words,), kills = replace_or_die, json.load(sys.stdin), 0
+os.replace, (words,), kills = replace_or_die, json.loads(sys.argv[1]), 0
 for seed in range(100):
     pid = os.fork()
     if pid == 0:
@@ -479,7 +475,7 @@ print("killed", kills)
 
 def test_killed_at_random_moments_of_a_stream_it_writes_the_same_bytes(hub_root, good, tmp_path):
     with FakeHub(hub_root) as hub:
-        out = child(hub, tmp_path / "home", [[*JOB, f"--out_dir={tmp_path}/killed"]], KILLED).stdout
+        out, _ = child(hub, tmp_path / "home", [[*JOB, f"--out_dir={tmp_path}/killed"]], KILLED)
     assert int(out.split()[-1]) >= 4, out  # ten moments and more: test_prepare.py, where a process costs less
     assert snapshot(tmp_path / "killed/x") == good
 
@@ -489,7 +485,7 @@ def test_other_data_sets_go_on_after_a_stop_as_those_of_the_catalogue_do(others_
     words = ["me/pages", "you/pages", *SMALL, "--name=x"]
     with FakeHub(others_root) as hub:
         child(hub, tmp_path / "home", [[*words, f"--out_dir={tmp_path}/whole"]])
-        out = child(hub, tmp_path / "home", [[*words, f"--out_dir={tmp_path}/killed"]], KILLED).stdout
+        out, _ = child(hub, tmp_path / "home", [[*words, f"--out_dir={tmp_path}/killed"]], KILLED)
     assert int(out.split()[-1]) >= 3, out
     assert snapshot(tmp_path / "killed/x") == snapshot(tmp_path / "whole/x")
 
@@ -532,8 +528,8 @@ def test_an_empty_copy_is_refused_in_one_line(tmp_path):
     for name in ("TinyChat", "pages"):
         (tmp_path / name).mkdir()
     jobs = [[name, *SMALL, f"--source_dir={tmp_path}", f"--out_dir={tmp_path}/data"] for name in names]
-    run = child(None, None, jobs, COMPLAIN, **NOWHERE, HF_HOME=str(tmp_path / "home"))
-    for line in json.loads(run.stdout.splitlines()[-1]):
+    out, err = child(None, None, jobs, COMPLAIN, **NOWHERE, HF_HOME=str(tmp_path / "home"))
+    for line in json.loads(out.splitlines()[-1]):
         assert "cannot be read as expected" in line and "\n" not in line
 
 
@@ -571,16 +567,15 @@ for words""")
         copy = "one"
         shutil.rmtree(tmp_path / "one")
         shutil.move(tmp_path / "two", tmp_path / "one")
-    out = child(None, None, [[*words, f"--source_dir={tmp_path}/{copy}"]], **nowhere).stdout
+    out, _ = child(None, None, [[*words, f"--source_dir={tmp_path}/{copy}"]], **nowhere)
     texts = documents(tmp_path / "data/x")
     assert "resuming" not in out and len(texts) == 300 and all(text.startswith("1: ") for text in texts)
 
 
-def test_without_a_network_one_line_names_the_ways_on(tmp_path):
+def test_without_a_network_one_line_names_the_ways_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names, started = ("finemath", "me/pages"), time.monotonic()
-    env = {**os.environ, **NOWHERE, "HF_HOME": str(tmp_path)}
-    both = [subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), name], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env) for name in names]
+    both = [command(ROOT / "prepare.py", name, **NOWHERE, HF_HOME=str(tmp_path)) for name in names]
     for name, process in zip(names, both):  # they wait at the same time
         _, err = process.communicate(timeout=60)
         assert process.returncode == 2 and time.monotonic() - started < 30

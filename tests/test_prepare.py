@@ -139,7 +139,7 @@ def test_a_second_run_writes_the_same_bytes(kind, corpus, tmp_path):
     root, names = corpus
     flags = [f"--tokenizer={kind}", f"--vocab_size={KINDS[kind]}", "--max_tokens=250K", f"--name={kind}"]
     # another process, with other hash seeds and threads
-    process = command(ROOT / "prepare.py", *names, *flags, f"--out_dir={tmp_path}", PYTHONHASHSEED="7",
+    process = command(ROOT / "prepare.py", *names, *flags, f"--out_dir={tmp_path}", fresh=True, PYTHONHASHSEED="7",
                       RAYON_NUM_THREADS="1")
     err = process.communicate(timeout=600)[1]
     assert process.returncode == 0, err
@@ -662,7 +662,7 @@ def test_a_large_file_is_prepared_whole_in_less_memory_than_its_size(tmp_path, m
     # Linux counts the memory of the process that starts another one as that one's peak: a small one stands between it
     # and this one
     between = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', *sys.argv[1:]]))"
-    process = command("-c", between, MEASURE, 60)
+    process = command("-c", between, MEASURE, 60, fresh=True)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     source = read_meta("data/large-bpe-1000")["sources"][0]
@@ -707,5 +707,5 @@ def test_show_tells_what_a_folder_holds(tmp_path, capsys):
 
 
 def test_no_torch_is_imported(tmp_path):
-    process = command("-c", "import sys, prepare; sys.exit('torch' in sys.modules)")
+    process = command("-c", "import sys, prepare; sys.exit('torch' in sys.modules)", fresh=True)
     assert process.wait(timeout=60) == 0

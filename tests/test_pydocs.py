@@ -98,7 +98,7 @@ print(hashlib.sha256(repr([(d.split_hash, d.messages) for d in pydocs_chat().doc
 
 
 def test_pydocs_chat_is_the_same_in_every_process(documents):
-    process = command("-c", DIGEST, PYTHONHASHSEED="7")
+    process = command("-c", DIGEST, fresh=True, PYTHONHASHSEED="7")
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert out.strip() == hashlib.sha256(repr([(d.split_hash, d.messages) for d in documents]).encode()).hexdigest()

@@ -450,6 +450,6 @@ def test_without_simd_flags_it_is_right_and_two_processes_may_build_at_once(tmp_
         "one_token_step_equals_the_scan")]
     del env["KERNELS"]
     pytest_alone = ("-m", "pytest", "-n0", "-p", "no:cacheprovider", f"--rootdir={ROOT}")
-    out, err = command(*pytest_alone, *tests, **env).communicate()
+    out, err = command(*pytest_alone, *tests, fresh=True, **env).communicate()
     assert "4 passed" in out, out + err
     assert [*tmp_path.glob("*.so")] == [library]  # that was the library in use

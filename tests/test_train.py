@@ -13,6 +13,7 @@ import torch
 import gpt2preln
 import i3
 import ivme
+import machine
 import prepare
 import report
 import run
@@ -172,7 +173,7 @@ def test_a_start_does_not_load_the_compiler():
             "p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
             "train.AdamW([([p], 0.1)]).step(0.1); train.clip_gradients([p], 1.0)\n"
             "print('torch._dynamo' in sys.modules, torch.are_deterministic_algorithms_enabled())")
-    out, err = command("-c", code).communicate()
+    out, err = command("-c", code, fresh=True).communicate()
     assert out == "False True\n", err
 
 
@@ -401,13 +402,13 @@ def test_packed_documents_do_not_see_each_other_in_training(workdir):
 
 
 def test_checkpointed_blocks_change_nothing_but_memory(workdir, monkeypatch):
-    calls, checkpoint_blocks = [], train.checkpoint_blocks
+    calls, checkpoint_blocks = [], machine.checkpoint_blocks
 
     def counted(model):
         calls.append(model)
         checkpoint_blocks(model)
 
-    monkeypatch.setattr("train.checkpoint_blocks", counted)
+    monkeypatch.setattr("machine.checkpoint_blocks", counted)
     for flag in ("--grad_checkpoint", "--no-grad_checkpoint"):
         run_train("--data=pydocs-hybrid", f"--out={flag.strip('-')}", flag, "--max_steps=3")
     a, b = (run.read_checkpoint(workdir / out / "ckpt.pt") for out in ("grad_checkpoint", "no-grad_checkpoint"))
