@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import io
 import os
 import platform
 import re
@@ -40,11 +41,13 @@ def number(text):
     return int(value)
 
 
+BOOLEANS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
+
+
 def yes_or_no(text):
-    words = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
-    if text.lower() not in words:
+    if text.lower() not in BOOLEANS:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return words[text.lower()]
+    return BOOLEANS[text.lower()]
 
 
 def nearest(word, words):
@@ -133,6 +136,10 @@ def flag_value(argv, name):
 def run_tool(main):
     """Runs main(argv) and exits. A user's mistake becomes one line on standard error and exit status 2."""
     tool = Path(sys.argv[0]).name
+    # what a terminal cannot show is escaped, and what is read may have any bytes
+    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace"), (sys.stdin, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     try:
         if sys.version_info < (3, 11):
             raise UserError(f"this needs Python 3.11 or newer, and {sys.executable} is {platform.python_version()}")
@@ -169,6 +176,41 @@ def columns(rows):
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
+class LastingOutput:
+    """Standard output whose reader may go away, a terminal or the other end of a pipe. The program goes on without it.
+
+    It stands in the place of sys.stdout. What is written after its reader has gone is lost.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with self.lost():
+            return self.stream.write(text)
+
+    def flush(self):
+        with self.lost():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def lost(self):
+        try:
+            yield
+        except OSError as e:
+            if e.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def lasting_output():
+    """Inside, print writes to a LastingOutput."""
+    return contextlib.redirect_stdout(LastingOutput(sys.stdout))
+
+
 class Progress:
     """One line that updates itself on a terminal. Elsewhere only `done` prints, so that logs stay short."""
 
@@ -182,10 +224,15 @@ class Progress:
             self.shown_at = time.monotonic()
             print(f"\r\x1b[K{text[:shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
+    def clear(self):
+        """Removes the line."""
+        if self.live:
+            print("\r\x1b[K", end="", flush=True)
+
     def done(self, text):
         """Prints a line that stays."""
-        erase = "\r\x1b[K" if self.live else ""
-        print(erase + text, flush=True)
+        self.clear()
+        print(text, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- text and files
@@ -197,6 +244,23 @@ def mended(text):
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def lock(path):
+    """An open file that holds the lock `path` until it is closed or the process ends; None if another process does.
+
+    On a system or a disk that has no locks it holds nothing.
+    """
+    file = open(path, "a")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except (ImportError, OSError):
+        pass
+    return file
 
 
 @contextlib.contextmanager

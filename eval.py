@@ -1,110 +1,187 @@
-"""Validation losses of a checkpoint: `python eval.py --ckpt=out/RUN/best.pt`. It trains nothing and changes no run.
+"""The numbers of a checkpoint: `python eval.py --ckpt=out/RUN/best.pt`, its validation losses; with --tasks=blimp,arc_easy
+its scores on benchmarks, with --bundle=DIR its behaviour too; `python eval.py --compare A.pt B.pt` ranks checkpoints.
 
-The raw and the averaged weights are measured on the data that the checkpoint was trained on, or on --data. A fine-tuned
-checkpoint is measured as finetune.py does it: its replies to validation chats, the base data, and context relevance.
-Data without chats is measured as text, and so are chats if the checkpoint comes from pretraining.
+Losses    of each source, language and kind of the data that it was trained on, or of --data, over whole validation
+          files. A window of --context positions moves over the text in steps of --stride. A fine-tuned checkpoint is
+          measured on chats as finetune.py does it: its replies, the base data, and context relevance. --plot draws the
+          loss over the position in the context.
+--tasks   Benchmarks by their names in EleutherAI's lm-evaluation-harness, such as wikitext, blimp, arc_easy.
+--bundle  The evaluation of the 1gpu-llm card in a folder: source losses, behaviour, probes, and a search for decoding
+          parameters, which sample.py then uses.
+
+What was found is kept in eval.json beside the checkpoint. Nothing else of the run is changed.
 """
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
 
 import finetune
 import machine
+import report
 import run
 import train
-from common import UserError, nearest, parse_flags, run_tool
+from common import UserError, nearest, parse_flags, replacing, run_tool
+from corpus.tokenizer import bos_eos, token_byte_counts
+from evaluation import losses
+from sample import latest_best
 
 
 @dataclass
 class Settings:
-    ckpt: str = "out/tinymemory/best.pt"  # checkpoint to measure
+    ckpt: str = ""  # checkpoint to measure; empty: the best of the latest pretraining run
+    ema: bool | None = None  # averaged weights, --no-ema the raw ones; unset: those with the lower validation loss
+    compare: str = ""  # checkpoints, with spaces between them, to rank by their mixed validation loss
+
+    # losses
     data: str = ""  # prepared folders, or names under data/, as train.py's --data; empty: what it was trained on
-    eval_tokens: int = 4_000_000  # validation tokens of each source, spread evenly; 0: all
-    block_size: int = 0  # tokens in a row; 0: as it was trained
-    micro_batch: int = 0  # rows that are computed at once; 0: as it was trained
+    eval_tokens: int = 0  # validation tokens of each source that count, spread evenly; 0: all
+    context: int = 0  # positions of a window; 0: the rows that it was trained on
+    stride: int = 0  # positions between windows; 0: half a window
+    plot: bool = False  # draw the loss at each position of the model's whole context
+
+    # benchmarks
+    tasks: str = ""  # names of lm-evaluation-harness, such as wikitext,blimp,arc_easy
+    limit: int = 0  # documents of each task; 0: all
+    tasks_dir: str = ""  # folder with the tasks' data as local files, for machines without network
+    row: bool = False  # show a row for a leaderboard too
+
+    # behaviour
+    bundle: str = ""  # folder for the evaluation of the 1gpu-llm card
+    probes: str = ""  # JSON file of prompts and expected words; empty: the four of the card
+    seed: int = 1337  # of the sampled texts
+
+    # machine
+    micro_batch: int = 0  # windows that are computed at once; 0: as it was trained
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: str = ""  # bfloat16, float32, auto; empty: as it was trained
 
 
-class NoLoader:
-    """Stands where training has its loader. A set of data that is too small to be trained on can be measured."""
-
-    def set_length(self, total_rows):
-        pass
-
-
-class Text(train.Pretraining):
-    def make_loader(self, s):
-        return NoLoader()
-
-
-class Replies(finetune.FineTuning):
-    def make_loader(self, s):
-        self.base, self.base_spec = self.find_base(s)
-        return NoLoader()
-
-
-def check_settings(s, context_length):
+def check_settings(s, cfg):
     """Raises UserError for values that make no sense."""
-    if min(s.eval_tokens, s.block_size, s.micro_batch) < 0:
-        raise UserError("--eval_tokens, --block_size and --micro_batch cannot be negative")
-    if s.block_size > context_length:
-        raise UserError(f"--block_size={s.block_size} is longer than the model's context of {context_length}")
+    for name in ("eval_tokens", "context", "stride", "limit", "micro_batch", "seed"):
+        if getattr(s, name) < 0:
+            raise UserError(f"--{name}={getattr(s, name)} cannot be negative")
+    if s.context > cfg.context_length:
+        raise UserError(f"--context={s.context} is longer than the model's context of {cfg.context_length}")
     dtypes = train.choices()["dtype"]
     if s.dtype and s.dtype not in dtypes:
         raise UserError(f"--dtype={s.dtype} is not one of {', '.join(dtypes)}{nearest(s.dtype, dtypes)}")
 
 
-def plan_of(checkpoint, s, n_processes):
-    """The settings that the checkpoint was trained with, as a plan for measuring what the flags say."""
-    recorded = checkpoint["train"]
-    kind = finetune.Settings if run.is_fine_tuning(recorded) else train.Settings
-    trained = run.known_settings(kind, recorded)
-    block_size = s.block_size or trained.block_size
-    micro_batch = s.micro_batch or trained.micro_batch
+class Measured:
+    """A checkpoint that is measured: its model, its data, and what the flags say of it."""
+
+    def __init__(self, s, world):
+        self.s, self.world = s, world
+        self.model, self.tokenizer, self.checkpoint = run.load_checkpoint(s.ckpt, ema=s.ema)
+        self.recorded, self.cfg = self.checkpoint["train"], self.model.cfg
+        check_settings(s, self.cfg)
+        self.on = machine.pick_device(s.device, s.dtype or self.recorded["dtype"], local_rank=world.local_rank)
+        self.model.to(self.on.device)
+
+        averaged = self.checkpoint["use_ema"] if s.ema is None else s.ema
+        self.weights = "EMA" if averaged else "raw"
+        self.trained = min(self.recorded["block_size"], self.cfg.context_length)
+        self.context = s.context or self.trained
+        self.stride = min(s.stride or max(1, self.context // 2), self.context)
+        self.rows = s.micro_batch or self.recorded["micro_batch"]
+        self.frame = bos_eos(self.tokenizer) if self.recorded["pack"] == "document" else None
+
+    def heading(self):
+        return f"{self.s.ckpt}, step {self.checkpoint['step']:,}, {self.weights} weights"
+
+    def sources(self):
+        """The sources to measure: those of --data, or what the checkpoint was trained on."""
+        sources, _ = run.find_data(
+            self.s.data or self.recorded["data"], self.recorded["tokenizer"], self.cfg.vocab_size, self.world,
+            self.checkpoint["tokenizer"], self.s.ckpt)
+        if not any(len(source.val) > 1 for source in sources):
+            raise UserError(f"{self.s.data or self.recorded['data']} has no validation text; prepare it with "
+                            "--val_fraction above 0")
+        return sources
+
+    def losses(self, sources, tokens=None):
+        """Losses of text, see evaluation/losses.py. tokens: of each source; None: what --eval_tokens says."""
+        n_bytes = torch.from_numpy(token_byte_counts(self.tokenizer)).float()
+        tokens = self.s.eval_tokens if tokens is None else tokens
+        return losses.measure(self.model, sources, self.on, n_bytes, self.world, self.context, self.stride, self.rows,
+                              self.frame, tokens)
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+class Replies(finetune.FineTuning):
+    """Fine-tuning's measures without its training: it has no loader, so that few chats are enough."""
+
+    def make_loader(self, s):
+        self.base, self.base_spec = self.find_base(s)
+        return self
+
+    def set_length(self, total_rows):
+        pass
+
+
+def replies_of(measured):
+    """What measures the replies of a fine-tuned checkpoint."""
+    s, world, recorded = measured.s, measured.world, measured.recorded
     settings = replace(
-        trained, data=s.data or trained.data, dtype=s.dtype or trained.dtype, block_size=block_size,
-        micro_batch=micro_batch, batch_tokens=micro_batch * block_size * n_processes, epochs=0.0)
-    if kind is finetune.Settings:
-        settings = replace(settings, replay=0.0, relevance=0.0)
-    module, _, recipe = run.find_preset(checkpoint["model_name"])
-    cfg = module.Config(**checkpoint["cfg"])
-    return run.Plan("new", module, cfg, settings, recipe, start=checkpoint, start_path=s.ckpt)
+        run.known_settings(finetune.Settings, recorded), data=s.data or recorded["data"], replay=0.0, relevance=0.0,
+        block_size=measured.context, micro_batch=measured.rows, epochs=0.0,
+        batch_tokens=measured.rows * measured.context * world.size)
+    module, _, recipe = run.find_preset(measured.checkpoint["model_name"])
+    plan = run.Plan("new", module, measured.cfg, settings, recipe, measured.checkpoint, s.ckpt)
+    return Replies(plan, world, measured.on)
 
 
-def make_task(plan, world, on):
-    """What measures: Replies for a fine-tuned checkpoint and chats, else Text."""
-    task = Text(plan, world, on)
-    if run.is_fine_tuning(plan.start["train"]) and any(source.is_chat for source in task.sources):
-        task = Replies(plan, world, on)
-    return task
+def show_losses(measured):
+    """Measures the losses, prints them and, with --plot, draws them. Returns the record for eval.json."""
+    s, sources = measured.s, measured.sources()
+    if run.is_fine_tuning(measured.recorded) and any(source.is_chat for source in sources):
+        task = replies_of(measured)
+        with torch.no_grad():
+            result = task.measure(measured.model, s.eval_tokens)
+        print(f"{measured.heading()}: replies in rows of {task.T:,}")
+        print("\n".join("  " + line for line in task.table(result)))
+        return dict(result, protocol=dict(rows=task.T, text="replies"))
+
+    result = measured.losses(sources)
+    text = "one stream" if measured.frame is None else "each document by itself"
+    print(f"{measured.heading()}: windows of {measured.context:,}, stride {measured.stride:,}, {text}")
+    print("\n".join("  " + line for line in report.loss_table(result, sources)), flush=True)
+    if s.plot:
+        draw(measured, sources)
+    return dict(result, protocol=dict(window=measured.context, stride=measured.stride, text=text))
 
 
-def show_losses(model, task, checkpoint, s):
-    """Measures the raw and the averaged weights, and prints a table of each."""
-    params = list(model.parameters())
-    kinds = {"raw": None}
-    if checkpoint["ema"]:
-        kinds["EMA"] = [checkpoint["ema"][name].to(params[0].device) for name, _ in model.named_parameters()]
-    chosen = "EMA" if checkpoint["use_ema"] else "raw"
-    for kind, values in kinds.items():
-        with train.weights(params, values):
-            result = task.measure(model, s.eval_tokens)
-        mark = " (the chosen ones)" if kind == chosen else ""
-        print(f"{s.ckpt}, step {checkpoint['step']:,}, {kind} weights{mark}", flush=True)
-        for line in task.table(result):
-            print("  " + line, flush=True)
+def draw(measured, sources):
+    """Draws the loss over the whole context of the model."""
+    s, context = measured.s, measured.cfg.context_length
+    path = Path(s.ckpt).with_name("loss_by_position.png")
+    curves = losses.by_position(measured.model, sources, measured.on, context, measured.rows, measured.frame,
+                                s.eval_tokens)
+    title = f"{measured.checkpoint['model_name']}, step {measured.checkpoint['step']:,}"
+    losses.draw_positions(curves, sources, path, measured.trained, title)
+    print(f"wrote {path}")
+
+
+# ---------------------------------------------------------------------------------------------------- the tool
+
+WORK = dict(losses=show_losses)
 
 
 def main(argv):
-    given, _ = parse_flags(argv, Settings(), description=" ".join(__doc__.split("\n\n")[0].split()))
+    description = " ".join(__doc__.split("\n\n")[0].split())
+    given, _ = parse_flags(argv, Settings(), description=description)
     s = Settings(**given)
+    if not s.ckpt:
+        s.ckpt = latest_best(chat=False)
     world = machine.World()
     with world.one_voice():
-        model, _, checkpoint = run.load_checkpoint(s.ckpt, ema=False)
-        check_settings(s, model.cfg.context_length)
-        plan = plan_of(checkpoint, s, world.size)
-        on = machine.pick_device(s.device, plan.settings.dtype, local_rank=world.local_rank)
-        with world.joined(on.device):
-            show_losses(model.to(on.device), make_task(plan, world, on), checkpoint, s)
+        measured = Measured(s, world)
+        with world.joined(measured.on.device):
+            WORK["losses"](measured)
     return 0
 
 

@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import selective_scan, selective_scan_step
+from kernels import MAX_STATES, selective_scan, selective_scan_step
 
 NO_LIMIT = 2 ** 40  # tokens in the longest sequence of a model that has no attention
 
@@ -267,6 +267,8 @@ class I3(nn.Module):
         if cfg.d_model % cfg.n_head or cfg.d_inner % cfg.n_head or cfg.n_layer + cfg.n_attention < 1:
             raise ValueError(f"n_head {cfg.n_head} must divide d_model {cfg.d_model} and d_inner {cfg.d_inner}, "
                              "and there must be a block")
+        if cfg.d_state > MAX_STATES:
+            raise ValueError(f"d_state {cfg.d_state} is more than the {MAX_STATES} states that the scan can keep")
         self.cfg = cfg
         self.max_len = cfg.context_length if cfg.n_attention else NO_LIMIT  # tokens in the longest sequence
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)

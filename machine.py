@@ -111,9 +111,19 @@ class World:
     """
 
     def __init__(self):
-        self.rank, self.local_rank, self.size = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+        self.rank, self.local_rank, self.size = 0, 0, 1
+        if "MASTER_ADDR" in os.environ:  # else the variables are left over from a cluster's own launcher
+            self.rank, self.local_rank, self.size = map(self.number, ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        if self.rank >= self.size:
+            raise UserError(f"RANK={self.rank} is not below WORLD_SIZE={self.size}; torchrun sets both")
         self.is_main = self.rank == 0
+
+    def number(self, name):
+        """An environment variable that torchrun sets."""
+        text = os.environ.get(name, "1" if name == "WORLD_SIZE" else "0")
+        if not text.isdecimal():
+            raise UserError(f"{name}={text} in the environment is not a number; torchrun sets it")
+        return int(text)
 
     @contextlib.contextmanager
     def one_voice(self):
@@ -214,11 +224,17 @@ def gradients_stay_here(net, last):
 # ---------------------------------------------------------------------------------------------------- signals, time
 
 class StopSignals:
-    """Inside, Ctrl-C and SIGTERM only ask the loop to stop, so that it can save. A second one ends the process."""
+    """Inside, Ctrl-C, SIGTERM and the end of the terminal only ask the loop to stop, so that it can save.
+
+    A second signal ends the process. A run that ignores the end of its terminal, as under nohup, goes on ignoring it.
+    """
 
     def __enter__(self):
         self.asked = False
-        self.previous = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self.previous = {number: signal.signal(number, self.on_signal) for number in numbers}
         return self
 
     def on_signal(self, number, frame):

@@ -56,6 +56,8 @@ def evaluation_line(row, what, winner):
         line += f"  base {bits[winner]['base']:.3f}"
     if "relevance_accuracy" in row:
         line += f"  relevance {row['relevance_accuracy'][winner]:.1%}"
+    for name, scores in row.get("tasks", {}).items():
+        line += f"  {name} {scores[winner]:.4g}"
     return line
 
 
@@ -132,16 +134,38 @@ def divergence(trainer, loss, grad_norm):
 
 # ---------------------------------------------------------------------------------------------------- losses
 
+def grouped(sums, sources, mixed, groups=("language",)):
+    """Losses and bits per byte, see the top of this file, from `sums`: nats, tokens and bytes (sources, 3), float64.
+
+    mixed: the sources that "mixed" is made of. groups: attributes of a source by which others are made.
+    """
+    def values(value):
+        """value(nats, tokens, bytes) of some sources together."""
+        def of(chosen):
+            return value(*sums[[i for i, source in enumerate(sources) if source in chosen]].sum(0).tolist())
+
+        result = dict(mixed=of(mixed))
+        for group in groups:
+            names = sorted({getattr(source, group) for source in sources})
+            result[group] = {name: of([s for s in sources if getattr(s, group) == name]) for name in names}
+        return result | dict(source={source.name: of([source]) for source in sources})
+
+    return dict(loss=values(lambda nats, n, size: nats / n if n else math.nan),
+                bits_per_byte=values(lambda nats, n, size: nats / math.log(2) / size if size else math.nan))
+
+
 def perplexity(loss):
     return math.exp(min(loss, 700))
 
 
 def loss_table(result, sources, mixed="all sources"):
-    """Lines of the terminal: loss, perplexity and bits per byte of each source, each language, and of all (`mixed`)."""
+    """Lines of the terminal: loss, perplexity and bits per byte of each source, each group, and of all (`mixed`)."""
     loss, bits = result["loss"], result["bits_per_byte"]
     rows = [(s.name, f"{s.language}/{s.kind}", loss["source"][s.name], bits["source"][s.name]) for s in sources]
-    if len(loss["language"]) > 1:
-        rows += [(name, "language", loss["language"][name], bits["language"][name]) for name in loss["language"]]
+    for group in ("language", "kind"):
+        members = loss.get(group, {})
+        if len(members) > 1:
+            rows += [(name, group, members[name], bits[group][name]) for name in members]
     if len(sources) > 1:
         rows.append(("mixed", mixed, loss["mixed"], bits["mixed"]))
     if "base" in loss:
@@ -203,7 +227,7 @@ def draw_loss(rows, path, title, xz=None):
     """loss.png: bits per byte of the training batches and of the validation text, over the tokens trained on.
 
     rows: of metrics.jsonl. xz: bits per byte of `xz -9`, as a line. Fine-tuning shows the same for replies and, beside
-    it, the bits per byte of the base data and the relevance accuracy. Without matplotlib one line says so.
+    it, the bits per byte of the base data and the relevance accuracy; benchmarks stand there too. Without matplotlib one line says so.
     """
     try:
         import matplotlib
@@ -222,6 +246,9 @@ def draw_loss(rows, path, title, xz=None):
     relevance = validation_curves(val, lambda row, kind: row.get("relevance_accuracy", {}).get(kind))
     beside = {"bits per byte of the base data": base, "relevance accuracy": relevance}
     beside = {name: curves for name, curves in beside.items() if any(curves.values())}
+    is_tuning = bool(beside)
+    for name in sorted({name for row in val for name in row.get("tasks", {})}):
+        beside[name] = validation_curves(val, lambda row, kind: row.get("tasks", {}).get(name, {}).get(kind))
 
     # the loss
     widths = [1.5, *[1] * len(beside)] if beside else [1]
@@ -240,12 +267,12 @@ def draw_loss(rows, path, title, xz=None):
     shown = [y for points in bits.values() for _, y in points if not math.isnan(y)]  # nan: every character is unknown
     lowest = min(shown, default=1)
     bottom = lowest
-    if beside:  # batches with few replies scatter
+    if is_tuning:  # batches with few replies scatter
         bottom = min([row["train_bits_per_byte"] for row in train if row["train_bits_per_byte"] > 0], default=lowest)
-    ax.set(ylabel="bits per byte of replies" if beside else "bits per byte", title=title,
+    ax.set(ylabel="bits per byte of replies" if is_tuning else "bits per byte", title=title,
            ylim=(0.9 * min(lowest, bottom), max(3.2 * lowest, 1.1 * (xz or 0))))
 
-    # beside it what fine-tuning measures
+    # beside it what fine-tuning measures, and benchmarks
     for other, (name, curves) in zip(others, beside.items()):
         for kind, points in curves.items():
             if points:

@@ -14,13 +14,14 @@ import json
 import math
 import os
 import re
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 import prepare
-from common import Progress, UserError, flag_value, nearest, parse_flags, replacing, yes_or_no
+from common import BOOLEANS, Progress, UserError, flag_value, lock, mended, nearest, parse_flags, replacing, yes_or_no
 from corpus.folder import base_name, corpus_name, read_meta
 from corpus.loader import open_sources
 from corpus.pydocs import EMBEDDED
@@ -37,7 +38,8 @@ KEYS = ("format", "step", "tokens", "model_name", "cfg", "train", "model", "ema"
 def find_preset(name):
     """Preset name -> (architecture module, config, recipe): `i3-80m` is in i3.py. UserError lists the presets."""
     stem, here = name.split("-")[0], Path(__file__).parent
-    files = [p.stem for p in sorted(here.glob("*.py")) if re.search(r"^PRESETS\b", p.read_text(encoding="utf-8"), re.M)]
+    files = [path.stem for path in sorted(here.glob("[!.]*.py")) if path.is_file()  # editors leave others beside them
+             and re.search(rb"^PRESETS\b", path.read_bytes(), re.M)]
     if stem not in files:
         presets = [preset for file in files for preset in importlib.import_module(file).PRESETS]
         raise UserError(f"there is no model {name!r}{nearest(name, presets)}; there are {', '.join(presets)}")
@@ -91,25 +93,62 @@ def load_checkpoint(path, device="cpu", ema=None):
     ema = checkpoint["use_ema"] if ema is None else ema
     if ema and not checkpoint["ema"]:
         raise UserError(f"{path} holds no EMA weights (its run had --ema_beta=0)")
-    model = make_model(module, config_of(module, checkpoint, path))
+    model = make_model(module, config_of(module, checkpoint["cfg"], path))
     load_weights(model, checkpoint, ema, path)
-    return model.to(device).eval(), load_tokenizer(checkpoint["tokenizer"]), checkpoint
+    return on_device(model, device).eval(), load_tokenizer(checkpoint["tokenizer"]), checkpoint
 
 
-def config_of(module, checkpoint, path):
-    """The config in a checkpoint. UserError if the architecture file has changed since and has other fields."""
+def config_of(module, values, path):
+    """The config in a checkpoint or a run's record. UserError if the architecture file has other fields by now."""
     try:
-        return module.Config(**checkpoint["cfg"])
+        return module.Config(**values)
     except TypeError as e:
         raise UserError(f"{path} does not fit {module.__name__}.py as it is now: {e}") from None
 
 
-def make_model(module, cfg):
-    """The architecture's model with random weights. UserError for a config that makes no model."""
+def check_shape(module, cfg):
+    """UserError for a config with numbers that cannot be. 0 means "none" where a preset or a default has it."""
+    known = [module.Config(), *(preset for preset, _ in module.PRESETS.values())]
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        if type(value) not in (int, float):
+            continue
+        may_be_zero = any(getattr(other, field.name) == 0 for other in known)
+        if not 0 <= value < math.inf or value == 0 and not may_be_zero:
+            least = "at least 0" if may_be_zero else "above 0"
+            raise UserError(f"--{field.name}={value} must be {least}")
+
+
+def memory():
+    """Bytes of main memory that this machine has, or infinity where the system does not tell."""
     try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
+
+
+def make_model(module, cfg):
+    """The architecture's model with random weights. UserError for a config that makes no model, or too large a one."""
+    check_shape(module, cfg)
+    try:
+        with torch.device("meta"):  # all shapes, and no memory yet
+            n_bytes = sum(p.numel() * p.element_size() for p in module.Model(cfg).parameters())
+        if n_bytes > memory():
+            raise UserError(f"this model has {n_bytes / 4e9:,.1f}G parameters: its weights alone need "
+                            f"{n_bytes / 1e9:,.0f} GB, more than this machine's memory")
         return module.Model(cfg)
-    except ValueError as e:
-        raise UserError(f"{module.__name__}.py: {e}") from None
+    except (ValueError, RuntimeError, OverflowError, TypeError) as e:
+        raise UserError(f"{module.__name__}.py: {str(e).splitlines()[0]}") from None
+
+
+def on_device(model, device):
+    """Moves the model there. UserError if it uses the selective scan and KERNELS asks for what cannot be had."""
+    if hasattr(sys.modules[type(model).__module__], "selective_scan"):
+        try:
+            sys.modules["kernels"].implementation(torch.empty(0, device=device))
+        except (ValueError, RuntimeError) as e:
+            raise UserError(str(e)) from None
+    return model.to(device)
 
 
 def load_weights(model, checkpoint, ema, path):
@@ -160,9 +199,9 @@ def is_fine_tuning(settings):
 
 
 def recorded_settings(folder):
-    """The settings that config.json of a run's folder has; none if it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["train"]
+    """The settings that config.json of a run's folder has; none if it is missing, damaged, or of something else."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["train"])
     return {}
 
 
@@ -198,6 +237,32 @@ def known_settings(Settings, values):
     return Settings(**{name: value for name, value in values.items() if name in names})
 
 
+def latest_run(fine_tuning):
+    """The folder under out/ whose run, of that kind, wrote last; None if there is none."""
+    runs = [path.parent for path in Path("out").glob("*/config.json")]
+    runs = [folder for folder in runs if (s := recorded_settings(folder)) and is_fine_tuning(s) == fine_tuning]
+    return max(runs, key=lambda folder: (folder / "metrics.jsonl").stat().st_mtime, default=None)
+
+
+def plain_resume(argv, Settings):
+    """The flags with --resume=FOLDER, --resume=FOLDER/ckpt.pt and --resume=latest written as --resume --out=FOLDER."""
+    value = flag_value(argv, "resume")
+    if value is None or value.lower() in BOOLEANS:
+        return argv
+    folder = Path(value)
+    if value == "latest":
+        folder = latest_run(hasattr(Settings, "loss_on"))
+        if folder is None:
+            raise UserError("there is no run under out/ to resume")
+    elif folder.name == "ckpt.pt":
+        folder = folder.parent
+    elif folder.suffix == ".pt":
+        raise UserError(f"--resume goes on with a run's ckpt.pt; --init_from={value} starts a new run from this one")
+    rest = [word for i, word in enumerate(argv)
+            if not word.startswith("--resume") and not (i and argv[i - 1] == "--resume" and word == value)]
+    return [*rest, "--resume", f"--out={folder}"]
+
+
 def recorded_run(argv, Settings, default_out):
     """--resume: the run in --out as its config.json has it, with its latest checkpoint."""
     model = flag_value(argv, "model") or Settings.model
@@ -208,7 +273,8 @@ def recorded_run(argv, Settings, default_out):
         record = json.loads((out / "config.json").read_text(encoding="utf-8"))
         name, cfg, settings = record["model"], record["cfg"], known_settings(Settings, record["train"])
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{out / 'config.json'} is damaged ({e}); start anew with --overwrite") from None
+        raise UserError(f"{out / 'config.json'} is damaged ({e}); a new run can start from a checkpoint that is there: "
+                        f"--init_from={out / 'ckpt.pt'} --out=...") from None
     if flag_value(argv, "model") not in (None, name):
         raise UserError(f"the run in {out} is a {name}, not a {model}")
     if flag_value(argv, "init_from") not in (None, "", settings.init_from):
@@ -217,7 +283,8 @@ def recorded_run(argv, Settings, default_out):
 
     module, _, recipe = find_preset(name)
     settings = replace(settings, out=str(out), resume=True)
-    plan = Plan("resumed", module, module.Config(**cfg), settings, recipe, recorded=record["train"])
+    cfg = config_of(module, cfg, out / "config.json")
+    plan = Plan("resumed", module, cfg, settings, recipe, recorded=record["train"])
     if (out / "ckpt.pt").exists():
         plan.start_path = str(out / "ckpt.pt")
         plan.start = read_checkpoint(plan.start_path)
@@ -248,7 +315,7 @@ def new_run(argv, Settings):
     if start:
         if start["model_name"].split("-")[0] != name.split("-")[0]:
             raise UserError(f"--init_from={init_from} holds a {start['model_name']}, not a {name}")
-        cfg = config_of(module, start, init_from)
+        cfg = config_of(module, start["cfg"], init_from)
 
     plan = Plan("new", module, cfg, settings, recipe, start, init_from or "")
     if yes_or_no(flag_value(argv, "decay_only") or "false"):
@@ -268,6 +335,8 @@ def apply_flags(plan, argv, description):
     description += f" Defaults in brackets are those of --model={s.model}."
     given, _ = parse_flags(argv, s, cfg, description=description)
     given.pop("resume", None)
+    if "sample_prompt" in given:
+        given["sample_prompt"] = mended(given["sample_prompt"])
     shape = {k: given.pop(k) for k in list(given) if k in {field.name for field in fields(cfg)}}
     if plan.start or s.resume:
         differs = [f"{k} is {getattr(cfg, k)}" for k, v in shape.items() if getattr(cfg, k) != v]
@@ -300,6 +369,7 @@ def check_settings(s, cfg, choices):
         value = getattr(s, name)
         if value not in allowed:
             raise UserError(f"--{name}={value} is not one of {', '.join(allowed)}{nearest(value, allowed)}")
+    check_shape(sys.modules[type(cfg).__module__], cfg)
     positive = ("block_size", "batch_tokens", "micro_batch", "max_steps", "log_every")
     for field in fields(s):
         value = getattr(s, field.name)
@@ -309,6 +379,8 @@ def check_settings(s, cfg, choices):
             raise UserError(f"--{field.name}={value} must be above 0")
         if not 0 <= value < math.inf:
             raise UserError(f"--{field.name}={value} must be at least 0")
+    if s.seed >= 2 ** 63:
+        raise UserError(f"--seed={s.seed} has more than 63 bits")
     if s.ema_beta >= 1 or s.decay_fraction > 1:
         raise UserError("--ema_beta must be below 1 and --decay_fraction at most 1")
     if s.block_size > cfg.context_length:
@@ -329,6 +401,7 @@ def plan_run(argv, Settings, choices, default_out, description, adapt=lambda pla
     """
     if not hasattr(Settings, "loss_on"):
         check_flags(argv)
+    argv = plain_resume(argv, Settings)
     if yes_or_no(flag_value(argv, "resume") or "false"):
         plan = recorded_run(argv, Settings, default_out)
     else:
@@ -344,9 +417,7 @@ def plan_run(argv, Settings, choices, default_out, description, adapt=lambda pla
     s = plan.settings
     if not s.out:
         plan.settings = s = replace(s, out=default_out(s.model, plan.kind))
-    if not (s.resume or s.overwrite) and any(Path(s.out).glob("*.pt")):
-        raise UserError(f"{s.out} holds a run: --resume --out={s.out} goes on with it, --out names another folder, "
-                        "--overwrite deletes it")
+    check_folder(s)
     return plan
 
 
@@ -458,8 +529,12 @@ def find_data(spec, tokenizer, vocab_size, world, text=None, owner="", whose="th
 
 # -------------------------------------------------------------------------------------------------- the folder, the log
 
+# what a run records while it goes on, in rows of JSON; the last two only if probes are asked for
+LOGS = ("metrics.jsonl", "eval_metrics.jsonl", "probe_generations.jsonl")
+
+
 def read_rows(path):
-    """The rows of metrics.jsonl. A last line that a crash cut short is left out."""
+    """The rows of a log. A last line that a crash cut short is left out."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -468,31 +543,63 @@ def read_rows(path):
     return rows
 
 
+# Files that a run writes, and that --overwrite deletes; no other file is ever touched
+OWN = re.compile(r"(ckpt|best|step_\d+)\.pt|best_validation\.json|loss\.png|config\.json|tokenizer\.json|\.lock|"
+                 + "|".join(map(re.escape, LOGS)))
+
+
+def own_files(folder):
+    """The files of a run that a folder holds, those that a crash left half written as well."""
+    if not Path(folder).is_dir():
+        return []
+    return [path for path in sorted(Path(folder).iterdir()) if OWN.fullmatch(path.name.removesuffix(".part"))]
+
+
+def check_folder(s):
+    """UserError if the run must not write into its folder, because of another run there or of files of somebody's."""
+    out = Path(s.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; --out names a folder")
+    if recorded_settings(out):
+        if not (s.resume or s.overwrite):
+            raise UserError(f"{out} holds a run: --resume --out={out} goes on with it, --out names another folder, "
+                            "--overwrite deletes it")
+        return
+    foreign = sorted(path.name for path in out.glob("*") if path.name not in (".lock", ".DS_Store"))
+    if foreign:
+        raise UserError(f"{out} holds files of others ({', '.join(foreign[:3])}), which stay as they are; "
+                        "--out names another folder")
+
+
 class RunFolder:
     """out/RUN: ckpt.pt, best.pt, step_N.pt, best_validation.json, metrics.jsonl, loss.png, config.json, tokenizer.json.
 
-    Of several processes only the first one writes, and only its terminal shows anything.
+    Of several processes only the first one writes, and only its terminal shows anything. UserError if another run is
+    writing there: the lock is the process's own, and the system drops it when the process dies.
     """
 
-    def __init__(self, path, is_main):
-        self.path, self.is_main = Path(path), is_main
+    def __init__(self, path, world):
+        self.path, self.is_main = Path(path), world.is_main
         self.progress = Progress()
+        is_taken = False
+        if self.is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.path / ".lock")
+            is_taken = self.lock is None
+        if world.max(int(is_taken)):
+            raise UserError(f"another run is writing into {self.path}; --out names another folder")
 
     def begin(self, s, cfg, tokenizer_text, resumed_at=None):
-        """Makes the folder. Of a resumed run, the rows since its checkpoint go, because those steps come again."""
+        """Begins the folder anew. Of a resumed run, the rows since its checkpoint go, because those steps come again."""
         if not self.is_main:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        leftovers = ["*.part"]
-        rows = []
-        if resumed_at is None:
-            leftovers += ["ckpt.pt", "best.pt", "best_validation.json", "step_*.pt", "loss.png"]
-        else:
-            rows = [row for row in self.rows() if row["step"] <= resumed_at and not row.get("final")]
-        for pattern in leftovers:
-            for old in self.path.glob(pattern):
+        for old in own_files(self.path):
+            if old.suffix == ".part" or resumed_at is None and old.name != ".lock":
                 old.unlink()
-        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        for log in filter(Path.exists, (self.path / name for name in LOGS)):
+            rows = [row for row in read_rows(log) if row["step"] <= resumed_at and not row.get("final")]
+            self.write(log.name, "".join(json.dumps(row) + "\n" for row in rows))
         settings = asdict(replace(s, resume=False, overwrite=False))
         self.write("config.json", json.dumps(dict(model=s.model, cfg=asdict(cfg), train=settings), indent=1))
         self.write("tokenizer.json", tokenizer_text)
@@ -503,10 +610,10 @@ class RunFolder:
             with replacing(self.path / name) as f:
                 f.write(text.encode())
 
-    def record(self, row):
-        """Adds a row to metrics.jsonl."""
+    def record(self, row, log="metrics.jsonl"):
+        """Adds a row to a log."""
         if self.is_main:
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
+            with open(self.path / log, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
 
     def rows(self):
@@ -514,8 +621,7 @@ class RunFolder:
 
     def files(self):
         """Names of the files that are there, in the order of their importance."""
-        names = ("best.pt", "best_validation.json", "ckpt.pt", "metrics.jsonl", "loss.png", "config.json",
-                 "tokenizer.json")
+        names = ("best.pt", "best_validation.json", "ckpt.pt", *LOGS, "loss.png", "config.json", "tokenizer.json")
         return [name for name in names if (self.path / name).exists()]
 
     def show(self, line):

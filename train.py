@@ -23,7 +23,7 @@ from torch.optim.adamw import adamw
 import machine
 import report
 import run
-from common import UserError, run_tool
+from common import UserError, lasting_output, run_tool
 from corpus.loader import Loader, fill_rows
 from corpus.tokenizer import bos_eos, load_tokenizer, token_byte_counts
 
@@ -67,6 +67,10 @@ class Settings:
     eval_every: int = 100  # steps between evaluations; 0: only at the end
     eval_tokens: int = 32_768  # validation tokens of each source in an evaluation, spread evenly; 0: all
     final_eval_tokens: int = 4_000_000  # the same for the last evaluation, of best.pt; 0: all
+    eval_tasks: str = ""  # benchmarks to score at evaluations too, as eval.py's --tasks; empty: none
+    eval_limit: int = 100  # documents of each benchmark; 0: all
+    tasks_dir: str = ""  # folder with the benchmarks' data, for machines without network
+    probes: str = ""  # probes to put at evaluations too: a JSON file as eval.py's, or "card" for the four of the card
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     keep_every: int = 0  # steps between checkpoints that stay, as step_N.pt; 0: none
     log_every: int = 10  # steps between rows of metrics.jsonl and lines of the log
@@ -342,21 +346,8 @@ def evaluate(model, sources, tokens, T, rows, on, bytes_per_token, world, frame=
             sums[i, 0] += losses.double().sum().cpu()
             sums[i, 1] += len(counted)
             sums[i, 2] += float(bytes_per_token[counted].sum())
-    sums = world.sum(sums) * factor
-
-    def by_group(value):
-        """value(nats, tokens, bytes) of the sources together, of each language, and of each source."""
-        def of(chosen):
-            return value(*sums[chosen].sum(0).tolist())
-
-        languages = sorted({source.language for source in sources})
-        return dict(
-            mixed=of([i for i, source in enumerate(sources) if mark is None or source.is_chat]),
-            language={x: of([i for i, source in enumerate(sources) if source.language == x]) for x in languages},
-            source={source.name: of([i]) for i, source in enumerate(sources)})
-
-    return dict(loss=by_group(lambda nats, n, size: nats / n if n else math.nan),
-                bits_per_byte=by_group(lambda nats, n, size: nats / math.log(2) / size if size else math.nan))
+    mixed = [source for source in sources if mark is None or source.is_chat]
+    return report.grouped(world.sum(sums) * factor, sources, mixed)
 
 
 # --------------------------------------------------------------------------------------------------- what is trained on
@@ -561,7 +552,7 @@ class Trainer:
             run.load_weights(self.model, plan.start, won, plan.start_path)
         if s.grad_checkpoint:
             machine.checkpoint_blocks(self.model)
-        self.model.to(on.device)
+        run.on_device(self.model, on.device)
         self.params = list(self.model.parameters())
         self.names = [name for name, _ in self.model.named_parameters()]
         self.optimizers = Optimizers(self.model, s, on.dtype)
@@ -571,7 +562,7 @@ class Trainer:
         if plan.continues:
             self.go_on(plan.start)
         self.net, self.compiled = machine.make_net(self.model, s, on, world)
-        self.folder = run.RunFolder(s.out, world.is_main)
+        self.folder = run.RunFolder(s.out, world)
         self.progress = self.folder.progress
 
     def go_on(self, start):
@@ -610,6 +601,7 @@ class Trainer:
         self.model.train()
         if self.task.measures_start and self.state.step == 0:
             _, row = self.measure_both()
+            self.folder.record(row)
             self.progress.done(report.evaluation_line(row, self.task.measured, "raw"))
 
     def save(self, name):
@@ -626,16 +618,21 @@ class Trainer:
             metrics=dict(best=dict(loss=state.best_loss, step=state.best_step), elapsed=state.elapsed)))
 
     def measure_both(self):
-        """Measures the raw and the averaged weights, and records it: ({"raw": result, "ema": result}, the row)."""
+        """Measures the raw and the averaged weights: ({"raw": result, "ema": result}, row of metrics.jsonl)."""
         self.model.eval()
         results = dict(raw=self.task.measure(self.model, self.s.eval_tokens))
         if self.ema is not None and self.state.step:
             with weights(self.params, self.ema):
                 results["ema"] = self.task.measure(self.model, self.s.eval_tokens)
         self.model.train()
-        row = report.evaluation_row(results, self.state.step, self.state.tokens, self.state.elapsed)
-        self.folder.record(row)
-        return results, row
+        return results, report.evaluation_row(results, self.state.step, self.state.tokens, self.state.elapsed)
+
+    def measure_more(self, winner, row):
+        """Adds the benchmarks and probes of the better weights to the row of an evaluation, if they are asked for."""
+        if self.world.is_main and (self.s.eval_tasks or self.s.probes):
+            from evaluation import during  # it is not needed for a run without them
+            with weights(self.params, self.ema if winner == "ema" else None):
+                during.measure(self, winner, row)
 
     def evaluate(self):
         """Measures the weights, and saves those that are the best of the run."""
@@ -643,6 +640,8 @@ class Trainer:
         results, row = self.measure_both()
         winner = min(results, key=lambda kind: results[kind]["loss"]["mixed"])
         loss = results[winner]["loss"]["mixed"]
+        self.measure_more(winner, row)
+        self.folder.record(row)
         state.use_ema = winner == "ema"
         is_best = loss < state.best_loss
         if is_best:
@@ -749,7 +748,7 @@ def train(plan, make_task=Pretraining):
     """Trains as `plan` says, see run.plan_run, and returns the exit status. make_task: a class like Pretraining."""
     world, s = machine.World(), plan.settings
     on = machine.pick_device(s.device, s.dtype, s.compile, s.deterministic, world.local_rank)
-    with world.joined(on.device):
+    with world.joined(on.device), lasting_output():
         task = make_task(plan, world, on)
         trainer = Trainer(plan, task, world, on)
         trainer.begin()

@@ -16,6 +16,8 @@ KERNELS chooses:
     cpu          the CPU's must build, else RuntimeError; tensors on a GPU go to the reference
     cuda         CUDA's must build, else RuntimeError; tensors on a CPU are treated as with auto
 
+An empty KERNELS is no KERNELS.
+
 fp64 on CUDA always goes to the reference. To use the folder in another project, copy it.
 """
 import functools
@@ -50,7 +52,7 @@ def compiled(kind, must):
 
 def implementation(x):
     """The module or operators that compute the scan for tensors like x. Raises ValueError for an unknown KERNELS."""
-    choice = os.environ.get("KERNELS", "auto")
+    choice = os.environ.get("KERNELS") or "auto"
     if choice not in ("auto", "reference", "cpu", "cuda"):
         raise ValueError(f"KERNELS={choice} is not one of auto, reference, cpu, cuda")
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,8 @@ def library(kind):
     if os.name != "posix":
         raise CannotBuild(f"kernels are not built on {platform.system()}")
     compiler = os.environ.get("CXX") or "c++"
-    if not shutil.which(compiler):
+    words = shlex.split(compiler)  # such as "ccache g++"
+    if not words or not all(shutil.which(word) for word in words if not word.startswith("-")):
         raise CannotBuild(f"there is no C++ compiler ({compiler})")
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -73,8 +75,10 @@ def cache_folder():
     """The folder that libraries are kept in."""
     if os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(cache) / "torch_extensions"
+    home = os.path.expanduser("~")
+    if home == "~":  # nobody knows this user, as in some containers
+        return Path(tempfile.gettempdir()) / f"torch_extensions-{os.getuid()}"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")) / "torch_extensions"
 
 
 def digest(kind, cxx, nvcc):
@@ -102,6 +106,23 @@ def say(text, end):
         print(text, end=end, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def one_word_compiler(folder):
+    """Inside, CXX is a single word even if it is a command of several, such as "ccache g++": torch would quote it."""
+    command = os.environ.get("CXX", "")
+    if len(shlex.split(command)) < 2:
+        yield
+        return
+    script = Path(folder) / "compiler"
+    script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    script.chmod(0o700)
+    os.environ["CXX"] = str(script)
+    try:
+        yield
+    finally:
+        os.environ["CXX"] = command
+
+
 def compile_into(path, kind, cxx, nvcc):
     """Builds in a folder of its own, then moves the library to its place, so that what stands there is always whole.
 
@@ -115,7 +136,7 @@ def compile_into(path, kind, cxx, nvcc):
         os.environ["PATH"] = search + os.pathsep + ninja.BIN_DIR
     try:
         from torch.utils import cpp_extension
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=BUILDING) as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=BUILDING) as folder, one_word_compiler(folder):
             cpp_extension.load(
                 path.stem.replace("-", "_"), [str(HERE / name) for name in SOURCES[kind]],
                 extra_cflags=cxx, extra_cuda_cflags=nvcc, build_directory=folder, is_python_module=False)

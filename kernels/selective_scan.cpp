@@ -121,7 +121,8 @@ template <bool IN_RANGE> inline Vec<float> exp2(Vec<float> x) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(p, rounded);
 #else
-  return (Vec<float>)((IntVector)p + ((IntVector)rounded << 23));
+  // If x is NaN then so is f, but the sum of the bits may be any number
+  return f * 0.0f + (Vec<float>)((IntVector)p + ((IntVector)rounded << 23));
 #endif
 }
 template <bool> inline Vec<double> exp2(Vec<double> x) {  // gradient checks only

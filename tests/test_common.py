@@ -2,12 +2,16 @@
 are replaced as a whole."""
 import dataclasses
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import example, given, strategies as st
 
-from common import (Progress, UserError, clock, columns, flag_value, mended, number, parse_flags, replacing,
-                    run_tool)
+from common import (LastingOutput, Progress, UserError, clock, columns, flag_value, lock, mended, number, parse_flags,
+                    replacing, run_tool)
+from conftest import ROOT
 from corpus_helpers import properties
 from prepare import Settings
 
@@ -199,3 +203,33 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize("text, expected", [("caffè 😀", "caffè 😀"), ("\ud83d\ude00", "😀"), ("a\ud83db", "a\ufffdb")])
 def test_text_that_utf8_cannot_hold_is_mended(text, expected):
     assert mended(text) == expected
+
+
+def test_output_without_a_reader_is_lost_and_nothing_else_happens():
+    read, write = os.pipe()
+    out = LastingOutput(open(write, "w"))
+    print("somebody reads this", file=out, flush=True)
+    assert os.read(read, 100) == b"somebody reads this\n"
+    os.close(read)
+    for _ in range(3):
+        print("nobody reads this", file=out, flush=True)
+    assert out.fileno() == write and not out.isatty()
+    out.close()
+
+    with open(os.devnull) as unwritable, pytest.raises(OSError):  # another fault is still a fault
+        LastingOutput(unwritable).write("x")
+
+
+def test_a_terminal_that_cannot_show_a_character_shows_its_number(tmp_path):
+    code = "import sys; from common import run_tool; run_tool(lambda argv: print('caf\u00e9', sys.stdin.read()))"
+    done = subprocess.run([sys.executable, "-c", code], input=b"na\xefve", capture_output=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stdout.startswith(b"caf\\xe9 na\\ufffdve"), done
+
+
+def test_a_lock_is_one_process_at_a_time_and_goes_with_it(tmp_path):
+    pytest.importorskip("fcntl")
+    first = lock(tmp_path / ".lock")
+    assert first is not None and lock(tmp_path / ".lock") is None
+    first.close()
+    assert lock(tmp_path / ".lock") is not None

@@ -130,8 +130,8 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_its_recorded_sett
     assert [row["step"] for row in step_rows("early")] == list(range(1, 13))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_save_and_leave_quietly(number, workdir):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_sigterm_and_a_closed_terminal_save_and_leave_quietly(number, workdir):
     endless = ["--max_steps=100000", "--save_every=0", "--eval_every=0", "--out=long"]
     process = command(ROOT / "train.py", *RUN, *endless)
     while last_step("long") < 3:
@@ -142,6 +142,16 @@ def test_ctrl_c_and_sigterm_save_and_leave_quietly(number, workdir):
     assert process.returncode == 0 and err == "" and "python train.py --resume --out=long" in out
     step = run.read_checkpoint("long/ckpt.pt")["step"]
     assert step == last_step("long") and f"stopped at step {step:,}" in out
+
+
+def test_a_run_whose_reader_goes_away_goes_on(workdir):
+    """As in `python train.py | head`: what it prints is lost, and nothing else."""
+    process = command(ROOT / "train.py", *RUN, "--out=unread")
+    process.stdout.close()
+    process.stdout = open(os.devnull)
+    finish(process)
+    assert step_rows("unread")[-1]["step"] == 12 and rows("unread")[-1]["final"]
+    assert (workdir / "unread/best.pt").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- two processes

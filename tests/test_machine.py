@@ -69,6 +69,7 @@ def test_of_several_processes_only_the_first_one_speaks(monkeypatch, capsys):
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         with pytest.raises((UserError, SystemExit)) as end, machine.World().one_voice():
             print("about to fail")
             raise UserError("wrong")
@@ -98,3 +99,29 @@ def test_the_watch_stands_still_while_it_is_paused(monkeypatch):
     state.step, state.tokens = 5, 50
     assert pace.lap() == (3.0, 2, 20) and state.elapsed == 10.0
     assert pace.lap() == (0.0, 0, 0)
+
+
+@pytest.mark.parametrize("env, expected", [
+    (dict(RANK="3", WORLD_SIZE="8"), (0, 1)),  # left over from a cluster's launcher, which gives no address
+    (dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1"), (1, 2)),
+    (dict(MASTER_ADDR="127.0.0.1"), (0, 1)),
+])
+def test_processes_are_counted_only_if_somebody_started_them_together(env, expected, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    world = machine.World()
+    assert (world.rank, world.size) == expected
+
+
+@pytest.mark.parametrize("name, value, line", [
+    ("WORLD_SIZE", "all", "WORLD_SIZE=all in the environment is not a number"),
+    ("RANK", "-1", "RANK=-1 in the environment is not a number"),
+    ("RANK", "1", "RANK=1 is not below WORLD_SIZE=1"),
+])
+def test_an_odd_environment_is_one_line(name, value, line, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=line):
+        machine.World()

@@ -133,7 +133,7 @@ MISTAKES = {
     "no way of choosing what counts": (
         finetune, [*TUNE, "--loss_on=response"], nothing,
         r"response is not one of responses, all \(did you mean responses\?\)"),
-    "neither yes nor no": (train, [*TRAIN, "--resume=perhaps"], nothing, "'perhaps' is neither true nor false"),
+    "neither yes nor no": (train, [*TRAIN, "--overwrite=perhaps"], nothing, "'perhaps' is neither true nor false"),
     "a negative number": (train, [*TRAIN, "--lr=-1"], nothing, "--lr=-1.0 must be at least 0"),
     "a number without end": (train, [*TRAIN, "--lr=inf"], nothing, "--lr=inf must be at least 0"),
     "zero steps": (train, [*TRAIN, "--max_steps=0"], nothing, "--max_steps=0 must be above 0"),
@@ -181,6 +181,21 @@ MISTAKES = {
         "data/short was not encoded with data/mine's tokenizer; .* --tokenizer=data/mine/tokenizer.json"),
 
     # runs
+    "the folder holds somebody's files": (
+        train, [*TRAIN, "--out=empty", "--overwrite"], lambda d: (d / "empty/notes.txt").write_text("mine"),
+        r"empty holds files of others \(notes.txt\), which stay as they are; --out names another folder"),
+    "the folder holds a model of another program": (
+        train, [*TRAIN, "--out=run", "--overwrite"], lambda d: (d / "run/config.json").write_text('{"model_type": "x"}'),
+        "run holds files of others"),
+    "the folder is a file": (train, [*TRAIN, "--out=book.txt"], nothing, "book.txt is a file; --out names a folder"),
+    "a size that cannot be": (train, [*TRAIN, "--n_head=0"], nothing, "--n_head=0 must be above 0"),
+    "a model larger than the machine": (
+        train, [*TRAIN, "--d_model=100000000", "--n_head=2", "--out=x"], nothing, "more than this machine's memory"),
+    "a seed that torch cannot take": (train, [*TRAIN, "--seed=99999999999999999999"], nothing, "more than 63 bits"),
+    "--resume of a step": (
+        train, ["--resume=run/step_4.pt"], nothing, "--resume goes on with a run's ckpt.pt; --init_from=run/step_4.pt"),
+    "--resume of nothing": (train, ["--resume=nowhere"], nothing, "there is no run to resume in nowhere"),
+    "--resume=latest of no run": (train, ["--resume=latest"], nothing, "there is no run under out/ to resume"),
     "the folder holds a run": (
         train, [*TRAIN, "--out=run"], nothing, "run holds a run: --resume .*--out .*--overwrite"),
     "nothing to resume": (train, ["--resume", "--out=nowhere"], nothing, "no run to resume in nowhere"),

@@ -1,11 +1,13 @@
 """run.py: which run the flags mean, which data a name means, and what is in a checkpoint, also in an older one."""
 import json
+import os
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
 
+import common
 import finetune
 import prepare
 import run
@@ -316,3 +318,68 @@ def test_two_folders_may_bring_sources_of_one_name(workdir):
     sources, _ = run.find_data("pydocs-hybrid,pydocs-hybrid:2.5,two-hybrid", "hybrid", 600, ALONE)
     assert [source.name for source in sources] == ["pydocs-0", "pydocs-1", "one", "two"]
     assert [source.weight for source in sources] == [1.0, 2.5, 1.0, 1.0]
+
+
+# ---------------------------------------------------------------------------------------------------- whose folder it is
+
+def test_resume_takes_a_folder_a_checkpoint_or_the_latest_run(workdir):
+    for out in ("out/old", "out/new"):
+        run_train("--data=pydocs-hybrid", f"--out={out}", "--max_steps=2")
+    os.utime("out/old/metrics.jsonl", (0, 0))
+    for words, folder in [(["--resume=out/old"], "out/old"), (["--resume", "out/old/ckpt.pt"], "out/old"),
+                          (["--resume=latest"], "out/new"), (["--resume", "--out=out/old"], "out/old")]:
+        plan = pretraining_plan(*words, "--max_steps=3")
+        assert (plan.kind, plan.settings.out, plan.start_path) == ("resumed", folder, f"{folder}/ckpt.pt")
+        assert plan.settings.max_steps == 3
+
+
+def test_only_one_run_writes_into_a_folder_and_the_second_changes_nothing(workdir):
+    run_train("--data=pydocs-hybrid", "--out=taken", "--max_steps=2")
+    lock = common.lock(workdir / "taken/.lock")
+    if lock is None or common.lock(workdir / "taken/.lock") is not None:
+        pytest.skip("this disk has no locks")
+    before = {path: path.read_bytes() for path in (workdir / "taken").iterdir()}
+    for flag in ("--overwrite", "--resume"):
+        with pytest.raises(UserError, match="another run is writing into taken"):
+            run_train("--data=pydocs-hybrid", "--out=taken", flag, "--max_steps=3")
+    assert {path: path.read_bytes() for path in (workdir / "taken").iterdir()} == before
+
+
+def test_a_folder_belongs_to_its_run_from_the_first_second(workdir):
+    """Before any checkpoint is there."""
+    run_train("--data=pydocs-hybrid", "--out=young", "--max_steps=2")
+    for path in (workdir / "young").glob("*.pt"):
+        path.unlink()
+    with pytest.raises(UserError, match="young holds a run: --resume"):
+        run_train("--data=pydocs-hybrid", "--out=young", "--max_steps=3")
+
+
+def test_overwriting_deletes_only_what_a_run_has_written(workdir):
+    run_train("--data=pydocs-hybrid", "--out=mine", "--max_steps=2", "--keep_every=1")
+    for name in ("notes.txt", "step_best.pt", "best.pt.old", "ckpt.part"):
+        (workdir / "mine" / name).write_text("the user's")
+    (workdir / "mine/best.pt.part").write_text("half a file of a run that was killed")
+    run_train("--data=pydocs-hybrid", "--out=mine", "--max_steps=1", "--overwrite")
+    names = {path.name for path in (workdir / "mine").iterdir()}
+    assert {"notes.txt", "step_best.pt", "best.pt.old", "ckpt.part"} < names
+    assert not {"step_1.pt", "step_2.pt", "best.pt.part"} & names
+
+
+def test_what_editors_and_systems_leave_beside_the_programs_is_no_architecture(tmp_path, monkeypatch):
+    (tmp_path / "._ivme.py").write_bytes(b"\x00\x05\x16\x07PRESETS")
+    (tmp_path / ".#ivme.py").symlink_to("me@host.1234")
+    (tmp_path / "latin.py").write_bytes("PRÄSETS = 'caf\xe9'\n".encode("latin-1"))
+    (tmp_path / "old.py").mkdir()
+    (tmp_path / "ivme.py").write_text("PRESETS = {}\n")
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    assert run.find_preset("ivme")[0].__name__ == "ivme"
+    with pytest.raises(UserError, match="there is no model 'latin'"):
+        run.find_preset("latin")
+
+
+def test_an_unknown_choice_of_kernels_is_one_line(monkeypatch):
+    monkeypatch.setenv("KERNELS", "gpu")
+    module, cfg, _ = run.find_preset("i3")
+    model = module.Model(replace(cfg, n_layer=1, d_model=32, vocab_size=40))
+    with pytest.raises(UserError, match="KERNELS=gpu is not one of auto, reference, cpu, cuda"):
+        run.on_device(model, "cpu")
