@@ -1,5 +1,5 @@
-"""The numbers of a checkpoint: `python eval.py --ckpt=out/RUN/best.pt`, its validation losses; with --tasks=blimp,arc_easy
-its scores on benchmarks, with --bundle=DIR its behaviour too; `python eval.py --compare A.pt B.pt` ranks checkpoints.
+"""The numbers of a checkpoint: `python eval.py --ckpt=out/RUN/best.pt`, its validation losses; --tasks=blimp,arc_easy,
+its scores on benchmarks; --bundle=DIR, its behaviour too. `python eval.py --compare A.pt B.pt` ranks checkpoints.
 
 Losses    of each source, language and kind of the data that it was trained on, or of --data, over whole validation
           files. A window of --context positions moves over the text in steps of --stride. A fine-tuned checkpoint is
@@ -166,22 +166,116 @@ def draw(measured, sources):
     print(f"wrote {path}")
 
 
+# ---------------------------------------------------------------------------------------------------- benchmarks
+
+def show_tasks(measured):
+    """Scores the benchmarks of --tasks and prints them. Returns the record for eval.json."""
+    from evaluation import harness
+    s, checkpoint = measured.s, measured.checkpoint
+    lm = harness.harness_model(measured.model, measured.tokenizer, measured.on, measured.context)
+    result = harness.run_tasks(lm, [name for name in s.tasks.split(",") if name], s.limit, s.tasks_dir)
+    print(measured.heading())
+    print("\n".join("  " + line for line in harness.table(result)), flush=True)
+    if s.row:
+        print(harness.leaderboard_row(result, checkpoint["model_name"], measured.model.n_params, checkpoint["tokens"],
+                                      tokens_per_byte(measured)))
+    return result
+
+
+def tokens_per_byte(measured):
+    """Tokens that the model reads for each UTF-8 byte of its validation text; None without the text."""
+    try:
+        sources = measured.sources()
+    except UserError:
+        return None
+    n_bytes = token_byte_counts(measured.tokenizer)
+    tokens = [source.val for source in sources]
+    return sum(map(len, tokens)) / max(1, sum(int(n_bytes[some].sum()) for some in tokens))
+
+
+# ---------------------------------------------------------------------------------------------------- behaviour
+
+BUNDLE_TOKENS = 200_000  # validation tokens of each source whose losses a bundle has, if --eval_tokens says nothing
+
+
+def make_bundle(measured, scores):
+    """Writes the folder --bundle. scores: tasks of the harness, name -> score, if there are any."""
+    from evaluation import bundle, probes
+    s, sources = measured.s, measured.sources()
+    bundle.check_folder(s.bundle)
+    questions = probes.read_probes(s.probes)
+    text = measured.losses(sources, s.eval_tokens or BUNDLE_TOKENS)
+    found = bundle.write_bundle(s.bundle, s.ckpt, measured.model, measured.tokenizer, measured.checkpoint, sources,
+                                text, measured.on, measured.weights, questions, scores, s.seed)
+    print("\n".join(bundle.conclusion(found)))
+    print(f"wrote {s.bundle}: {' '.join(bundle.FILES)}")
+
+
+def compare(s, world, paths):
+    """Ranks checkpoints by their mixed validation loss, and shows their behaviour beside it."""
+    from evaluation import bundle, decoding
+    rows = []
+    for path in paths:
+        measured = Measured(replace(s, ckpt=path), world)
+        sources = measured.sources()
+        text = measured.losses(sources, s.eval_tokens or BUNDLE_TOKENS)
+        run_text = decoding.RunText(sources, measured.tokenizer, measured.model.max_len // 2)
+        behaves = decoding.greedy_behaviour(measured.model, measured.tokenizer, run_text)
+        rows.append(bundle.checkpoint_row(path, measured.checkpoint, text, behaves))
+    print("\n".join(bundle.comparison_lines(bundle.compare(rows))))
+
+
 # ---------------------------------------------------------------------------------------------------- the tool
 
-WORK = dict(losses=show_losses)
+def keep(measured, **found):
+    """Adds what was found to eval.json beside the checkpoint. Findings about another checkpoint, step or weights go."""
+    path = Path(measured.s.ckpt).with_name("eval.json")
+    about = dict(checkpoint=Path(measured.s.ckpt).name, step=measured.checkpoint["step"], weights=measured.weights)
+    record = {}
+    if path.exists():
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            pass  # half written by a program that was killed
+    if not isinstance(record, dict) or {name: record.get(name) for name in about} != about:
+        record = about
+    with replacing(path) as f:
+        f.write(json.dumps(record | found, indent=1).encode())
+
+
+def work(measured):
+    """All that the flags ask for: benchmarks, the bundle, else the losses."""
+    s, scores = measured.s, {}
+    if s.tasks:
+        found = show_tasks(measured)
+        scores = found["tasks"]
+        if measured.world.is_main:
+            keep(measured, **found)
+    if s.bundle:
+        make_bundle(measured, scores)
+    if s.data or s.plot or not (s.tasks or s.bundle):
+        found = show_losses(measured)
+        if measured.world.is_main:
+            keep(measured, losses=found)
 
 
 def main(argv):
     description = " ".join(__doc__.split("\n\n")[0].split())
-    given, _ = parse_flags(argv, Settings(), description=description)
-    s = Settings(**given)
-    if not s.ckpt:
-        s.ckpt = latest_best(chat=False)
-    world = machine.World()
+    given, words = parse_flags(argv, Settings(), description=description,
+                               positional=("CHECKPOINT", "more checkpoints, behind --compare"))
+    s, world = Settings(**given), machine.World()
+    if words and not s.compare:
+        raise UserError(f"what is {words[0]!r}? flags are written --name=value")
+    if world.size > 1 and (s.tasks or s.bundle or s.compare):
+        raise UserError("--tasks, --bundle and --compare run in one process; torchrun is for losses")
     with world.one_voice():
+        if s.compare:
+            compare(s, world, [*s.compare.split(), *words])
+            return 0
+        s.ckpt = s.ckpt or latest_best(chat=False)
         measured = Measured(s, world)
         with world.joined(measured.on.device):
-            WORK["losses"](measured)
+            work(measured)
     return 0
 
 

@@ -264,13 +264,11 @@ class I3(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        if cfg.d_model % cfg.n_head or cfg.d_inner % cfg.n_head or cfg.n_layer + cfg.n_attention < 1:
-            raise ValueError(f"n_head {cfg.n_head} must divide d_model {cfg.d_model} and d_inner {cfg.d_inner}, "
-                             "and there must be a block")
-        if cfg.d_state > MAX_STATES:
-            raise ValueError(f"d_state {cfg.d_state} is more than the {MAX_STATES} states that the scan can keep")
-        self.cfg = cfg
-        self.max_len = cfg.context_length if cfg.n_attention else NO_LIMIT  # tokens in the longest sequence
+        n_blocks = cfg.n_layer + cfg.n_attention
+        if cfg.d_model % cfg.n_head or cfg.d_inner % cfg.n_head or n_blocks < 1 or cfg.d_state > MAX_STATES:
+            raise ValueError(f"n_head {cfg.n_head} must divide d_model {cfg.d_model} and d_inner {cfg.d_inner}; there "
+                             f"must be a block, and d_state {cfg.d_state} be at most {MAX_STATES}")
+        self.cfg, self.max_len = cfg, cfg.context_length if cfg.n_attention else NO_LIMIT  # longest sequence in tokens
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.position = nn.Embedding(cfg.context_length, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg, m) for m in [Mixer] * cfg.n_layer + [Attention] * cfg.n_attention)

@@ -227,7 +227,8 @@ def draw_loss(rows, path, title, xz=None):
     """loss.png: bits per byte of the training batches and of the validation text, over the tokens trained on.
 
     rows: of metrics.jsonl. xz: bits per byte of `xz -9`, as a line. Fine-tuning shows the same for replies and, beside
-    it, the bits per byte of the base data and the relevance accuracy; benchmarks stand there too. Without matplotlib one line says so.
+    it, the bits per byte of the base data and the relevance accuracy; benchmarks stand there too. Without matplotlib
+    one line says so.
     """
     try:
         import matplotlib

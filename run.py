@@ -545,7 +545,7 @@ def read_rows(path):
 
 # Files that a run writes, and that --overwrite deletes; no other file is ever touched
 OWN = re.compile(r"(ckpt|best|step_\d+)\.pt|best_validation\.json|loss\.png|config\.json|tokenizer\.json|\.lock|"
-                 + "|".join(map(re.escape, LOGS)))
+                 r"eval\.json|loss_by_position\.png|" + "|".join(map(re.escape, LOGS)))
 
 
 def own_files(folder):
@@ -590,7 +590,7 @@ class RunFolder:
             raise UserError(f"another run is writing into {self.path}; --out names another folder")
 
     def begin(self, s, cfg, tokenizer_text, resumed_at=None):
-        """Begins the folder anew. Of a resumed run, the rows since its checkpoint go, because those steps come again."""
+        """Begins the folder. Of a resumed run, the rows since its checkpoint go, because those steps come again."""
         if not self.is_main:
             return
         self.path.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """eval.py: what it measures is what the run itself has measured, for text and for chats; nothing is written."""
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -38,20 +40,11 @@ def tuned(corpora, trained, chats, tmp_path_factory):
 
 
 def measured(capsys, *flags):
-    """What eval.py prints: {"raw": {first word of a line: the line}, "EMA": ...}, and which of the two was chosen."""
+    """(heading, {first word of a line: the line}) of what eval.py prints."""
     capsys.readouterr()
     assert eval.main([*MEASURE, *flags]) == 0
-    tables, chosen = {}, []
-    for line in capsys.readouterr().out.splitlines():
-        heading = re.fullmatch(r".*, step [\d,]+, (raw|EMA) weights( \(the chosen ones\))?", line)
-        if heading:
-            table = tables[heading[1]] = {}
-            if heading[2]:
-                chosen.append(heading[1])
-        else:
-            table[line.split()[0]] = line
-    (only,) = chosen
-    return tables, only
+    heading, *table = capsys.readouterr().out.splitlines()
+    return heading, {line.split()[0]: line for line in table}
 
 
 def files(folder):
@@ -59,49 +52,73 @@ def files(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_checkpoint_is_measured_as_its_run_did_it_and_nothing_is_written(workdir, capsys):
+def test_a_checkpoint_is_measured_as_its_run_did_it_and_nothing_of_the_run_is_changed(workdir, capsys):
     run_train("--data=two-hybrid", "--out=measured", "--max_steps=4", "--pack=document", "--final_eval_tokens=0",
               "--keep_every=4")
     final, before = rows(workdir / "measured")[-1], files(workdir)
-    tables, chosen = measured(capsys, "--ckpt=measured/best.pt")
-    assert files(workdir) == before
+    heading, table = measured(capsys, "--ckpt=measured/best.pt", "--stride=64")  # as the run, without overlap
+    after = files(workdir)
+    assert {path.name for path in set(after) - set(before)} == {"eval.json"}
+    assert {path: after[path] for path in before} == before
 
-    # of the run's kinds of weights the chosen one is in the run's last row
+    # the better weights, which are those of the run's last row
     (kind, loss), = final["val_loss"].items()
-    assert chosen == kind.replace("ema", "EMA") and set(tables) == {"raw", "EMA"}
+    kind = "EMA" if kind == "ema" else kind
+    assert heading == f"measured/best.pt, step 4, {kind} weights: windows of 64, stride 64, each document by itself"
     for name, value in (("one", loss["source"]["one"]), ("it", loss["language"]["it"]), ("mixed", loss["mixed"])):
-        assert f"loss {value:.4f}" in tables[chosen][name]
+        assert f"loss {value:.4f}" in table[name]
+    assert {"books", "code"} < set(table)  # kinds
 
 
-def test_both_kinds_of_weights_are_measured_unless_no_average_was_kept(trained, workdir, capsys):
+def test_raw_and_averaged_weights_are_measured_if_they_are_asked_for(trained, workdir, capsys):
     evaluation = rows(trained)[-2]["val_loss"]  # the last one of the loop, over --eval_tokens=1024
-    tables, _ = measured(capsys, f"--ckpt={trained}/ckpt.pt", "--eval_tokens=1024")
-    for kind in ("raw", "ema"):
-        assert f"loss {evaluation[kind]['mixed']:.4f}" in tables[kind.replace("ema", "EMA")]["pydocs"]
+    shutil.copytree(trained, "run")
+    found = {}
+    for flag in ("--no-ema", "--ema"):
+        heading, table = measured(capsys, "--ckpt=run/ckpt.pt", flag, "--stride=64", "--eval_tokens=1024")
+        found[heading.split()[3]] = table["pydocs"]
+    assert f"loss {evaluation['raw']['mixed']:.4f}" in found["raw"]
+    assert f"loss {evaluation['ema']['mixed']:.4f}" in found["EMA"]
 
     run_train("--data=pydocs-hybrid", "--out=plain", "--max_steps=2", "--ema_beta=0")
-    tables, chosen = measured(capsys, "--ckpt=plain/best.pt", "--eval_tokens=1024")
-    assert set(tables) == {"raw"} and chosen == "raw"
+    with pytest.raises(UserError, match="plain/best.pt holds no EMA weights"):
+        eval.main(["--ckpt=plain/best.pt", "--ema"])
+
+
+def test_what_was_found_is_kept_beside_the_checkpoint_until_it_is_another_one(trained, workdir, capsys):
+    shutil.copytree(trained, "run")
+    flags = ["--ckpt=run/best.pt", "--eval_tokens=512"]
+    measured(capsys, *flags)
+    kept = json.loads(Path("run/eval.json").read_text())
+    assert kept["checkpoint"] == "best.pt" and kept["step"] == 12 and kept["weights"] in ("raw", "EMA")
+    assert kept["losses"]["protocol"] == dict(window=64, stride=32, text="one stream")
+    assert set(kept["losses"]["loss"]) == {"mixed", "language", "kind", "source"}
+
+    Path("run/eval.json").write_text(json.dumps(kept | dict(tasks="of an earlier call")))
+    measured(capsys, *flags)
+    assert json.loads(Path("run/eval.json").read_text())["tasks"] == "of an earlier call"
+    measured(capsys, "--ckpt=run/ckpt.pt", "--eval_tokens=512")
+    assert "tasks" not in json.loads(Path("run/eval.json").read_text())
 
 
 def test_a_fine_tuned_checkpoint_is_measured_on_replies_base_data_and_relevance(tuned, workdir, capsys):
     final = rows(tuned)[-1]
     (kind, loss), = final["val_loss"].items()
-    tables, chosen = measured(capsys, f"--ckpt={tuned}/best.pt", "--eval_tokens=2048")
-    table = tables[chosen]
-    assert chosen == kind.replace("ema", "EMA")
+    shutil.copytree(tuned, "run")
+    heading, table = measured(capsys, "--ckpt=run/best.pt", "--eval_tokens=2048")
+    assert heading.endswith("weights: replies in rows of 64")
     assert f"loss {loss['mixed']:.4f}" in table["chats"] and f"loss {loss['base']:.4f}" in table["base"]
     assert f"{final['relevance_accuracy'][kind]:.1%} of replies are likelier" in table["relevance"]
 
-
-def test_text_is_measured_as_text_even_with_a_fine_tuned_checkpoint(tuned, workdir, capsys):
-    tables, chosen = measured(capsys, f"--ckpt={tuned}/best.pt", "--data=pydocs-hybrid", "--eval_tokens=1024")
-    assert set(tables[chosen]) == {"pydocs"}
+    # text is measured as text even so
+    _, table = measured(capsys, "--ckpt=run/best.pt", "--data=pydocs-hybrid", "--eval_tokens=1024")
+    assert set(table) == {"pydocs"}
 
 
 def test_chats_are_text_to_a_pretrained_checkpoint(trained, chats, workdir, capsys):
-    tables, chosen = measured(capsys, f"--ckpt={trained}/best.pt", f"--data={chats}", "--eval_tokens=1024")
-    assert set(tables[chosen]) == {"chats"} and "und/chat" in tables[chosen]["chats"]
+    shutil.copytree(trained, "run")
+    _, table = measured(capsys, "--ckpt=run/best.pt", f"--data={chats}", "--eval_tokens=1024")
+    assert set(table) == {"chats"} and "und/chat" in table["chats"]
 
 
 def test_data_that_is_too_small_to_train_on_can_be_measured(corpora, tuned, trained, workdir, capsys):
@@ -112,23 +129,33 @@ def test_data_that_is_too_small_to_train_on_can_be_measured(corpora, tuned, trai
         (workdir / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         folder = prepare.prepare([f"{name}.jsonl"], prepare.Settings(
             out_dir="mine", tokenizer=tokenizer, name=name, val_fraction=0.5))
-        tables, chosen = measured(capsys, f"--ckpt={checkpoint}/best.pt", f"--data={folder}", "--block_size=128")
-        assert name in tables[chosen] and ("base" in tables[chosen]) == (checkpoint is tuned)
+        shutil.copytree(checkpoint, name)
+        _, table = measured(capsys, f"--ckpt={name}/best.pt", f"--data={folder}", "--context=128")
+        assert name in table and ("base" in table) == (checkpoint is tuned)
 
 
-def test_the_length_of_a_row_changes_the_losses_and_the_micro_batch_does_not(trained, workdir, capsys):
-    flags = [f"--ckpt={trained}/best.pt", "--eval_tokens=2048"]
-    plain, chosen = measured(capsys, *flags)
-    assert measured(capsys, *flags, "--micro_batch=1")[0] == plain
-    assert measured(capsys, *flags, "--block_size=64")[0] == plain  # as it was trained
-    assert measured(capsys, *flags, "--block_size=16")[0] != plain
+def test_several_windows_at_once_change_nothing(trained, workdir, capsys):
+    shutil.copytree(trained, "run")
+    flags = ["--ckpt=run/best.pt", "--eval_tokens=2048"]
+    plain = measured(capsys, *flags)
+    assert measured(capsys, *flags, "--micro_batch=1") == plain
+    assert measured(capsys, *flags, "--context=64", "--stride=32") == plain  # as it was trained, half a window
+    assert measured(capsys, *flags, "--context=16") != plain
 
 
 def test_two_processes_find_what_one_finds(trained, workdir, capsys):
-    flags = [f"--ckpt={trained}/best.pt", "--eval_tokens=1024", *MEASURE]
+    shutil.copytree(trained, "run")
+    flags = ["--ckpt=run/best.pt", "--eval_tokens=1024", *MEASURE]
     (first, told, _), (second, silence, _) = together(2, ROOT / "eval.py", *flags)
     capsys.readouterr()
     assert first == second == eval.main(flags) == 0 and told == capsys.readouterr().out and silence == ""
+
+
+def test_the_loss_by_position_is_drawn_over_the_whole_context(trained, workdir, capsys):
+    shutil.copytree(trained, "run")
+    eval.main([*MEASURE, "--ckpt=run/best.pt", "--eval_tokens=2048", "--plot"])
+    assert "wrote run/loss_by_position.png" in capsys.readouterr().out
+    assert Path("run/loss_by_position.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_cannot_be_measured_is_one_line(trained, workdir):
@@ -136,13 +163,13 @@ def test_what_cannot_be_measured_is_one_line(trained, workdir):
     (workdir / "other.txt").write_text("some text " * 2000)
     prepare.prepare(["other.txt"], prepare.Settings(out_dir="mine", tokenizer="hybrid", vocab_size=400))
     mistakes = [
-        ([], "no checkpoint out/tinymemory/best.pt"),
+        ([], "there is no pretraining run under out/ yet"),
         (["--ckpt=none.pt"], "no checkpoint none.pt"),
         (["--ckpt=other.txt"], "other.txt is damaged or not a checkpoint"),
         (["--ckpt=best.pt", "--resume"], "there is no flag --resume"),
         (["--ckpt=best.pt", "--data=mine/other-hybrid-400"], "not encoded with the checkpoint's tokenizer"),
         (["--ckpt=best.pt", "--data=pydoc"], "no prepared data 'pydoc' (did you mean"),
-        (["--ckpt=best.pt", "--block_size=129"], "longer than the model's context of 128"),
+        (["--ckpt=best.pt", "--context=129"], "longer than the model's context of 128"),
         (["--ckpt=best.pt", "--eval_tokens=-1"], "cannot be negative"),
         (["--ckpt=best.pt", "--dtype=float23"], "float23 is not one of auto, bfloat16, float32 (did you mean float32"),
         (["--ckpt=best.pt", "--device=gpu"], "--device=gpu is not a device"),

@@ -86,7 +86,8 @@ def nothing_heavy(monkeypatch):
     monkeypatch.setattr(train, "train", make)
     monkeypatch.setattr(sample, "write_samples", lambda *args: 0)
     monkeypatch.setattr(sample.Conversation, "go_on", lambda *args: 0)
-    monkeypatch.setattr(eval, "WORK", dict.fromkeys(eval.WORK, lambda *args: None))
+    monkeypatch.setattr(eval, "work", lambda measured: None)
+    monkeypatch.setattr(eval, "compare", lambda *args: None)
     monkeypatch.setattr(bench, "BENCHMARKS", dict.fromkeys(bench.BENCHMARKS, lambda s: None))
     monkeypatch.setattr(race, "EXPERIMENTS", dict.fromkeys(race.EXPERIMENTS, lambda s: None))
 
