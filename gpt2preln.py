@@ -339,38 +339,44 @@ def next_token(logits, text, temperature, top_k, top_p, repetition_penalty, gene
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
+def names_in_transformers(n_layer):
+    """Part of the model -> its name in `transformers.GPT2LMHeadModel`."""
+    in_layer = {"attn_norm": "ln_1", "attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj",
+                "ffn_norm": "ln_2", "ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj"}
+    names = {"embed": "transformer.wte", "position": "transformer.wpe", "norm": "transformer.ln_f", "head": "lm_head"}
+    for i in range(n_layer):
+        names |= {f"blocks.{i}.{ours}": f"transformer.h.{i}.{theirs}" for ours, theirs in in_layer.items()}
+    return names
+
+
+def to_transformers(state, cfg):
+    """A state_dict under the names of `transformers.GPT2LMHeadModel`, whose Conv1D keeps matrices transposed."""
+    names, theirs = names_in_transformers(cfg.n_layer), {}
+    for name, value in state.items():
+        part, kind = name.rsplit(".", 1)
+        is_map = kind == "weight" and part.endswith(("attn.qkv", "attn.out", "ffn.up", "ffn.down"))
+        theirs[f"{names[part]}.{kind}"] = value.T if is_map else value
+    return theirs
+
+
 def from_transformers(state):
-    """The state_dict of a `transformers.GPT2LMHeadModel` under this file's names. Its Conv1D keeps matrices transposed.
+    """The way back, from a state_dict of `transformers.GPT2LMHeadModel` or from the file of OpenAI's GPT-2 on the Hub.
 
     This gives a model of the preset gpt2preln-gpt2 OpenAI's weights:
     model.load_state_dict(from_transformers(GPT2LMHeadModel.from_pretrained("gpt2").state_dict()))
     """
-    names = {
-        r"transformer\.": "",
-        r"wte": "embed",
-        r"wpe": "position",
-        r"^h\.": "blocks.",
-        r"ln_1": "attn_norm",
-        r"ln_2": "ffn_norm",
-        r"ln_f": "norm",
-        r"attn\.c_attn": "attn.qkv",
-        r"attn\.c_proj": "attn.out",
-        r"mlp\.c_fc": "ffn.up",
-        r"mlp\.c_proj": "ffn.down",
-        r"lm_head": "head",
-    }
-    tied = torch.equal(state["lm_head.weight"], state["transformer.wte.weight"])
-    ours = {}
+    prefixes = ("transformer.", "lm_head.")  # the Hub's file leaves out the first one
+    state = {name if name.startswith(prefixes) else f"transformer.{name}": value for name, value in state.items()}
+    n_layer = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("transformer.h."))
+    names, ours = {theirs: part for part, theirs in names_in_transformers(n_layer).items()}, {}
     for name, value in state.items():
         if re.search(r"\.attn\.(masked_)?bias$", name):
             continue  # old files hold the causal mask
-        if tied and name == "lm_head.weight":
-            continue  # the same matrix again
-        if re.search(r"c_(attn|proj|fc)\.weight$", name):
-            value = value.T.contiguous()
-        for theirs, own in names.items():
-            name = re.sub(theirs, own, name)
-        ours[name] = value
+        if name == "lm_head.weight" and torch.equal(value, state["transformer.wte.weight"]):
+            continue  # tied: the same matrix again
+        part, kind = name.rsplit(".", 1)
+        is_map = kind == "weight" and part.endswith(("c_attn", "c_proj", "c_fc"))
+        ours[f"{names[part]}.{kind}"] = value.T.contiguous() if is_map else value
     return ours
 
 

@@ -378,6 +378,40 @@ def next_token(logits, text, temperature, top_k, top_p, repetition_penalty, gene
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
+# Part of a block -> its name in a layer of `transformers`, which keeps the maps of a fused matrix apart
+IN_TRANSFORMERS = {
+    "attn_norm": ("input_layernorm",),
+    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.out": ("self_attn.o_proj",),
+    "ffn_norm": ("post_attention_layernorm",),
+    "ffn.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "ffn.down": ("mlp.down_proj",),
+}
+
+
+def to_transformers(state, cfg):
+    """A state_dict under the names of `transformers.LlamaForCausalLM`, whose output head is the embedding."""
+    kv_rows = cfg.n_kv_head * (cfg.d_model // cfg.n_head)
+    rows = {"attn.qkv": (cfg.d_model, kv_rows, kv_rows), "ffn.gate_up": (cfg.d_ff, cfg.d_ff)}
+    theirs = {"model.embed_tokens.weight": state["embed.weight"], "model.norm.weight": state["norm.weight"]}
+    for i in range(cfg.n_layer):
+        for part, names in IN_TRANSFORMERS.items():
+            weight = state[f"blocks.{i}.{part}.weight"]
+            maps = weight.split(rows.get(part, len(weight)))
+            theirs |= {f"model.layers.{i}.{name}.weight": own for name, own in zip(names, maps, strict=True)}
+    return theirs
+
+
+def from_transformers(state):
+    """The way back: a state_dict of this file from one of `transformers`. KeyError if a weight is missing."""
+    ours = {"embed.weight": state["model.embed_tokens.weight"], "norm.weight": state["model.norm.weight"]}
+    n_layer = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("model.layers."))
+    for i in range(n_layer):
+        for part, names in IN_TRANSFORMERS.items():
+            ours[f"blocks.{i}.{part}.weight"] = torch.cat([state[f"model.layers.{i}.{name}.weight"] for name in names])
+    return ours
+
+
 Config, Model = IvmeConfig, IvmeConversate
 
 # The card's run: 1,447 steps of 1,048,576 tokens over the five sources in ascending quality.

@@ -589,8 +589,11 @@ class RunFolder:
         if world.max(int(is_taken)):
             raise UserError(f"another run is writing into {self.path}; --out names another folder")
 
-    def begin(self, s, cfg, tokenizer_text, resumed_at=None):
-        """Begins the folder. Of a resumed run, the rows since its checkpoint go, because those steps come again."""
+    def begin(self, s, cfg, tokenizer_text, machine, resumed_at=None):
+        """Begins the folder. Of a resumed run, the rows since its checkpoint go, because those steps come again.
+
+        machine: what it runs on, a dict of plain values for config.json.
+        """
         if not self.is_main:
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -601,7 +604,8 @@ class RunFolder:
             rows = [row for row in read_rows(log) if row["step"] <= resumed_at and not row.get("final")]
             self.write(log.name, "".join(json.dumps(row) + "\n" for row in rows))
         settings = asdict(replace(s, resume=False, overwrite=False))
-        self.write("config.json", json.dumps(dict(model=s.model, cfg=asdict(cfg), train=settings), indent=1))
+        record = dict(model=s.model, cfg=asdict(cfg), train=settings, machine=machine)
+        self.write("config.json", json.dumps(record, indent=1))
         self.write("tokenizer.json", tokenizer_text)
 
     def write(self, name, text):

@@ -594,7 +594,8 @@ class Trainer:
     def begin(self):
         """Makes the folder and tells what the run is. Fine-tuning is measured before its first step too."""
         resumed_at = self.state.step if self.plan.kind == "resumed" else None
-        self.folder.begin(self.s, self.plan.cfg, self.task.tokenizer_text, resumed_at)
+        here = dict(chip=self.on.chip, processes=self.world.size, dtype=str(self.on.dtype)[6:], torch=torch.__version__)
+        self.folder.begin(self.s, self.plan.cfg, self.task.tokenizer_text, here, resumed_at)
         self.world.barrier()
         for line in report.run_lines(self):
             print(line)

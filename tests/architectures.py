@@ -1,5 +1,6 @@
 """The table of all architectures in small, with models of theirs whose every part counts."""
 import dataclasses
+import sys
 import types
 
 import torch
@@ -21,42 +22,27 @@ def llama_or_qwen3(model):
         max_position_embeddings=c.context_length, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         tie_word_embeddings=True, attention_bias=False, attn_implementation="sdpa")
-    weights = {"model.embed_tokens.weight": model.embed.weight, "lm_head.weight": model.embed.weight,
-               "model.norm.weight": model.norm.weight}
-    for i, block in enumerate(model.blocks):
-        attn = block.attn
-        q, k, v = attn.qkv.weight.split((c.n_head * head_dim, n_kv_head * head_dim, n_kv_head * head_dim))
-        gate, up = block.ffn.gate_up.weight.chunk(2)
-        layer = {"input_layernorm": block.attn_norm.weight,
-                 "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
-                 "self_attn.o_proj": attn.out.weight, "post_attention_layernorm": block.ffn_norm.weight,
-                 "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": block.ffn.down.weight}
-        if qwen3:
-            layer |= {"self_attn.q_norm": attn.q_norm.weight, "self_attn.k_norm": attn.k_norm.weight}
-        weights |= {f"model.layers.{i}.{name}.weight": w for name, w in layer.items()}
     reference = (transformers.Qwen3ForCausalLM if qwen3 else transformers.LlamaForCausalLM)(config)
-    reference.load_state_dict(weights, strict=True)
-    return reference.eval()
+    return with_weights(reference, model)
 
 
 def gpt2(model):
-    """GPT2LMHeadModel of the same weights. Its Conv1D keeps its matrices transposed."""
+    """GPT2LMHeadModel of the same weights."""
     import transformers
     c = model.cfg
     reference = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.context_length, n_embd=c.d_model, n_layer=c.n_layer, n_head=c.n_head,
         layer_norm_epsilon=c.norm_eps, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=c.tied,
         attn_implementation="sdpa"))
-    weights = {"transformer.wte.weight": model.embed.weight, "transformer.wpe.weight": model.position.weight,
-               "transformer.ln_f.weight": model.norm.weight, "transformer.ln_f.bias": model.norm.bias,
-               "lm_head.weight": model.head_weight}
-    for i, block in enumerate(model.blocks):
-        parts = {"ln_1": block.attn_norm, "attn.c_attn": block.attn.qkv, "attn.c_proj": block.attn.out,
-                 "ln_2": block.ffn_norm, "mlp.c_fc": block.ffn.up, "mlp.c_proj": block.ffn.down}
-        for name, part in parts.items():
-            weights[f"transformer.h.{i}.{name}.weight"] = part.weight.T if part.weight.ndim == 2 else part.weight
-            weights[f"transformer.h.{i}.{name}.bias"] = part.bias
-    reference.load_state_dict(weights, strict=True)
+    return with_weights(reference, model)
+
+
+def with_weights(reference, model):
+    """The `transformers` model with the weights of ours. Only a head that is the embedding again may be left out."""
+    weights = sys.modules[type(model).__module__].to_transformers(model.state_dict(), model.cfg)
+    missing, unknown = reference.load_state_dict(weights, strict=False)
+    tied = ["lm_head.weight"] if reference.config.tie_word_embeddings else []
+    assert (missing, unknown) == (tied, [])
     return reference.eval()
 
 

@@ -33,7 +33,7 @@ SMALL = ["--n_layer=2", "--d_model=32", "--n_head=2", "--d_ff=48", "--context_le
          "--dtype=float32", "--compile=off", "--device=cpu"]
 
 # files whose set-up is costly, or whose tests are
-FIRST = ("test_hub", "test_fake_hub", "test_pydocs", "test_bench", "test_end_to_end")
+FIRST = ("test_hub", "test_fake_hub", "test_export", "test_pydocs", "test_bench", "test_end_to_end")
 
 
 def pytest_collection_finish(session):

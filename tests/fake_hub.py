@@ -8,6 +8,7 @@
 
 The endpoint is read when `datasets` is first imported, so the code under test has to run in a process of its own.
 """
+import base64
 import fnmatch
 import gzip
 import hashlib
@@ -46,20 +47,24 @@ class Fault:
 
 
 class FakeHub:
-    """Serves every folder root/ORG/NAME, as it is on disk at each request, as the dataset repository ORG/NAME.
+    """Serves every folder root/ORG/NAME, as it is on disk at each request, as the dataset repository ORG/NAME, and
+    every folder models/ORG/NAME as a model. It takes uploads of models from whoever sends a token.
 
     url       http://127.0.0.1:PORT
     requests  (method, path without its query, Range header or None) of every request so far, in order of arrival
     faults    Fault rules, to be appended to at any time; of several that match a download, the first that is not used
               up applies
+    commits   (repository, message, names of the files) of every upload
 
     A context manager: it serves while it is open.
     """
 
-    def __init__(self, root):
+    def __init__(self, root, models=None):
         self.root = Path(root)
+        self.models = Path(models or self.root / "models")
         self.requests = []
         self.faults = []
+        self.commits = []
         self.lock = threading.Lock()
         self.server = _Server(("127.0.0.1", 0), _Handler)
         self.server.hub = self
@@ -115,9 +120,9 @@ class FakeHub:
             found.append((f"{m[1]}/{m[2]}", asked))
         return found
 
-    def size(self, repo, path):
+    def size(self, root, repo, path):
         """Bytes of a file as this hub presents it: in listings, in headers and in what it sends."""
-        size = (self.root / repo / path).stat().st_size
+        size = (root / repo / path).stat().st_size
         cut = any(fault.kind == "truncate" and fault.matches(f"{repo}/{path}") for fault in self.faults)
         return size // 2 if cut else size
 
@@ -158,17 +163,19 @@ class _Handler(BaseHTTPRequestHandler):
         with hub.lock:
             hub.requests.append((self.command, unquote(url.path), self.headers.get("Range")))
         # a slash inside a revision or a folder arrives as %2F, so parts are unquoted after the split
-        m = re.fullmatch(r"(?:/api)?/datasets/([^/]+/[^/]+)(?:/(resolve|revision|tree)/([^/]+)(?:/(.+))?)?", url.path)
+        m = re.fullmatch(r"(?:/api)?(/datasets|/models|)/([^/]+/[^/]+)(?:/(resolve|revision|tree)/([^/]+)(?:/(.+))?)?",
+                         url.path)
         if not m:
             return self.refuse(404, "EntryNotFound")
-        repo, what, revision, path = (unquote(x or "") for x in m.groups())
-        if not (hub.root / repo).is_dir():
+        kind, repo, what, revision, path = (unquote(x or "") for x in m.groups())
+        self.root = hub.root if kind == "/datasets" else hub.models
+        if not (self.root / repo).is_dir():
             # as the Hub has it: without a token, a missing repository looks like a private one
             return self.refuse(401, "RepoNotFound")
         self.sha = hub.sha(repo)
         if revision not in ("", "main", self.sha):
             return self.refuse(404, "RevisionNotFound")
-        target = hub.root / repo / path
+        target = self.root / repo / path
         if what == "resolve" and target.is_file():
             return self.send_file(repo, path, revision)
         if what == "tree" and target.is_dir():
@@ -177,18 +184,78 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_json([self.entry(repo, x) for x in sorted(found)])
         if what in ("resolve", "tree"):
             return self.refuse(404, "EntryNotFound")
-        files = sorted(x.relative_to(hub.root / repo).as_posix() for x in (hub.root / repo).rglob("*") if x.is_file())
+        files = sorted(x.relative_to(self.root / repo).as_posix() for x in (self.root / repo).rglob("*") if x.is_file())
         self.send_json(dict(id=repo, sha=self.sha, private=False, gated=False, disabled=False, tags=[],
                             siblings=[dict(rfilename=x) for x in files]))
 
     do_HEAD = do_GET
 
+    def do_POST(self):
+        """Uploads: making a repository, asking how each file is to be sent, and the commit."""
+        hub = self.server.hub
+        self.sha = None
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        with hub.lock:
+            hub.requests.append((self.command, path, None))
+        if path == "/api/validate-yaml":
+            return self.send_json(dict(errors=[], warnings=[]))
+        if not self.headers.get("Authorization"):
+            return self.refuse(401)
+        if path == "/api/repos/create":
+            made = json.loads(body)
+            repo = "/".join(filter(None, (made.get("organization"), made["name"])))
+            (hub.models / repo).mkdir(parents=True, exist_ok=True)
+            return self.send_json(dict(id=repo, url=f"{hub.url}/{repo}"))
+        if m := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            def mode(name):
+                return "lfs" if name.endswith((".safetensors", ".bin", ".pt", ".gguf", ".png")) else "regular"
+            files = [dict(path=file["path"], uploadMode=mode(file["path"]), shouldIgnore=False)
+                     for file in json.loads(body)["files"]]
+            return self.send_json(dict(files=files))
+        if m := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            objects = [dict(thing, actions=dict(upload=dict(href=f"{hub.url}/lfs/{thing['oid']}")))
+                       for thing in json.loads(body)["objects"]]
+            return self.send_json(dict(transfer="basic", objects=objects))
+        if m := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            return self.commit(m[1], [json.loads(line) for line in body.splitlines()])
+        self.refuse(404, "EntryNotFound")
+
+    def do_PUT(self):
+        """A large file, under its checksum, until a commit gives it its name."""
+        hub = self.server.hub
+        self.sha = None
+        oid = self.path.rpartition("/")[2]
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if hashlib.sha256(body).hexdigest() != oid:
+            return self.refuse(400)
+        (hub.models / f".lfs-{oid}").write_bytes(body)
+        self.respond(200, b"", {})
+
+    def commit(self, repo, lines):
+        hub, names = self.server.hub, []
+        header = next(line["value"] for line in lines if line["key"] == "header")
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                content = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                content = (hub.models / f".lfs-{value['oid']}").read_bytes()
+            else:
+                continue
+            target = hub.models / repo / value["path"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+            names.append(value["path"])
+        hub.commits.append((repo, header["summary"], sorted(names)))
+        self.send_json(dict(commitUrl=f"{hub.url}/{repo}/commit/{hub.sha(repo)}", commitOid=hub.sha(repo)))
+
     def entry(self, repo, file):
-        path = file.relative_to(self.server.hub.root / repo).as_posix()
+        path = file.relative_to(self.root / repo).as_posix()
         oid = hashlib.sha1(f"{repo}/{path}".encode()).hexdigest()
         if file.is_dir():
             return dict(type="directory", path=path, size=0, oid=oid)
-        return dict(type="file", path=path, size=self.server.hub.size(repo, path), oid=oid)
+        return dict(type="file", path=path, size=self.server.hub.size(self.root, repo, path), oid=oid)
 
     def send_file(self, repo, path, revision):
         hub = self.server.hub
@@ -197,7 +264,7 @@ class _Handler(BaseHTTPRequestHandler):
             fault = hub.next_fault(f"{repo}/{path}")
         if fault and fault.kind == "status":
             return self.refuse(fault.status, headers={"Retry-After": fault.retry_after})
-        size = hub.size(repo, path)
+        size = hub.size(self.root, repo, path)
         first, last, status, headers = 0, size - 1, 200, {}
         m = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if m:
@@ -205,10 +272,10 @@ class _Handler(BaseHTTPRequestHandler):
             if first >= size:
                 return self.refuse(416, headers={"Content-Range": f"bytes */{size}"})
             status, headers = 206, {"Content-Range": f"bytes {first}-{last}/{size}"}
-        with open(hub.root / repo / path, "rb") as f:
+        with open(self.root / repo / path, "rb") as f:
             f.seek(first)
             body = f.read(last + 1 - first)
-        etag = f'"{self.entry(repo, hub.root / repo / path)["oid"]}"'
+        etag = f'"{self.entry(repo, self.root / repo / path)["oid"]}"'
         self.respond(status, body, {"ETag": etag, "Accept-Ranges": "bytes", **headers},
                      send=len(body) // 2 if fault else len(body))
         self.close_connection |= fault is not None

@@ -30,8 +30,9 @@ import i3
 import ivme
 import tinymemory
 import train
-from architectures import ARCHITECTURES, gpt2, randomised, role_of, tiny
+from architectures import ARCHITECTURES, randomised, role_of, tiny
 from conftest import ROOT
+from machine import checkpoint_blocks
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 every_preset = pytest.mark.parametrize("name, preset", [(n, p) for n, a in ARCHITECTURES.items() for p in a.params])
@@ -78,6 +79,7 @@ SHARED = {
     "Cache": WITHOUT_I3, "Model.init_cache": WITHOUT_I3, "Model.flops_per_token": LLAMA_LIKE,
     "RMSNorm": LLAMA_LIKE, "rope_tables": LLAMA_LIKE, "apply_rope": LLAMA_LIKE, "SwiGLU": LLAMA_LIKE,
     "Block.__init__": LLAMA_LIKE, "Model.init_weights": LLAMA_LIKE, "Model.forward": LLAMA_LIKE,
+    "from_transformers": LLAMA_LIKE,
 }
 # What ivme.py alone has in its copy -> what the others have for it: shared heads, and recomputing to save memory
 OF_IVME = {
@@ -116,7 +118,8 @@ def test_copies_of_shared_functions_are_equal(path):
 
 
 def test_every_function_that_files_have_in_common_is_compared_or_known_to_differ():
-    differ = {"Attention", "Block", "FeedForward"}  # between gpt2preln and i3, or Llama and GPT-2
+    # between gpt2preln and i3, between Llama and GPT-2, between Llama and Qwen3
+    differ = {"Attention", "Block", "FeedForward", "to_transformers"}
     names = [{n for n, x in vars(m).items() if getattr(x, "__module__", "") == m.__name__} for m in FILES.values()]
     common = {n for a, b in itertools.combinations(names, 2) for n in a & b} - {"Config", "Model"}
     assert common == {path for path in SHARED if "." not in path} | differ
@@ -363,7 +366,7 @@ def test_checkpointed_blocks_give_the_same_gradients_and_keep_less(name):
     for checkpointed in (False, True):
         model = tiny(name, n_layer=6)
         if checkpointed:
-            train.checkpoint_blocks(model)
+            checkpoint_blocks(model)
         idx, targets = tokens(model, 2, 32), tokens(model, 2, 32, seed=1)
         saved = Saved(model)
         with saved:
@@ -626,16 +629,28 @@ def test_repetition_penalty_equals_transformers_for_one_step(name):
     assert torch.equal(model.generate(idx, 1, temperature=0, repetition_penalty=1.5)[:, -1], expected)
 
 
-# ---------------------------------------------------------------------------------------------------- gpt2preln alone
+# ---------------------------------------------------------------------------------------------------- to and fro
+
+@pytest.mark.parametrize("name", [n for n, a in ARCHITECTURES.items() if a.reference])
+def test_weights_become_those_of_transformers_and_back(name):
+    model, module = tiny(name), ARCHITECTURES[name].module
+    theirs = ARCHITECTURES[name].reference(model).state_dict()  # with a tied head beside the embedding
+    for state in (theirs, module.to_transformers(model.state_dict(), model.cfg)):
+        ours = module.from_transformers(state)
+        assert ours.keys() == model.state_dict().keys()
+        assert all(torch.equal(ours[k], v) for k, v in model.state_dict().items())
+
 
 @pytest.mark.parametrize("name", ("gpt2preln", "gpt2preln-tied"))
-def test_weights_of_transformers_gpt2_become_ours_and_back(name):
+def test_gpt2_weights_as_the_hub_has_them_become_ours(name):
+    """The file of OpenAI's GPT-2 has no prefix, and holds the causal masks."""
     model = tiny(name)
-    reference = gpt2(model)
-    mask = torch.ones(1, 1, 32, 32).tril()  # which files of old versions hold
-    converted = gpt2preln.from_transformers(reference.state_dict() | {"transformer.h.0.attn.bias": mask})
-    assert converted.keys() == model.state_dict().keys()
-    assert all(torch.equal(converted[k], v) for k, v in model.state_dict().items())
+    theirs = gpt2preln.to_transformers(model.state_dict(), model.cfg)
+    theirs = {key.removeprefix("transformer."): value for key, value in theirs.items()}
+    mask = torch.ones(1, 1, 32, 32).tril()
+    ours = gpt2preln.from_transformers(theirs | {"h.0.attn.bias": mask, "h.1.attn.masked_bias": torch.tensor(-1e4)})
+    assert ours.keys() == model.state_dict().keys()
+    assert all(torch.equal(ours[k], v) for k, v in model.state_dict().items())
 
 
 # ---------------------------------------------------------------------------------------------------- i3 alone

@@ -17,7 +17,15 @@ ORDER = [
     ["corpus.loader"],
     ["prepare"],
     ["run"],
-    ["train", "sample"],
+    ["release.contents", "release.hub"],
+    ["release.transformers_format"],
+    ["release.card", "release.gguf_format", "release.importing", "release.llama_cpp"],
+    ["export"],
+    ["sample"],
+    ["evaluation.behaviour"],
+    ["evaluation.decoding", "evaluation.probes"],
+    ["evaluation.bundle"],
+    ["train"],
     ["finetune"],
     ["eval"],
     ["bench", "race"],
@@ -25,9 +33,11 @@ ORDER = [
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # architecture -> what it imports beside torch and the standard library
 ARCHITECTURES = {"ivme": set(), "tinymemory": set(), "gpt2preln": set(), "i3": {"kernels"}}
+PACKAGES = {"corpus", "evaluation", "release"}
 
 FILES = {}  # module -> its file
-for path in (*ROOT.glob("*.py"), *ROOT.glob("corpus/*.py"), *ROOT.glob("kernels/*.py")):
+for path in (path for folder in (".", "corpus", "evaluation", "kernels", "release")
+             for path in sorted(ROOT.glob(f"{folder}/*.py"))):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     FILES[name] = path
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
@@ -50,7 +60,7 @@ def imported_names(nodes, package="kernels"):
 
 def ours(names):
     """Those of some modules that are files of this repository, packages apart."""
-    return {name for name in names if name in FILES and name != "corpus"}
+    return {name for name in names if name in FILES and name not in PACKAGES}
 
 
 def at_module_level(tree):
@@ -68,7 +78,7 @@ def roots(names):
 
 def test_every_module_has_its_place():
     kernels = {name for name in FILES if roots([name]) == {"kernels"}}
-    assert set(FILES) - kernels - {"corpus"} == set(LEVEL) | set(ARCHITECTURES)
+    assert set(FILES) - kernels - PACKAGES == set(LEVEL) | set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", LEVEL)
@@ -79,7 +89,8 @@ def test_a_module_imports_only_modules_below_it(name):
 
 
 def test_the_packages_themselves_import_nothing_of_the_house():
-    assert not ours(imported_names(ast.walk(TREES["corpus"])))
+    for package in PACKAGES:
+        assert not ours(imported_names(ast.walk(TREES[package])))
 
 
 def test_there_are_no_circles():
@@ -118,7 +129,8 @@ def test_the_data_tools_start_without_torch():
 
 @pytest.mark.parametrize("name", FILES)
 def test_large_packages_are_imported_only_by_the_function_that_needs_them(name):
-    large = {"datasets", "huggingface_hub", "matplotlib", "transformers", "tiktoken", "lm_eval", "gguf", "pyarrow"}
+    large = {"datasets", "huggingface_hub", "matplotlib", "transformers", "tiktoken", "lm_eval", "pyarrow",
+             "gguf", "safetensors", "xllamacpp"}
     assert not roots(imported_names(at_module_level(TREES[name]))) & large
 
 
