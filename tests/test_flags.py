@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import bench
 import eval
+import export
 import finetune
 import gpt2preln
 import i3
@@ -20,7 +21,8 @@ import tinymemory
 import train
 from common import run_tool
 
-TOOLS = dict(train=train, finetune=finetune, prepare=prepare, sample=sample, eval=eval, bench=bench, race=race)
+TOOLS = dict(train=train, finetune=finetune, prepare=prepare, sample=sample, eval=eval, export=export,
+             bench=bench, race=race)
 WORDS = ["", " ", "-", "--", "~", ".", "..", "/", "None", "none", "nan", "inf", "-inf", "1e999", "1e-999", "0x10", "1_0",
          "٣", "½", "1.5", "-0", "0", "1", "-1", "2", "7", "64", "300", "4096", "99999999999999999999", "-" + "9" * 30, "1K",
          "true", "false", "auto", "latest", "data", "run", "run/best.pt", "run/ckpt.pt", "run/config.json", "book.txt",
@@ -58,7 +60,7 @@ START = dict(
     finetune=["--init_from=run/best.pt", "--data=mine", "--loss_on=all", "--device=cpu"],
     prepare=["book.txt", "--vocab_size=300", "--tokenizer=hybrid"],
     sample=["--ckpt=run/best.pt", "--prompt=def ", "--device=cpu"], eval=["--ckpt=run/best.pt", "--device=cpu"],
-    bench=["memory"], race=["tricks"])
+    export=["--ckpt=run/best.pt"], bench=["memory"], race=["tricks"])
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,9 @@ def nothing_heavy(monkeypatch):
     monkeypatch.setattr(sample.Conversation, "go_on", lambda *args: 0)
     monkeypatch.setattr(eval, "work", lambda measured: None)
     monkeypatch.setattr(eval, "compare", lambda *args: None)
+    monkeypatch.setattr(export, "make_release", lambda *args: None)
+    monkeypatch.setattr(export, "import_model", lambda *args: 0)
+    monkeypatch.setattr(export.hub, "push", lambda *args: None)
     monkeypatch.setattr(bench, "BENCHMARKS", dict.fromkeys(bench.BENCHMARKS, lambda s: None))
     monkeypatch.setattr(race, "EXPERIMENTS", dict.fromkeys(race.EXPERIMENTS, lambda s: None))
 

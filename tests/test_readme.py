@@ -10,6 +10,7 @@ import torch
 
 import bench
 import eval
+import export
 import finetune
 import gpt2preln
 import i3
@@ -22,7 +23,8 @@ import train
 from conftest import ROOT
 
 ARCHITECTURES = (gpt2preln, i3, ivme, tinymemory)
-TOOLS = dict(prepare=prepare, train=train, finetune=finetune, sample=sample, eval=eval, bench=bench, race=race)
+TOOLS = dict(prepare=prepare, train=train, finetune=finetune, sample=sample, eval=eval, export=export, bench=bench,
+             race=race)
 README = (ROOT / "README.md").read_text()
 
 
