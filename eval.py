@@ -22,7 +22,7 @@ import machine
 import report
 import run
 import train
-from common import UserError, nearest, parse_flags, replacing, run_tool
+from common import Progress, UserError, nearest, parse_flags, replacing, run_tool
 from corpus.tokenizer import bos_eos, token_byte_counts
 from evaluation import losses
 from sample import latest_best
@@ -172,13 +172,14 @@ def show_tasks(measured):
     """Scores the benchmarks of --tasks and prints them. Returns the record for eval.json."""
     from evaluation import harness
     s, checkpoint = measured.s, measured.checkpoint
-    lm = harness.harness_model(measured.model, measured.tokenizer, measured.on, measured.context)
+    lm = harness.harness_model(measured.model, measured.tokenizer, measured.on, measured.context, progress=Progress())
     result = harness.run_tasks(lm, [name for name in s.tasks.split(",") if name], s.limit, s.tasks_dir)
     print(measured.heading())
     print("\n".join("  " + line for line in harness.table(result)), flush=True)
     if s.row:
-        print(harness.leaderboard_row(result, checkpoint["model_name"], measured.model.n_params, checkpoint["tokens"],
-                                      tokens_per_byte(measured)))
+        row = harness.leaderboard_row(result, checkpoint["model_name"], measured.model.n_params, checkpoint["tokens"],
+                                      tokens_per_byte(measured))
+        print("\n".join(row))
     return result
 
 

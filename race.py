@@ -29,6 +29,7 @@ import train
 from common import UserError, parse_flags, run_tool
 from corpus.folder import document_edges
 from corpus.tokenizer import bos_eos, token_byte_counts
+from evaluation.behaviour import loop_rate, repeated_4gram_rate, until
 
 
 @dataclass
@@ -48,19 +49,6 @@ class Settings:
 
 BASE_TOKENS = 65_536  # of the base data
 REPLY_TOKENS = 128  # length of a generated reply at most
-
-
-def repeats_4gram(ids):
-    """Whether four tokens in a row occur twice."""
-    grams = [tuple(ids[i:i + 4]) for i in range(len(ids) - 3)]
-    return len(set(grams)) < len(grams)
-
-
-def ends_in_loop(ids):
-    """Whether the text ends with the same three tokens or more three times in a row, or with one token 17 times."""
-    if len(ids) > 16 and len(set(ids[-17:])) == 1:
-        return True
-    return any(ids[-n:] == ids[-2 * n:-n] == ids[-3 * n:-2 * n] for n in range(3, len(ids) // 3 + 1))
 
 
 def greedy_replies(model, tokenizer, sources, questions, T, device):
@@ -83,7 +71,7 @@ def greedy_replies(model, tokenizer, sources, questions, T, device):
             prompt = chat[:chat.index(assistant) + 1][-T // 2:]
             idx = torch.tensor([prompt], device=device)
             ids = sample.generate(model, idx, REPLY_TOKENS, stop_token=eos, temperature=0)[0].tolist()[len(prompt):]
-            replies.append(ids[:-1] if ids[-1] == eos else ids)
+            replies.append(until(ids, eos))
     return replies
 
 
@@ -100,8 +88,7 @@ def measure(path, sources, base, questions, on):
     accuracy, gap = finetune.relevance(model, sources, 0, T, 8, on, frame[0], world)
     texts = greedy_replies(model, tokenizer, sources, questions, T, on.device)
     return dict(replies=replies["bits_per_byte"]["mixed"], base=of_base["bits_per_byte"]["mixed"],
-                accuracy=accuracy, gap=gap, repeats=statistics.mean(map(repeats_4gram, texts)),
-                loops=statistics.mean(map(ends_in_loop, texts)))
+                accuracy=accuracy, gap=gap, repeats=repeated_4gram_rate(texts), loops=loop_rate(texts))
 
 
 # ---------------------------------------------------------------------------------------------------- the tricks

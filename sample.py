@@ -6,6 +6,10 @@ decoded one at a time, through the model's cache. Generation goes on beyond the 
 full, its second half is read anew and the first half is forgotten, as Model.generate does. A model without attention
 keeps a state and has no such end. The same seed gives the same text on the same kind of device.
 
+If no rule of sampling is given (--temperature, --top_k, --top_p, --min_p, --repetition_penalty,
+--no_repeat_ngram_size), and `python eval.py --bundle` has found out which ones suit the model, those are used. They are
+in recommended_decoding_params.json, in the folder bundle/ beside the checkpoint or beside it. A chat does not use them.
+
 --chat keeps the conversation in the cache and reads only what is new. Each line of the terminal, or of a pipe, is a
 message. When the context is full, the oldest turns are forgotten. Ctrl-C ends a reply, and /help lists the commands.
 """
@@ -20,7 +24,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -493,6 +497,30 @@ def latest_best(chat):
     return str(max(runs, key=lambda folder: (folder / "best.pt").stat().st_mtime) / "best.pt")
 
 
+RULES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")
+RECOMMENDED = "recommended_decoding_params.json"
+
+
+def recommended_rules(ckpt):
+    """(file, rules) that eval.py recommends for a checkpoint: RECOMMENDED in bundle/ beside it, or beside it.
+
+    The rules are a dict of some of RULES. (None, {}) if there is no such file. Raises UserError if it is damaged.
+    """
+    folder = Path(ckpt).parent
+    paths = [path for path in (folder / "bundle" / RECOMMENDED, folder / RECOMMENDED) if path.exists()]
+    if not paths:
+        return None, {}
+    try:
+        found = json.loads(paths[0].read_text(encoding="utf-8"))
+        rules = {name: type(getattr(Settings, name))(found[name]) for name in RULES if name in found}
+        if not found.get("do_sample", True):
+            rules["temperature"] = 0.0
+    except (ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{paths[0]} is damaged ({e}): delete it, or say how to sample, such as --temperature=0.8"
+                        ) from None
+    return paths[0], rules
+
+
 def read_settings(argv):
     """(Settings, names of the flags that were typed). Raises UserError for what cannot be meant."""
     description = " ".join(__doc__.split("\n\n")[0].split())
@@ -501,6 +529,12 @@ def read_settings(argv):
     if not s.ckpt:
         s.ckpt = latest_best(s.chat)
         note(f"[{s.ckpt}]")
+    if not s.chat and not set(RULES) & set(given):
+        path, rules = recommended_rules(s.ckpt)
+        s = replace(s, **rules)
+        if path:
+            flags = " ".join(f"--{name}={value}" for name, value in rules.items())
+            note(f"[sampling as {path} recommends: {flags}]")
     if s.chat and s.num_samples != 1:
         raise UserError("--num_samples does not go with --chat")
     if s.system and not s.chat:
@@ -550,8 +584,7 @@ def main(argv):
     s, given = read_settings(argv)
     device = find_device(s.device)
     model, tokenizer, checkpoint = load_checkpoint(s.ckpt, device, s.ema)
-    rules = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")
-    sampling = {rule: getattr(s, rule) for rule in rules}
+    sampling = {rule: getattr(s, rule) for rule in RULES}
     sampling["generator"] = torch.Generator(device).manual_seed(s.seed)
     if s.chat:
         Conversation(Chat(model, tokenizer, s.system, **sampling), s).go_on(s.prompt)

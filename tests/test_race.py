@@ -1,10 +1,8 @@
-"""race.py: the measures, what is compared with what, and an experiment that can be stopped."""
+"""race.py: what is compared with what, and an experiment that can be stopped."""
 import json
 import re
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import finetune
 import prepare
@@ -14,20 +12,6 @@ import tinymemory
 from common import UserError
 from conftest import ROOT
 from made_up import made_up_chats
-
-
-@settings(max_examples=100, deadline=None)
-@given(ids=st.lists(st.integers(0, 2), max_size=40), loop=st.lists(st.integers(0, 2), min_size=3, max_size=9),
-       times=st.integers(0, 4))
-def test_repetition_is_found_where_a_search_finds_it(ids, loop, times):
-    text = ids + loop * times
-    places = range(len(text) - 3)
-    assert race.repeats_4gram(text) == any(text[i:i + 4] == text[j:j + 4] for i in places for j in places if i < j)
-
-    tails = [text[-k:] for k in range(1, len(text) + 1)]
-    three_times = any(len(tail) == 3 * n and tail == tail[:n] * 3 for tail in tails for n in range(3, 20))
-    one_token = len(text) > 16 and len(set(text[-17:])) == 1
-    assert race.ends_in_loop(text) == (three_times or one_token)
 
 
 def test_each_kind_is_plain_tuning_with_one_trick_of_the_recipe_or_all():

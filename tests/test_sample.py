@@ -585,3 +585,61 @@ def test_without_a_name_the_latest_run_is_sampled_and_the_latest_fine_tuned_one_
     assert sample.latest_best(chat=False) == "out/two/best.pt" and sample.latest_best(chat=True) == "out/chats/best.pt"
     os.utime("out/one/best.pt")
     assert sample.latest_best(chat=False) == "out/one/best.pt"
+
+
+# ---------------------------------------------------------------------------------------------------- recommended rules
+
+@pytest.fixture
+def recommended(trained, tmp_path):
+    """A checkpoint in a folder of its own, and a function that writes what is recommended for it."""
+    shutil.copy(trained / "best.pt", tmp_path)
+
+    def recommend(folder, text=None, **params):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / sample.RECOMMENDED).write_text(json.dumps(params) if text is None else text)
+    return f"--ckpt={tmp_path}/best.pt", recommend
+
+
+def test_without_a_rule_of_sampling_the_recommended_ones_are_used_and_named(recommended, capsys, tmp_path):
+    ckpt, recommend = recommended
+    flags = ckpt, "--prompt=import os", "--max_new_tokens=40"
+    plain = show(capsys, *flags)
+    rules = dict(temperature=0.7, top_k=9, top_p=0.95, min_p=0.1, repetition_penalty=1.3, no_repeat_ngram_size=4)
+    recommend("bundle", do_sample=True, max_new_tokens=64, **rules)
+    assert sample.main(list(flags)) == 0
+    out, err = capsys.readouterr()
+    typed = [f"--{name}={value}" for name, value in rules.items()]
+    assert out == show(capsys, *flags, *typed) != plain
+    assert err == f"[sampling as {tmp_path}/bundle/{sample.RECOMMENDED} recommends: {' '.join(typed)}]\n"
+
+    # any rule that is typed takes the place of all of them
+    assert sample.main([*flags, "--temperature=0.8"]) == 0
+    assert capsys.readouterr() == (plain, "")
+
+
+def test_recommended_is_what_the_bundle_beside_a_checkpoint_says_and_then_what_is_beside_it(recommended):
+    ckpt, recommend = recommended
+    assert sample.recommended_rules(ckpt[7:]) == (None, {})
+    recommend(".", do_sample=False, temperature=1.0, repetition_penalty=1.2)
+    assert sample.recommended_rules(ckpt[7:])[1] == dict(temperature=0.0, repetition_penalty=1.2)
+    recommend("bundle", do_sample=True, temperature=0.9, top_k=50.0)
+    assert sample.recommended_rules(ckpt[7:])[1] == dict(temperature=0.9, top_k=50)
+
+
+def test_a_chat_does_not_use_what_is_recommended_for_text(recommended):
+    ckpt, recommend = recommended
+    recommend("bundle", temperature=0.3)
+    assert sample.read_settings([ckpt])[0].temperature == 0.3
+    assert sample.read_settings([ckpt, "--chat"])[0].temperature == sample.Settings.temperature
+
+
+@pytest.mark.parametrize("text, line", [
+    ("{", "is damaged"), ("[1]", "is damaged"), ('{"top_p": "x"}', "is damaged"), ('{"top_k": null}', "is damaged"),
+    ('{"top_p": 3}', "--top_p=3.0 makes no sense"),
+])
+def test_damaged_recommendations_are_one_line(recommended, text, line):
+    ckpt, recommend = recommended
+    recommend("bundle", text)
+    with pytest.raises(UserError, match=line):
+        sample.read_settings([ckpt])
+    assert sample.read_settings([ckpt, "--temperature=1"])

@@ -1,0 +1,1 @@
+"""What can be measured of a trained model: losses, benchmarks, behaviour, probes, decoding."""
