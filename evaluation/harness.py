@@ -612,7 +612,7 @@ def leaderboard_row(result, name, n_params, tokens_seen, tokens_per_byte):
     for score in scores.values():
         error = "" if score["stderr"] is None else f" ± {number(score['stderr'])}"
         cells.append(number(score["score"]) + error)
-    cells.append(f"{tokens_per_byte:.3f}")
+    cells.append("" if tokens_per_byte is None else f"{tokens_per_byte:.3f}")
     rule = ["---"] * len(cells)
     return ["| " + " | ".join(line) + " |" for line in (header, rule, cells)]
 
