@@ -1,5 +1,5 @@
 """What training, preparing and decoding cost on this machine: `python bench.py memory --model=gpt2preln`, or `prepare`,
-`decode`, `step` in place of `memory`.
+`decode`, `step`, `eval` in place of `memory`.
 
 memory   The peak of a training step as train.py makes it, without torch.compile: two micro-batches, clipping, AdamW or
          Muon, EMA. Each size runs in a process of its own. "tensors" is the size of all tensors that are alive at once,
@@ -14,6 +14,9 @@ prepare  The speed of prepare.py on --megabytes of text with a BPE that exists a
 decode   A token of i3 at position 10 and at position 10,000: time, and memory of its state.
 
 step     Where the time of a training step of i3-22m, i3-80m and i3-200m goes.
+
+eval     Sentences that evaluation/harness.py scores in a second, and lm-evaluation-harness's own model `hf`: an ivme
+         with random weights, and the same weights in LlamaForCausalLM, each with its best type and batch size.
 
 The selective scan alone is measured by kernels/bench.py.
 """
@@ -38,6 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import i3
+import ivme
 import machine
 import prepare
 import run
@@ -45,8 +49,10 @@ import train
 from common import Progress, UserError, columns, parse_flags, run_tool
 from corpus.pydocs import library, library_texts
 from corpus.text import Seen, clean, local_source
-from corpus.tokenizer import fast_encoder, load_tokenizer
+from corpus.tokenizer import fast_encoder, load_tokenizer, train_bpe
+from evaluation import harness
 from kernels.bench import least, wait
+from release import transformers_format
 
 
 @dataclass
@@ -57,8 +63,10 @@ class Settings:
     grad_checkpoint: bool | None = None  # memory: unset: without and with
     optimizer: str = ""  # memory: muon or adamw; empty: the recipe's
     megabytes: int = 200  # prepare: text to prepare
+    sentences: int = 1000  # eval: sentences to score
+    tasks_dir: str = ""  # eval: folder in which blimp/*.jsonl has the sentences; empty: those of Python's library
     device: str = "auto"  # cpu, cuda, cuda:1
-    dtype: str = "auto"  # memory, step: bfloat16, float32
+    dtype: str = "auto"  # memory, step, eval: bfloat16, float32
 
 
 # ---------------------------------------------------------------------------------------------------- a training step
@@ -352,9 +360,78 @@ def step(s):
               f"{seconds * 1e3:,.0f} ms a step: {shares}", flush=True)
 
 
+# ---------------------------------------------------------------------------------------------------- benchmarks' speed
+
+HF_BATCHES = (16, 64, 256)  # rows at once of the harness's own model
+
+
+def sentences_of(s):
+    """s.sentences different sentences of BLiMP's kind: of its files, or of the comments of Python's library."""
+    found = {}
+    if s.tasks_dir:
+        paths = sorted(Path(s.tasks_dir).glob("blimp/*.jsonl"))
+        if not paths:
+            raise UserError(f"--tasks_dir={s.tasks_dir} holds no blimp/*.jsonl")
+        for row in (row for rows in zip(*map(harness.read_rows, paths)) for row in rows):
+            found |= {row["sentence_good"]: 0, row["sentence_bad"]: 0}
+    else:
+        for _, text in library_texts(library()):
+            found |= dict.fromkeys(re.findall(r"\b[A-Z][a-z]*(?: [a-z',]+){4,10}\.", text))
+    return list(found)[:s.sentences]
+
+
+def hf_model(model, tokenizer, on, dtype, batch_size):
+    """lm-evaluation-harness's own model with the weights of an ivme and its tokenizer."""
+    try:
+        from lm_eval.models.huggingface import HFLM
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    except ImportError as e:
+        raise UserError(f"this needs the package {e.name}: pip install -r requirements-dev.txt") from None
+    config = LlamaConfig(vocab_size=model.cfg.vocab_size, **transformers_format.llama_config(model.cfg))
+    theirs = LlamaForCausalLM(config)
+    theirs.load_state_dict(ivme.to_transformers(model.state_dict(), model.cfg), strict=False)  # the head is tied
+    theirs = theirs.to(on.device, dtype).eval()
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>",
+                                    pad_token="<|pad|>")
+    return HFLM(pretrained=theirs, tokenizer=words, batch_size=batch_size, add_bos_token=False)
+
+
+def evaluating(s):
+    on = machine.pick_device(s.device, s.dtype)
+    sentences = sentences_of(s)
+    cfg, _ = ivme.PRESETS["ivme"]
+    texts = [text for _, text in library_texts(library())]
+    tokenizer = load_tokenizer(train_bpe([*sentences, *texts[:200]], cfg.vocab_size).to_str())
+    torch.manual_seed(0)
+    model = ivme.Model(cfg).to(on.device).eval()
+
+    contenders = {}
+    for dtype in sorted({str(on.dtype)[6:], "float32"}):
+        device = machine.pick_device(s.device, dtype)
+        contenders[f"ours, {dtype}"] = harness.harness_model(model, tokenizer, device)
+        for size in HF_BATCHES:
+            contenders[f"hf, {dtype}, {size} rows"] = hf_model(model, tokenizer, on, device.dtype, size)
+    from lm_eval.api.instance import Instance
+    requests = [Instance("loglikelihood", {}, ("", f" {sentence}"), i) for i, sentence in enumerate(sentences)]
+    with harness.undisturbed():
+        scores = {name: lm.loglikelihood(requests, disable_tqdm=True) for name, lm in contenders.items()}
+        seconds = least({name: lambda lm=lm: lm.loglikelihood(requests, disable_tqdm=True)
+                         for name, lm in contenders.items()}, budget=20.0)
+
+    print(f"{len(requests):,} sentences, {on.chip}")
+    exact = torch.tensor([x for x, _ in scores["hf, float32, 16 rows"]])
+    lines = []
+    for name, took in seconds.items():
+        off = (torch.tensor([x for x, _ in scores[name]]) - exact).abs().max()
+        lines.append((name, f"{len(requests) / took:,.0f} sentences/s", f"largest difference {off:.4f} nats"))
+    print("\n".join(columns(lines)))
+    best = {who: min(took for name, took in seconds.items() if name.startswith(who)) for who in ("ours", "hf")}
+    print(f"ours is {best['hf'] / best['ours']:.1f} times as fast")
+
+
 # ---------------------------------------------------------------------------------------------------- the tool
 
-BENCHMARKS = dict(memory=memory, prepare=preparing, decode=decode, step=step)
+BENCHMARKS = dict(memory=memory, prepare=preparing, decode=decode, step=step, eval=evaluating)
 
 
 def main(argv):

@@ -208,7 +208,7 @@ def make_bundle(measured, scores):
     text = measured.losses(sources, s.eval_tokens or BUNDLE_TOKENS)
     found = bundle.write_bundle(s.bundle, s.ckpt, measured.model, measured.tokenizer, measured.checkpoint, sources,
                                 text, measured.on, measured.weights, questions, scores, s.seed)
-    print("\n".join(bundle.conclusion(found)))
+    print("\n".join(bundle.summary_lines(found)))
     print(f"wrote {s.bundle}: {' '.join(bundle.FILES)}")
 
 

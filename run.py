@@ -600,6 +600,8 @@ class RunFolder:
         for old in own_files(self.path):
             if old.suffix == ".part" or resumed_at is None and old.name != ".lock":
                 old.unlink()
+        if resumed_at is None:  # what eval.py recommended for the old weights
+            (self.path / "bundle/recommended_decoding_params.json").unlink(missing_ok=True)
         for log in filter(Path.exists, (self.path / name for name in LOGS)):
             rows = [row for row in read_rows(log) if row["step"] <= resumed_at and not row.get("final")]
             self.write(log.name, "".join(json.dumps(row) + "\n" for row in rows))

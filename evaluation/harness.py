@@ -4,15 +4,15 @@ The harness has the tasks: prompts, choices, metrics. A model of ours answers it
 texts, windows over long documents, truncation, prefix token and generation are those of the harness's own `hf` model.
 `run_tasks` gives the scores with their standard errors, and beside them what a model without any knowledge would get.
 
-The harness reads a task's data from the Hugging Face Hub. For machines without network, tasks_dir is a folder with files:
+The harness reads a task's data from the Hugging Face Hub. For machines without network, tasks_dir is a folder:
 
     blimp/SUBTASK.jsonl         some or all of the 67, as in github.com/alexwarstadt/blimp
     wikitext/NAME.txt           "test" or "valid" in its name; the text of WikiText-2, cut into pages here
     TASK/SPLIT.jsonl            arc_easy/test.jsonl or arc_easy/validation.jsonl, say: rows as on the Hub
     NAME.yaml                   tasks of one's own, as the harness describes them
 
-Where there are a test and a validation split, the harness takes the first. WikiText-2 may also stand in tasks_dir itself,
-as wikitext*.txt.
+Where there are a test and a validation split, the harness takes the first. WikiText-2 may also stand in tasks_dir
+itself, as wikitext*.txt.
 
 The other way round, the harness's own command line scores a checkpoint with
 
@@ -248,7 +248,7 @@ def pages(text):
 
 
 def read_rows(path):
-    """The rows of a local file: of a .jsonl file its lines, of text the pages. UserError if it is not as it should be."""
+    """The rows of a local file: of a .jsonl file its lines, of text the pages. UserError if it is damaged."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

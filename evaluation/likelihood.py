@@ -1,5 +1,5 @@
-"""Log-likelihoods of many short texts, as benchmarks need them: fast on a CPU, and the same for each text whatever it is
-computed together with.
+"""Log-likelihoods of many short texts, as benchmarks need them: fast on a CPU, and the same for each text, whatever
+others it is computed together with.
 
 A row is a text's tokens and how many of the last ones are scored. Rows are alike: the two sentences of a pair begin
 with the same words, the four answers to a question follow the same question. So rows that share a beginning are put
@@ -192,8 +192,8 @@ class Scorer:
     def read(self, idx, targets, cache, is_scored=True):
         """The model reads idx (B, T), a piece at a time if it is long, and adds to the cache, if there is one.
 
-        Returns of targets (B, T): their log-probabilities, fp32 (B, T), and whether each is the likeliest token. Without
-        is_scored the output head is spared, and these are zeros.
+        Returns of targets (B, T): their log-probabilities, fp32 (B, T), and whether each is the likeliest token.
+        Without is_scored the output head is spared, and these are zeros.
         """
         logprobs = torch.zeros(idx.shape, device=idx.device)
         greedy = torch.zeros(idx.shape, dtype=torch.bool, device=idx.device)
@@ -207,18 +207,20 @@ class Scorer:
 
     def compare(self, logits, targets):
         """logits (B, T, V), targets (B, T) -> log-probability, fp32 (B, T), and whether it is the likeliest token."""
-        chunk = logits[..., 0].numel()
+        n, V = logits[..., 0].numel(), logits.size(-1)
         if self.on.device.type == "cpu":
-            chunk = max(1, SOFTMAX // logits.size(-1))
+            n = max(1, SOFTMAX // V)
+        room = torch.empty(n, V, device=logits.device)  # used again and again: fresh memory costs more than the sums
         logprobs, greedy = [], []
-        for some, wanted in zip(logits.flatten(0, 1).split(chunk), targets.flatten().split(chunk)):
-            some = some.float()
-            chosen = some.gather(1, wanted[:, None])[:, 0]
-            logprobs.append(chosen - some.logsumexp(1))
+        for some, wanted in zip(logits.flatten(0, 1).split(n), targets.flatten().split(n)):
+            x = room[:len(some)].copy_(some)
+            x -= x.amax(1, keepdim=True)
+            chosen = x.gather(1, wanted[:, None])[:, 0]
             # of several equal maxima the first counts; argmax takes long, so that it looks only where it must
-            hits = chosen == some.amax(1)
+            hits = chosen == 0
             hits[hits.clone()] = some[hits].argmax(1) == wanted[hits]
             greedy.append(hits)
+            logprobs.append(chosen - x.exp_().sum(1).log())
         return torch.cat(logprobs).view_as(targets), torch.cat(greedy).view_as(targets)
 
     def show(self, text):

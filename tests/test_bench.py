@@ -123,7 +123,7 @@ def test_the_shares_of_a_training_step_are_all_of_it(small_i3, capsys):
 def test_what_is_not_to_be_measured_is_one_line():
     mistakes = [
         ([], "memory, prepare, decode, step"),
-        (["speed"], "memory, prepare, decode, step, not speed"),
+        (["speed"], "memory, prepare, decode, step, eval, not speed"),
         (["memory", "--micro_batch=one"], "not a list of numbers"),
         (["memory", "--micro_batch=0"], "not a list of numbers"),
         (["memory", "--dtype=half"], "half is not one of"),
