@@ -239,7 +239,8 @@ def test_borrowed_weights_are_given_back_to_the_bit():
 
 def test_a_run_writes_its_files_and_its_rows_have_every_field(trained):
     assert {p.name for p in trained.iterdir()} == {
-        ".lock", "ckpt.pt", "best.pt", "best_validation.json", "metrics.jsonl", "loss.png", "config.json", "tokenizer.json"}
+        ".lock", "ckpt.pt", "best.pt", "best_validation.json", "metrics.jsonl", "loss.png", "config.json",
+        "tokenizer.json"}
     steps, evals = step_rows(trained), evaluations(trained)
     assert [row["step"] for row in steps] == list(range(1, 13)) and [row["step"] for row in evals] == [6, 12]
     fields = {"step", "tokens", "train_loss", "train_bits_per_byte", "lr", "grad_norm", "tokens_per_s", "elapsed"}
