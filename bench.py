@@ -16,7 +16,8 @@ decode   A token of i3 at position 10 and at position 10,000: time, and memory o
 step     Where the time of a training step of i3-22m, i3-80m and i3-200m goes.
 
 eval     Sentences that evaluation/harness.py scores in a second, and lm-evaluation-harness's own model `hf`: an ivme
-         with random weights, and the same weights in LlamaForCausalLM, each with its best type and batch size.
+         with random weights, and the same weights in LlamaForCausalLM, each in the types that the machine has, hf with
+         several batch sizes. Then all of a benchmark like BLiMP, from its files to the score, each in its best way.
 
 The selective scan alone is measured by kernels/bench.py.
 """
@@ -63,8 +64,8 @@ class Settings:
     grad_checkpoint: bool | None = None  # memory: unset: without and with
     optimizer: str = ""  # memory: muon or adamw; empty: the recipe's
     megabytes: int = 200  # prepare: text to prepare
-    sentences: int = 1000  # eval: sentences to score
-    tasks_dir: str = ""  # eval: folder in which blimp/*.jsonl has the sentences; empty: those of Python's library
+    pairs: int = 500  # eval: pairs of sentences to score
+    tasks_dir: str = ""  # eval: folder in which blimp/*.jsonl has the pairs; empty: sentences of Python's library
     device: str = "auto"  # cpu, cuda, cuda:1
     dtype: str = "auto"  # memory, step, eval: bfloat16, float32
 
@@ -365,22 +366,22 @@ def step(s):
 HF_BATCHES = (16, 64, 256)  # rows at once of the harness's own model
 
 
-def sentences_of(s):
-    """s.sentences different sentences of BLiMP's kind: of its files, or of the comments of Python's library."""
-    found = {}
-    if s.tasks_dir:
-        paths = sorted(Path(s.tasks_dir).glob("blimp/*.jsonl"))
-        if not paths:
-            raise UserError(f"--tasks_dir={s.tasks_dir} holds no blimp/*.jsonl")
-        for row in (row for rows in zip(*map(harness.read_rows, paths)) for row in rows):
-            found |= {row["sentence_good"]: 0, row["sentence_bad"]: 0}
-    else:
-        for _, text in library_texts(library()):
-            found |= dict.fromkeys(re.findall(r"\b[A-Z][a-z]*(?: [a-z',]+){4,10}\.", text))
-    return list(found)[:s.sentences]
+def made_up_pairs(folder, n):
+    """Writes a file of BLiMP's kind: n pairs of a sentence from the comments of Python's library and its words in
+    another order."""
+    sentences = []
+    for _, text in library_texts(library()):
+        sentences += re.findall(r"\b[A-Z][a-z]*(?: [a-z',]+){4,10}\.", text)
+    path = folder / "blimp" / "wh_island.jsonl"
+    path.parent.mkdir()
+    with open(path, "w", encoding="utf-8") as f:
+        for sentence in list(dict.fromkeys(sentences))[:n]:
+            first, second, *rest = sentence.split()
+            other = " ".join([second.capitalize(), first.lower(), *rest])
+            f.write(json.dumps(dict(sentence_good=sentence, sentence_bad=other)) + "\n")
 
 
-def hf_model(model, tokenizer, on, dtype, batch_size):
+def hf_model(model, tokenizer, on, batch_size):
     """lm-evaluation-harness's own model with the weights of an ivme and its tokenizer."""
     try:
         from lm_eval.models.huggingface import HFLM
@@ -390,43 +391,69 @@ def hf_model(model, tokenizer, on, dtype, batch_size):
     config = LlamaConfig(vocab_size=model.cfg.vocab_size, **transformers_format.llama_config(model.cfg))
     theirs = LlamaForCausalLM(config)
     theirs.load_state_dict(ivme.to_transformers(model.state_dict(), model.cfg), strict=False)  # the head is tied
-    theirs = theirs.to(on.device, dtype).eval()
+    theirs = theirs.to(on.device, on.dtype).eval()
     words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>",
                                     pad_token="<|pad|>")
     return HFLM(pretrained=theirs, tokenizer=words, batch_size=batch_size, add_bos_token=False)
 
 
+def whole_benchmark(lm, limit, folder):
+    """A function that scores `limit` pairs of each file in folder/blimp, ours as eval.py does it."""
+    from lm_eval.evaluator import evaluate
+    if not hasattr(lm, "scorer"):
+        group = harness.local_blimp(harness.find_manager(["blimp"], str(folder)), folder)
+        loaded = dict(tasks=harness.prepared([group]), groups={"blimp": group})
+        return lambda: evaluate(lm, loaded, limit=limit, log_samples=False)
+    return lambda: harness.run_tasks(lm, ["blimp"], limit, str(folder))
+
+
 def evaluating(s):
-    on = machine.pick_device(s.device, s.dtype)
-    sentences = sentences_of(s)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(s.tasks_dir or temporary)
+        if not s.tasks_dir:
+            made_up_pairs(folder, s.pairs)
+        with harness.undisturbed():
+            lines, alone, whole = compare_with_hf(s, folder)
+    print("\n".join(columns(lines)))
+    print(f"ours is {alone[1] / alone[0]:.1f} times as fast as hf, {whole[1] / whole[0]:.1f} times over all")
+
+
+def compare_with_hf(s, folder):
+    # the models, and a tokenizer that knows the sentences' words
+    group = harness.local_blimp(harness.find_manager(["blimp"], str(folder)), folder)
+    limit = -(-s.pairs // len(group))  # pairs of each file
+    sentences = []
+    for task in group:
+        for row in list(task.validation_docs())[:limit]:
+            sentences += [row["sentence_good"], row["sentence_bad"]]
     cfg, _ = ivme.PRESETS["ivme"]
     texts = [text for _, text in library_texts(library())]
     tokenizer = load_tokenizer(train_bpe([*sentences, *texts[:200]], cfg.vocab_size).to_str())
     torch.manual_seed(0)
-    model = ivme.Model(cfg).to(on.device).eval()
+    device = machine.pick_device(s.device, s.dtype)
+    model = ivme.Model(cfg).to(device.device).eval()
+    ours, theirs = {}, {}
+    for dtype in dict.fromkeys((str(device.dtype)[6:], "float32")):
+        on = machine.pick_device(s.device, dtype)
+        ours[f"ours, {dtype}"] = harness.harness_model(model, tokenizer, on)
+        theirs |= {f"hf, {dtype}, {size} rows": hf_model(model, tokenizer, on, size) for size in HF_BATCHES}
 
-    contenders = {}
-    for dtype in sorted({str(on.dtype)[6:], "float32"}):
-        device = machine.pick_device(s.device, dtype)
-        contenders[f"ours, {dtype}"] = harness.harness_model(model, tokenizer, device)
-        for size in HF_BATCHES:
-            contenders[f"hf, {dtype}, {size} rows"] = hf_model(model, tokenizer, on, device.dtype, size)
+    # the likelihoods alone
     from lm_eval.api.instance import Instance
     requests = [Instance("loglikelihood", {}, ("", f" {sentence}"), i) for i, sentence in enumerate(sentences)]
-    with harness.undisturbed():
-        scores = {name: lm.loglikelihood(requests, disable_tqdm=True) for name, lm in contenders.items()}
-        seconds = least({name: lambda lm=lm: lm.loglikelihood(requests, disable_tqdm=True)
-                         for name, lm in contenders.items()}, budget=20.0)
+    run = {name: lambda lm=lm: lm.loglikelihood(requests, disable_tqdm=True) for name, lm in (ours | theirs).items()}
+    found = {name: torch.tensor([x for x, _ in score()]) for name, score in run.items()}
+    exact = found[f"hf, float32, {HF_BATCHES[0]} rows"]
+    alone = least(run, budget=10.0)
+    fastest = [min(names, key=alone.get) for names in (ours, theirs)]
 
-    print(f"{len(requests):,} sentences, {on.chip}")
-    exact = torch.tensor([x for x, _ in scores["hf, float32, 16 rows"]])
-    lines = []
-    for name, took in seconds.items():
-        off = (torch.tensor([x for x, _ in scores[name]]) - exact).abs().max()
-        lines.append((name, f"{len(requests) / took:,.0f} sentences/s", f"largest difference {off:.4f} nats"))
-    print("\n".join(columns(lines)))
-    best = {who: min(took for name, took in seconds.items() if name.startswith(who)) for who in ("ours", "hf")}
-    print(f"ours is {best['hf'] / best['ours']:.1f} times as fast")
+    # all of it
+    whole = least({name: whole_benchmark((ours | theirs)[name], limit, folder) for name in fastest}, budget=10.0)
+    return [
+        (name, f"{len(requests) / alone[name]:,.0f} sentences/s",
+         f"off by {(found[name] - exact).abs().max():.4f} nats",
+         f"whole benchmark {len(requests) / whole[name]:,.0f} sentences/s" if name in whole else "")
+        for name in run], [alone[name] for name in fastest], [whole[name] for name in fastest]
 
 
 # ---------------------------------------------------------------------------------------------------- the tool

@@ -96,6 +96,12 @@ def parse_flags(argv, *settings, description="", positional=None):
         def error(self, message):
             raise UserError(message)
 
+        def _get_values(self, action, arg_strings):
+            # before Python 3.13 the value of --flag=-- was taken for the mark that ends the flags
+            if arg_strings == ["--"] and action.option_strings:
+                return self._get_value(action, "--")
+            return super()._get_values(action, arg_strings)
+
     parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     if positional:
         parser.add_argument("words", nargs="*", metavar=positional[0], help=positional[1])

@@ -6,7 +6,7 @@ NAME is one of these. A budget of training tokens may follow it, after a colon (
     pydocs-chat      questions and answers about that library
     finemath, ivme   a data set of the Hugging Face Hub that is known here, or a mix of them: `python prepare.py --list`
     ORG/NAME         any other data set of the Hub, with --config and --column where they are needed
-    PATH             a file or folder of yours with texts or chats (.txt, .md, .jsonl, .jsonl.gz, .parquet)
+    PATH             a file or folder of yours with texts or chats (.txt, .md, .jsonl, .jsonl.gz, .json, .parquet)
 
 PATH and ORG/NAME take a language and a kind after an @: `novels_it@it/books:50M`. Several names become several
 sources of one corpus. Each has files of its own, and one tokenizer learns from them all. data/NAME-TOKENIZER holds:
@@ -18,8 +18,9 @@ sources of one corpus. Each has files of its own, and one tokenizer learns from 
     meta.json                       the settings and where the text is from; counts, sizes and checksums of the files
 
 The input is read as a stream, twice: first for a sample of the text, from which the tokenizer learns (of a Hub data set
-only the beginning is read for that), then to encode it. Memory does not grow with the input. If the program is stopped
-while it encodes, the same command resumes the work, and the result is the same to the byte.
+only a part is read for that), then to encode it. Memory does not grow with the input. If the program is stopped while
+it encodes, the same command resumes the work, and the result is the same to the byte. If two of them make the same
+folder, one waits for the other. A budget that needs only a part of a set of files takes a part of each of them.
 
 Exact duplicates within a source are left out; each document is compared with the last 4 million at least. Whether a
 document is training or validation text depends on the hash of its text alone, not on the order of files or on what is
@@ -30,9 +31,11 @@ pydocs-chat goes where its module's source goes in pydocs.
 import dataclasses
 import hashlib
 import heapq
+import itertools
 import json
+import math
 import os
-import shutil
+import shlex
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -42,18 +45,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import Progress, UserError, clock, columns, nearest, parse_flags, replacing, run_tool
+from common import Progress, UserError, clock, nearest, parse_flags, replacing, run_tool
+from corpus.catalogue import HUB, MIXES, list_table
 from corpus.chats import chat_ids, encode_chats
+from corpus.counts import TokenCounts
+from corpus.describe import is_reused, show
+from corpus.files import check_encoding
 from corpus.folder import (
-    EncodedDocument, SourceWriter, corpus_name, document_edges, new_place, read_meta, read_tokens, token_dtype,
+    EncodedDocument, SourceWriter, alone, check_tokens, corpus_name, new_place, own_files, read_meta, token_dtype,
     token_files,
 )
-from corpus.hub import HUB, MIXES, HubSource, find_source, hub_name, hub_revision, hub_setup, hub_source, list_table
+from corpus.foreign import LARGEST_VOCABULARY
+from corpus.hub import HubSource, find_source, hub_name, hub_revision, hub_setup, hub_source
 from corpus.pydocs import EMBEDDED
-from corpus.text import Document, clean, local_source, split_budget, split_label
+from corpus.samples import Wanted
+from corpus.text import Document, LocalSource, Seen, clean, local_source, split_budget, split_label
 from corpus.tokenizer import (
-    DEFAULT_VOCAB, READY, SPECIAL_TOKENS, TRAINERS, bos_eos, fast_encoder, load_tokenizer, tokenizer_text, unknown_id,
-    vocabulary_size,
+    DEFAULT_VOCAB, READY, SPECIAL_TOKENS, TRAINERS, bos_eos, byte_of_character, fast_encoder, load_tokenizer,
+    read_tokenizer, tokenizer_text, train_hybrid, vocabulary_size,  # train_hybrid: for those who import it from here
 )
 
 
@@ -66,10 +75,13 @@ class Settings:
     max_tokens: int = -1  # training tokens from each source without a budget; 0: all; -1: all, or what --list says
     val_fraction: float = 0.05  # fraction of the documents that become validation text
     column: str = ""  # field that holds the text of a row; empty: text or content, and rows of chats are chats
+    encoding: str = ""  # encoding of your text files, such as cp1252; empty: UTF-8, and what their first bytes tell
     config: str = ""  # configuration of the data sets that are given as ORG/NAME; empty: their only or default one
     source_dir: str = ""  # read the Hub's data sets from copies of them here: DIR/ORG/NAME, DIR/NAME, or DIR itself
+    seed: int = 0  # draws which part of a large set a budget takes, and the order of the Hub's documents
     list: bool = False  # show the data sets and mixes that can be named, and nothing else
-    show: str = ""  # describe this prepared folder, and nothing else
+    show: str = ""  # check and describe this prepared folder, and nothing else
+    verify: str = ""  # check whether the files of this prepared folder are as they were written, and nothing else
 
 
 SAMPLE_BYTES = 32 * 2 ** 20  # text that a tokenizer learns from, shared equally by the sources
@@ -98,22 +110,39 @@ def prepare(names, s):
 
     words = [split_budget(name)[0] for name in names]
     folder = Path(s.out_dir) / (s.name or corpus_name(words, s.tokenizer, tokenizer_plan.vocab_size))
-    if folder.exists():
-        check_made_alike(folder, asked)
-        return folder
+    if not folder.exists():
+        with alone(folder):
+            if not folder.exists():  # another process may have made it in the meantime
+                make(folder, sources, tokenizer_plan, s.val_fraction, asked)
+                return folder
+    check_made_alike(folder, asked, sources)
+    return folder
 
+
+def make(folder, sources, tokenizer_plan, val_fraction, asked):
+    """Makes the folder, or goes on with what was begun. `asked`: the settings as meta.json keeps them."""
     # The work is done in a hidden folder, which is renamed at the end: a folder that exists is whole
     part = folder.with_name(f".{folder.name}.part")
-    record = Record(part, asked | dict(stamps=[source.stamp for source in sources]))
+    own_files(part)  # raises UserError if somebody else's are there
+    stamps = stamps_of(sources)
+    record = Record(part, asked | dict(stamps=stamps))
     choose_revisions(sources, record)
     if record.resumed:
         done = len(record.data["done"])
         Progress().done(f"resuming     {part} holds {done} of {len(sources)} sources and perhaps a part of the next")
     else:
-        first_pass(sources, tokenizer_plan, s.val_fraction, part, record)
+        first_pass(sources, tokenizer_plan, val_fraction, part, record)
     second_pass(sources, part, record)
+
+    for source, before, after in zip(sources, stamps, stamps_of(sources)):
+        if before != after:
+            raise UserError(f"the text of {source.name} was changed while it was read; run the same command again")
     finish(part, folder, asked, record)
-    return folder
+
+
+def stamps_of(sources):
+    """Where the local text of each source is, and when it was changed. Work on other text is not resumed."""
+    return [[source.stamp(), *map(os.path.abspath, source.local_files()[:1])] for source in sources]
 
 
 # ---------------------------------------------------------------------------------------------------- what is asked for
@@ -125,8 +154,12 @@ def check_settings(names, s):
                         "other data set of the Hugging Face Hub, or a file or folder of yours")
     if not 0 <= s.val_fraction < 1:
         raise UserError(f"--val_fraction={s.val_fraction} is not a fraction from 0 up to 1")
-    if s.max_tokens < -1 or s.vocab_size < 0:
-        raise UserError("--max_tokens must be -1 or more and --vocab_size 0 or more")
+    if s.max_tokens < -1 or s.vocab_size < 0 or s.seed < 0:
+        raise UserError("--max_tokens must be -1 or more, --vocab_size and --seed 0 or more")
+    if s.vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"--vocab_size={s.vocab_size} is more than {LARGEST_VOCABULARY:,}")
+    if s.encoding:
+        check_encoding(s.encoding)
 
 
 def plan_sources(names, s):
@@ -138,6 +171,8 @@ def plan_sources(names, s):
         known = [name for name in budgets if name in HUB or name in MIXES]
         why = f"; {known[0]} has a configuration of its own" if known else ""
         raise UserError(f"--config is for data sets that are given as ORG/NAME{why}")
+    if s.encoding and not any(map(is_local, budgets)):
+        raise UserError("--encoding is for files of yours")
 
     # What the user wrote after a name decides first, then --max_tokens, then what the mix or the catalogue says
     asked = None if s.max_tokens < 0 else s.max_tokens
@@ -162,10 +197,15 @@ def make_source(name, s, several):
     if name in EMBEDDED:
         return EMBEDDED[name]()
     if name in HUB:
-        return hub_source(name, s.source_dir, several)
+        return hub_source(name, s.source_dir, several, s.seed)
     if is_of_the_hub(name):
-        return find_source(name, s.config, s.column, s.source_dir, several)
-    return local_source(name, s.column, known=(*EMBEDDED, *HUB, *MIXES))
+        return find_source(name, s.config, s.column, s.source_dir, several, s.seed)
+    return local_source(name, s.column, (*EMBEDDED, *HUB, *MIXES), s.encoding, s.seed)
+
+
+def is_local(name):
+    """Whether this is a file or folder, or is taken for one."""
+    return not (name in EMBEDDED or name in HUB or name in MIXES or is_of_the_hub(name))
 
 
 def is_of_the_hub(name):
@@ -186,7 +226,8 @@ class TokenizerPlan(NamedTuple):
     """The tokenizer that was asked for."""
     label: str  # what meta.json's settings say: its kind, or the checksum of the text of an existing one
     vocab_size: int  # of a new one; 0 if it exists
-    tokenizer: object  # the existing tokenizer; None if it is to be trained
+    tokenizer: object = None  # the existing tokenizer; None if it is to be trained
+    text: str = ""  # its tokenizer.json
 
 
 def plan_tokenizer(s):
@@ -194,7 +235,7 @@ def plan_tokenizer(s):
     if s.tokenizer in TRAINERS:
         vocab_size = s.vocab_size or DEFAULT_VOCAB[s.tokenizer]
         check_vocab_size(s.tokenizer, vocab_size)
-        return TokenizerPlan(s.tokenizer, vocab_size, None)
+        return TokenizerPlan(s.tokenizer, vocab_size)
 
     kinds = [*TRAINERS, *READY]
     if s.tokenizer not in READY and not os.path.isfile(s.tokenizer):
@@ -203,8 +244,11 @@ def plan_tokenizer(s):
     if s.vocab_size:
         raise UserError("--vocab_size belongs to a new tokenizer, and --tokenizer names an existing one")
     if s.tokenizer in READY:
-        return TokenizerPlan(s.tokenizer, 0, READY[s.tokenizer]())
-    return TokenizerPlan(tokenizer_checksum(s.tokenizer), 0, load_tokenizer(s.tokenizer))
+        tokenizer = READY[s.tokenizer]()
+        return TokenizerPlan(s.tokenizer, 0, tokenizer, tokenizer.to_str(pretty=True))
+    tokenizer = load_tokenizer(s.tokenizer)
+    text = read_tokenizer(s.tokenizer).to_str(pretty=True)
+    return TokenizerPlan(tokenizer_checksum(s.tokenizer), 0, tokenizer, text)
 
 
 def check_vocab_size(kind, vocab_size):
@@ -215,7 +259,7 @@ def check_vocab_size(kind, vocab_size):
             raise UserError(f"--vocab_size={vocab_size} is too small: a quarter of it is for single characters, and "
                             f"ASCII without capitals has {LOWERCASE_ASCII} of them; take at least {least}")
         return
-    least = len(SPECIAL_TOKENS) + 256
+    least = len(SPECIAL_TOKENS) + len(byte_of_character())
     if vocab_size < least:
         raise UserError(f"--vocab_size={vocab_size} is too small: the special tokens and the bytes alone are {least}")
 
@@ -234,18 +278,43 @@ def settings_asked(sources, tokenizer_plan, s):
         if source.budget != max(0, s.max_tokens):
             entry["budget"] = source.budget
         entries.append(entry)
-    return dict(sources=entries, tokenizer=tokenizer_plan.label, vocab_size=tokenizer_plan.vocab_size,
-                max_tokens=max(0, s.max_tokens), val_fraction=s.val_fraction, column=s.column)
+    asked = dict(sources=entries, tokenizer=tokenizer_plan.label, vocab_size=tokenizer_plan.vocab_size,
+                 max_tokens=max(0, s.max_tokens), val_fraction=s.val_fraction, column=s.column)
+    for name in ("encoding", "seed"):  # older folders have neither
+        if getattr(s, name):
+            asked[name] = getattr(s, name)
+    return asked
 
 
-def check_made_alike(folder, asked):
-    """Raises UserError unless the folder, which is there already, was made with the settings `asked`."""
-    made = read_meta(folder)["settings"]
+def check_made_alike(folder, asked, sources):
+    """Raises UserError unless the folder, which is there already, was made with the settings `asked` of this text."""
+    meta = read_meta(folder)
+    made = meta["settings"]
     if made != asked:
-        changes = [f"{k} was {made.get(k)!r} and is now {asked[k]!r}" for k in asked if made.get(k) != asked[k]]
+        changes = [f"{k} was {made.get(k)!r} and is now {asked.get(k)!r}"
+                   for k in made | asked if made.get(k) != asked.get(k)]
         raise UserError(f"{folder} was made with other settings ({', '.join(changes)}); "
                         "give --name for a second one, or delete it")
+
+    # A file that was written to afterwards may be a copy of the old one, so the text itself decides
+    made_at = (folder / "meta.json").stat().st_mtime_ns
+    for source, entry in zip(sources, meta["sources"]):
+        if source.stamp() >= made_at and "text" in entry and text_checksum(source, entry) != entry["text"]["sha256"]:
+            raise UserError(f"the text of {source.name} has changed since {folder} was made of it; "
+                            "delete the folder to make it anew, or give --name for a second one")
     print(f"{folder} is there already, made with these settings")
+
+
+def text_checksum(source, entry):
+    """The sha256 of the hashes of the different documents of a source, as many as the folder was made of."""
+    if isinstance(source, HubSource):
+        hub_setup()
+    checksum = hashlib.sha256()
+    n_documents = entry["text"]["documents"] if source.budget else None
+    documents = (item for item in clean(source.reader(), Seen(), source.chat) if isinstance(item, Document))
+    for document in itertools.islice(documents, n_documents):
+        checksum.update(document.hash.to_bytes(8, "little"))
+    return checksum.hexdigest()
 
 
 def choose_revisions(sources, record):
@@ -290,19 +359,37 @@ class Record:
 
 def first_pass(sources, tokenizer_plan, val_fraction, part, record):
     """Scans the sources, trains the tokenizer unless it exists, and begins the folder with it."""
+    for source in sources:
+        say_what_is_read(source)
     threshold = int(val_fraction * 2 ** 64)
-    tokenizer = tokenizer_plan.tokenizer
-    sample_bytes = SAMPLE_BYTES // len(sources) if tokenizer is None else 0
+    tokenizer_json = tokenizer_plan.text
+    sample_bytes = 0 if tokenizer_json else SAMPLE_BYTES // len(sources)
     scans = [scan(source, threshold, sample_bytes) for source in sources]
-    if tokenizer is None:
+    if not tokenizer_json:
         texts = [text for found in scans for text in found.texts]
         tokenizer = train_tokenizer(tokenizer_plan.label, tokenizer_plan.vocab_size, texts)
+        tokenizer_json = tokenizer.to_str(pretty=True)
 
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    (part / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    for path in own_files(part):
+        path.unlink()
+    part.mkdir(parents=True, exist_ok=True)
+    with replacing(part / "tokenizer.json") as f:
+        f.write(tokenizer_json.encode())
     revisions = {stem: source.revision for stem, source in stems(sources) if isinstance(source, HubSource)}
     record.save(scans=[(found.threshold, found.total_bytes) for found in scans], revisions=revisions)
+
+
+def say_what_is_read(source):
+    """A line about the files of a folder: how many are read, and how many of each kind are left out."""
+    if not isinstance(source, LocalSource) or os.path.isfile(source.origin["path"]):
+        return
+    left_out = [f"{n:,} {kind}" for kind, n in source.left_out.most_common() if n]
+    if len(left_out) > 8:
+        left_out[8:] = ["..."]
+    n = source.origin["files"]
+    files = "1 file" if n == 1 else f"{n:,} files"
+    what = "; not read: " + ", ".join(left_out) if left_out else ", none left out"
+    Progress().done(f"{source.name:<12} {files}{what}")
 
 
 def train_tokenizer(kind, vocab_size, texts):
@@ -323,17 +410,23 @@ class Scan(NamedTuple):
 def scan(source, threshold, sample_bytes):
     """First pass over a source: how much there is, a sample of its training text, and where its validation split lies.
 
-    No more is read than the source's budget can need, and of a Hub data set no more than sample_bytes or a megabyte.
+    No more is read than the source's budget can need, and of a Hub data set no more than sample_bytes or a megabyte,
+    from all over it.
     `threshold` moves just above the lowest hash if no hash is below it, and down to the highest hash if all are below.
     So a small source has both splits too. (A threshold of 0 stays: there is no validation text then.) Raises UserError
     if there are not enough documents for that.
     """
+    most = math.inf  # A token has fewer than 8 bytes on average, so the budget will be spent before this place
+    if source.budget:
+        most = 8 * source.budget
+    hub_most = max(sample_bytes, HUB_SCAN)
     sample = Sample(sample_bytes)
     lowest, highest = 2 ** 64, -1
     total, n = 0, 0
     skipped = Counter()
     progress = Progress()
-    for document in clean(source.reader(), chat=source.chat):
+    wanted = Wanted(min(most, hub_most), min(most, hub_most))
+    for document in clean(source.reader(wanted=wanted), chat=source.chat):
         if not isinstance(document, Document):
             skipped[document] += 1
             continue
@@ -347,11 +440,10 @@ def scan(source, threshold, sample_bytes):
 
         if lowest == highest:  # fewer than two different documents: go on
             continue
-        if isinstance(source, HubSource) and total > max(sample_bytes, HUB_SCAN):
+        if isinstance(source, HubSource) and total >= hub_most:
             total = None
             break
-        # A token has fewer than 8 bytes on average, so the budget will be spent before this place
-        if source.budget and total > 8 * source.budget:
+        if total >= most:
             break
 
     if n == 0 or (threshold and lowest == highest):
@@ -381,8 +473,11 @@ class Sample:
         rank = document.hash * 0x9E3779B97F4A7C15 % 2 ** 64
         if self.limit == 0 or rank >= self.bar:
             return
-        heapq.heappush(self.heap, (-rank, document.text, len(document.utf8), document.split_hash))
-        self.size += len(document.utf8)
+        text, size = document.text, len(document.utf8)
+        if size > self.limit:  # the beginning of a long document is enough
+            text, size = document.utf8[:self.limit].decode(errors="ignore"), self.limit
+        heapq.heappush(self.heap, (-rank, text, size, document.split_hash))
+        self.size += size
         while self.size > self.limit and len(self.heap) > 1:
             # documents of a higher rank than one that did not fit stay out, even short ones
             self.bar = -self.heap[0][0]
@@ -420,7 +515,7 @@ def encode_source(source, stem, folder, encoder, threshold, total_bytes, record)
     place = record.data["source"] or new_place(stem, source.chat)
     writer = SourceWriter(folder, stem, encoder.dtype, threshold, source.budget, place)
     reader = source.reader(place["state"])
-    upcoming = batches(reader, writer.hashes_before(), source.chat)
+    upcoming = batches(reader, writer.hashes_before(), source.chat, source.budget)
     time_left = TimeLeft(source, total_bytes, place)
     progress = Progress()
     saved_at = time.monotonic()
@@ -440,19 +535,26 @@ def encode_source(source, stem, folder, encoder, threshold, total_bytes, record)
         finally:
             reader.stopped.set()  # the thread that reads ahead need not wait for a lost connection
     writer.close()
-    progress.done(summary(source, place, encoder))
-    return dict(name=source.name, language=source.language, kind=source.kind, origin=source.origin,
-                budget=source.budget, skipped=place["skipped"], **place["splits"])
+    progress.done(summary(source, place, encoder.counts))
+    entry = dict(name=source.name, language=source.language, kind=source.kind, origin=source.origin,
+                 budget=source.budget, skipped=place["skipped"], undecodable=place["undecodable"], text=place["text"])
+    if files := source.files_read(place["state"]):
+        entry["files"] = files
+    return entry | place["splits"]
 
 
-def batches(reader, seen, chat):
-    """Yields (list of what clean() gives, the reader's state after it), for BATCH_BYTES of text at a time."""
+def batches(reader, seen, chat, budget):
+    """Yields (list of what clean() gives, the reader's state after it), for BATCH_BYTES of text at a time.
+
+    Of a small budget less at a time, so that not much more is read than it needs.
+    """
     batch, size = [], 0
+    full = min(BATCH_BYTES, budget or BATCH_BYTES)
     for item in clean(reader, seen, chat):
         batch.append(item)
         if isinstance(item, Document):
             size += len(item.utf8)
-        if size > BATCH_BYTES or len(batch) > BATCH_ROWS:
+        if size > full or len(batch) > BATCH_ROWS:
             yield batch, reader.state
             batch, size = [], 0
     yield batch, reader.state
@@ -465,7 +567,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.encode = fast_encoder(tokenizer)
         self.bos, self.eos = (np.array([i], np.uint32) for i in bos_eos(tokenizer))
-        self.unknown = unknown_id(tokenizer)
+        self.counts = TokenCounts(tokenizer)
         self.dtype = token_dtype(vocabulary_size(tokenizer))
 
     def encoded(self, documents, chat):
@@ -476,16 +578,10 @@ class Encoder:
             all_ids = self.encode([document.text for document in documents])
             pairs = ((np.concatenate((self.bos, ids, self.eos)), None) for ids in all_ids)
         for document, (ids, mask) in zip(documents, pairs):
-            unknown = 0 if self.unknown is None else int(np.count_nonzero(ids == self.unknown))
-            yield EncodedDocument(document, ids, mask, unknown, self.count_bytes(document))
-
-    def count_bytes(self, document):
-        """UTF-8 bytes of a document's text as the tokenizer sees it, which is what token_byte_counts() adds up to."""
-        normalizer = self.tokenizer.normalizer
-        if normalizer is None:
-            return len(document.utf8)
-        texts = [document.text] if document.messages is None else [text for _, text in document.messages]
-        return sum(len(normalizer.normalize_str(text).encode()) for text in texts)
+            texts = [document.text]
+            if chat:
+                texts = [text for _, text in document.messages]
+            yield EncodedDocument(document, ids, mask, self.counts.of(texts, len(document.utf8), ids))
 
 
 class TimeLeft:
@@ -517,15 +613,19 @@ class TimeLeft:
         return line
 
 
-def summary(source, place, encoder):
+def summary(source, place, counts):
     """The line that stays on the terminal when a source is done."""
     train, val = place["splits"]["train"], place["splits"]["val"]
     documents = train["documents"] + val["documents"]
     line = (f"{source.name:<12} {place['seen_bytes'] / 1e6:,.1f} MB, {documents:,} documents: "
             f"{train['tokens']:,} training and {val['tokens']:,} validation tokens")
-    if encoder.unknown is not None:
-        fraction = (train["unknown"] + val["unknown"]) / max(1, train["tokens"] + val["tokens"])
-        line += f", {fraction:.2%} unknown"
+    if counts.knows_unknown:
+        unknown, pieces = train["unknown"] + val["unknown"], train["tokens"] + val["tokens"]
+        if counts.leaves_out:  # there is no token for what is unknown
+            pieces += unknown
+        line += f", {unknown / max(1, pieces):.2%} unknown"
+    if place["undecodable"]:
+        line += f", {place['undecodable']:,} undecodable bytes (see --encoding)"
     return line + why_skipped(place["skipped"])
 
 
@@ -541,74 +641,14 @@ def finish(part, folder, asked, record):
         tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(),
         settings=asked,
         sources=sources)
-    (part / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+    with replacing(part / "meta.json") as f:  # a path may hold bytes that are no characters: JSON has escapes for them
+        f.write(json.dumps(meta, indent=1, ensure_ascii=False).encode(errors="backslashreplace"))
 
     keep = {"tokenizer.json", "meta.json"} | {entry["file"] for entry, _, _ in token_files(sources)}
-    for path in list(part.iterdir()):  # others are progress.json, hashes, and what a run left that was stopped
+    for path in own_files(part):  # others are progress.json, hashes, and what a run left that was stopped
         if path.name not in keep:
             path.unlink()
     part.rename(folder)
-
-
-# ---------------------------------------------------------------------------------------------------- --show
-
-def show(folder):
-    """Prints what a prepared folder holds: its sources, how long their documents are, and how each source begins."""
-    folder = Path(folder)
-    meta = read_meta(folder)
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
-    dtype = meta["dtype"]
-    kind = "reused" if is_reused(meta) else meta["settings"]["tokenizer"]
-    print(f"{folder}: {kind} tokenizer of {meta['vocab_size']:,} tokens, {meta['dtype']}")
-
-    rows = [("source", "language/kind", "split", "tokens", "documents", "bytes",
-             "bytes/token", "characters/token", "from")]
-    for source in meta["sources"]:
-        rows += [split_row(source, split, folder, tokenizer, dtype) for split in ("train", "val")]
-    print("\n".join(columns(rows)))
-
-    lengths = []  # tokens of each training document of a source
-    for source in meta["sources"]:
-        tokens = read_tokens(folder / source["train"]["file"], dtype)
-        lengths.append(np.diff(document_edges(tokens, *bos_eos(tokenizer))))
-    for source, n in zip(meta["sources"], lengths):
-        print("\n" + "\n".join(histogram(source["name"], n)))
-    for source, n in zip(meta["sources"], lengths):
-        first = read_tokens(folder / source["train"]["file"], dtype)[:400]
-        if len(n):
-            first = first[:n[0]]
-        print(f"\n{source['name']} begins:\n{tokenizer.decode(first.tolist(), skip_special_tokens=False)}")
-
-
-def is_reused(meta):
-    """Whether the folder's tokenizer existed before: the settings then name it by a checksum, not by its kind."""
-    return meta["settings"]["tokenizer"] not in (*TRAINERS, *READY)
-
-
-def split_row(source, split, folder, tokenizer, dtype):
-    """A row of the table that --show prints."""
-    entry = source[split]
-    origin = [str(v) for k, v in source["origin"].items() if k in ("dataset", "path", "python", "revision")]
-    tokens = read_tokens(folder / entry["file"], dtype)[:2 ** 20]  # the first million is enough for an average
-    characters = len(tokenizer.decode(tokens.tolist())) / max(1, len(tokens))
-    return (source["name"], f"{source['language']}/{source['kind']}", split, f"{entry['tokens']:,}",
-            f"{entry['documents']:,}", f"{entry['bytes']:,}", f"{entry['bytes'] / max(1, entry['tokens']):.2f}",
-            f"{characters:.2f}", " ".join(origin))
-
-
-def histogram(name, lengths):
-    """Yields lines about the lengths of a source's documents: the extremes, and a bar for each power of two."""
-    heading = f"{name}, tokens per training document: "
-    if len(lengths) == 0:
-        yield heading + "there is none"
-        return
-    median = int(np.median(lengths))
-    yield heading + f"shortest {lengths.min():,}, median {median:,}, longest {lengths.max():,}"
-    counts = np.bincount(np.frexp(lengths)[1])  # frexp's exponent of 4, 5, 6 and 7 is 3
-    for power, count in enumerate(counts):
-        if count:
-            bar = "#" * round(50 * count / max(counts))
-            yield f"  {2 ** (power - 1):>9,} to {2 ** power - 1:>9,}  {count:>9,}  {bar}"
 
 
 # ---------------------------------------------------------------------------------------------------- the tool
@@ -619,17 +659,18 @@ def next_command(folder, meta, s):
     For a new tokenizer: train the model whose default tokenizer this is. For the tokenizer of an existing model: go on
     training that model, with finetune.py if there are chats.
     """
+    data = shlex.quote(f"--data={folder}")
     if is_reused(meta):
         chats = any("mask" in source["train"] for source in meta["sources"])
         tool = "finetune.py" if chats else "train.py"
         checkpoint = s.tokenizer if s.tokenizer.endswith(".pt") else "CHECKPOINT"
-        return f"python {tool} --init_from={checkpoint} --data={folder}"
+        return f"python {tool} {shlex.quote(f'--init_from={checkpoint}')} {data}"
 
     kind, vocab_size = meta["settings"]["tokenizer"], meta["settings"]["vocab_size"]
     if (kind, vocab_size) == ("bpe", 32_000):
-        return f"python train.py --model=gpt2preln --data={folder}"
+        return f"python train.py --model=gpt2preln {data}"
     model = {"bpe": "ivme", "hybrid": "tinymemory", "chunk": "i3", "gpt2": "gpt2preln-gpt2"}[kind]
-    command = f"python train.py --model={model} --data={folder}"
+    command = f"python train.py --model={model} {data}"
     if vocab_size not in (0, DEFAULT_VOCAB[kind]):
         command += f" --vocab_size={meta['vocab_size']}"
     return command
@@ -647,6 +688,10 @@ def main(argv):
         return 0
     if s.show:
         show(s.show)
+        return 0
+    if s.verify:
+        check_tokens(s.verify, read_meta(s.verify))
+        print(f"{s.verify} is whole: all files have the checksums that meta.json names")
         return 0
 
     folder = prepare(names, s)

@@ -178,15 +178,20 @@ def generate(model, idx, max_new_tokens, stop_token=None, **sampling):
 # ---------------------------------------------------------------------------------------------------- showing text
 
 class Text:
-    """One sample's text, which grows token by token.
+    """One sample's text, which grows token by token: together it is what decoding all tokens at once gives.
 
-    `add` returns what is safe to show: whole characters, and nothing that may turn out to be the beginning of the stop
-    text. `done` says whether the end token or the stop text has come.
+    `add` returns what is safe to show: nothing that further tokens may change, and nothing that may turn out to be the
+    beginning of the stop text. `done` says whether the end token or the stop text has come. before: the tokens of the
+    prompt, as a token may be written in another way at the beginning of a text than behind others.
     """
+    WINDOW = 64  # tokens that are decoded at most before the first ones are forgotten
+    CONTEXT = 16  # tokens that are kept then: a token's text depends on its neighbours alone
 
-    def __init__(self, tokenizer, eos, stop=""):
+    def __init__(self, tokenizer, eos, stop="", before=()):
         self.tokenizer, self.eos, self.stop = tokenizer, eos, stop
-        self.pending = []  # tokens that may still be a part of a character
+        self.special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.window = list(before)[-self.CONTEXT:]
+        self.taken = len(tokenizer.decode(self.window))  # characters of the window's text that are not to be shown anew
         self.text = ""
         self.shown = 0  # characters of it
         self.done = False
@@ -196,16 +201,30 @@ class Text:
             return ""
         if token == self.eos:
             return self.finish()
-        self.pending.append(token)
-        is_cut = self.tokenizer.decode(self.pending).endswith("\ufffd")
-        if is_cut and len(self.pending) < 4:  # the rest of a character of up to four bytes may still come
+        if token in self.special:  # it has no text, and does not end a character that was begun
             return ""
-        return self.take()
+        self.window.append(token)
+        if self.may_change():
+            return ""
+        piece = self.take()
+        if len(self.window) > self.WINDOW:
+            self.window = self.window[-self.CONTEXT:]
+            self.taken = len(self.tokenizer.decode(self.window))
+        return piece
+
+    def may_change(self):
+        """Whether the next token may change how the last one is decoded: it may be a part of a character.
+
+        A tokenizer with byte fallback writes bytes as <0x0A> and decodes all that follow each other together.
+        """
+        is_byte = re.fullmatch("<0x[0-9A-F]{2}>", self.tokenizer.id_to_token(self.window[-1]) or "")
+        return is_byte or self.tokenizer.decode(self.window).endswith("\ufffd")
 
     def take(self):
-        """Moves the pending tokens into the text."""
-        self.text += self.tokenizer.decode(self.pending)
-        self.pending = []
+        """Moves what is new in the window into the text."""
+        text = self.tokenizer.decode(self.window)
+        self.text += text[self.taken:]
+        self.taken = len(text)
         if not self.stop:
             return self.show(len(self.text))
 
@@ -556,7 +575,7 @@ def write_samples(model, tokenizer, prompt, s, sampling):
     ids = [bos, *tokenizer.encode(prompt, add_special_tokens=False).ids]
     if len(ids) > model.cfg.context_length:
         note(f"the prompt has {len(ids):,} tokens, the model reads the last {model.cfg.context_length:,}")
-    texts = [Text(tokenizer, eos, s.stop) for _ in range(s.num_samples)]
+    texts = [Text(tokenizer, eos, s.stop, before=ids[1:]) for _ in range(s.num_samples)]
     is_only_one = s.num_samples == 1
     if is_only_one:
         print(prompt, end="", flush=True)

@@ -8,9 +8,15 @@ import re
 
 import numpy as np
 
-from common import UserError, mended
+from common import UserError
 
 ROLES = ("system", "user", "assistant")
+SHOWN = "shown"  # role of a reply that belongs to the chat but is not to be learned
+
+# What people call the roles
+ROLE_NAMES = dict(
+    system="system", developer="system", user="user", human="user",
+    assistant="assistant", gpt="assistant", chatgpt="assistant", model="assistant", bot="assistant")
 
 
 class NoChat(ValueError):
@@ -19,92 +25,159 @@ class NoChat(ValueError):
 
 # ---------------------------------------------------------------------------------------------------- reading
 
-CHAT_COLUMNS = ("messages", "instruction", "input", "output", "context", "response")  # the columns of all the layouts
+# Names of the columns that hold all messages, a question, what belongs to the question, and the reply
+MESSAGES = ("messages", "conversations", "conversation")
+QUESTIONS = ("instruction", "prompt", "question")
+EXTRAS = ("input", "context")
+REPLIES = ("output", "response", "completion", "answer")
+
+
+def chat_columns(names):
+    """Those of the columns `names` that a chat is read from; none if they hold none."""
+    for name in MESSAGES:
+        if name in names:
+            return [name]
+    if any(name in names for name in QUESTIONS) and any(name in names for name in REPLIES):
+        return [name for name in (*QUESTIONS, *EXTRAS, *REPLIES) if name in names]
+    return []
 
 
 def is_chat(row):
-    """Whether a row (a dict, or a line of a text file) has one of the layouts that chat_messages() reads."""
+    """Whether a row (a dict, or a line of text) has one of the layouts that chat_messages() reads.
+
+    A row that has a text of its own, beside columns that are not called messages or instruction, is a text.
+    """
     if isinstance(row, str):
-        return row.lstrip().startswith("[INST]")
+        return re.match(r"\s*(?:<s>\s*)?\[INST\]", row) is not None
     if isinstance(row.get("messages"), list):
         return True
-    return "instruction" in row and ("output" in row or "response" in row)
+    if "instruction" in row and ("output" in row or "response" in row):
+        return True
+    if isinstance(row.get("text"), str) or isinstance(row.get("content"), str):
+        return False
+    question, reply = row.get(first_of(QUESTIONS, row)), row.get(first_of(REPLIES, row))
+    both = isinstance(question, (str, list)) and isinstance(reply, (str, list))
+    return both or any(isinstance(row.get(name), list) for name in MESSAGES)
+
+
+def first_of(names, row):
+    """The first of these columns that a row fills; if it fills none, the first that it has, or None."""
+    there = [name for name in names if name in row]
+    return next((name for name in there if row[name] is not None), there[0] if there else None)
 
 
 def chat_messages(row):
     """The chat in a row, as tidy() returns it: [(role, text)].
 
-    The row may have one of four layouts:
+    The row may have one of these layouts, also with the other names that MESSAGES, QUESTIONS, EXTRAS and REPLIES list:
 
         {"messages": [{"role": "user", "content": "..."}, ...]}
-        {"instruction": "...", "input": "...", "output": "..."}        alpaca: one question and its reply
-        {"instruction": "...", "context": "...", "response": "..."}    dolly: the same with other names
-        [INST] question [/INST] reply [INST] question ...              TinyChat: a line of text
+        {"conversations": [{"from": "human", "value": "..."}, ...]}         ShareGPT
+        {"instruction": "...", "input": "...", "output": "..."}             alpaca: one question and its reply
+        {"instruction": "...", "context": "...", "response": "..."}         dolly: the same with other names
+        {"prompt": [messages], "completion": [messages]}
+        [INST] question [/INST] reply [INST] question ...                   TinyChat: a line of text
+        <s>[INST] <<SYS>>system<</SYS>> question [/INST] reply </s><s>...   Llama 2: the same with more marks
 
-    Raises NoChat for anything else.
+    A reply of "weight" 0, as OpenAI has it, gets the role SHOWN. Raises NoChat for anything else.
     """
     if isinstance(row, str):
         return tidy(instruction_turns(row))
     if not isinstance(row, dict):
         raise NoChat("not a chat")
 
-    messages = row.get("messages")
-    if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
-        return tidy((m.get("role"), m.get("content")) for m in messages)
+    messages = row.get(first_of(MESSAGES, row))
+    if is_list_of_messages(messages):
+        return tidy(map(role_and_text, messages))
 
-    for extra, reply in (("input", "output"), ("context", "response")):
-        if "instruction" in row and reply in row:
-            turn = [("user", row["instruction"]), ("assistant", row[reply])]
-            if str(row.get(extra) or "").strip():
-                turn.insert(1, ("user", row[extra]))  # tidy() joins it to the question
-            return tidy(turn)
-    raise NoChat("not a chat")
+    question, reply = first_of(QUESTIONS, row), first_of(REPLIES, row)
+    if question is None or reply is None:
+        raise NoChat("not a chat")
+    if is_list_of_messages(row[question]) and is_list_of_messages(row[reply]):
+        return tidy(map(role_and_text, row[question] + row[reply]))
+
+    # alpaca has its input with an output, dolly its context with a response
+    extras = dict(output=("input",), response=("context",)).get(reply, EXTRAS)
+    turn = [("user", row[question])]
+    turn += [("user", row[extra]) for extra in extras if str(row.get(extra) or "").strip()]  # tidy() joins them
+    return tidy([*turn, ("assistant", row[reply])])
+
+
+def is_list_of_messages(value):
+    return isinstance(value, list) and all(isinstance(message, dict) for message in value)
+
+
+def role_and_text(message):
+    """(role, text) of a message, {"role", "content"} or ShareGPT's {"from", "value"}. An unknown role is None."""
+    name = message.get(first_of(("role", "from"), message))
+    role = ROLE_NAMES.get(name.lower()) if isinstance(name, str) else None
+    if role == "assistant" and message.get("weight") == 0:
+        role = SHOWN
+    return role, message.get(first_of(("content", "value"), message))
 
 
 def instruction_turns(line):
-    """'[INST] a [/INST] b' -> [('user', 'a'), ('assistant', 'b')]. Raises NoChat if the marks do not take turns."""
+    """'[INST] a [/INST] b' -> [('user', 'a'), ('assistant', 'b')]. Raises NoChat if the marks do not take turns.
+
+    Of Llama 2's other marks, <s> and </s> go, and what stands in <<SYS>> at the beginning is the system's message.
+    """
     before, *parts = re.split(r"(\[/?INST\])", line)
     marks, texts = parts[::2], parts[1::2]
     in_turn = all(mark == ("[/INST]" if i % 2 else "[INST]") for i, mark in enumerate(marks))
-    if before.strip() or not marks or not in_turn:
+    if before.strip() not in ("", "<s>") or not marks or not in_turn:
         raise NoChat("[INST] and [/INST] not in turn")
-    return [("assistant" if i % 2 else "user", text.strip()) for i, text in enumerate(texts)]
+
+    turns = []
+    for i, text in enumerate(texts):
+        text = text.strip()
+        if i % 2:
+            text = text.removesuffix("<s>").rstrip().removesuffix("</s>").rstrip()
+        turns.append(("assistant" if i % 2 else "user", text))
+    if system := re.match(r"<<SYS>>(.*?)<</SYS>>(.*)", turns[0][1], re.DOTALL):
+        turns[:1] = [("system", system[1].strip()), ("user", system[2].strip())]
+    return turns
 
 
 def tidy(messages):
     """Messages, [(role, text)], as a chat: perhaps a system message, then user and assistant in turn.
 
-    Messages of the same role that follow each other become one, with an empty line between them. Questions at the end
-    that have no reply are removed, because nothing is learned from them. An empty text is a message like any other.
+    Messages of the same role that follow each other become one, with an empty line between them; replies become one
+    that is SHOWN if one of them is. Questions at the end that have no reply are removed, because nothing is learned
+    from them. An empty text is a message like any other.
 
     Raises NoChat if
 
-        - a role is not one of ROLES, or a text is not a str
+        - a role is not one of ROLES or SHOWN, or a text is not a str
         - a system message is not the first message
         - a reply does not follow a user's message
-        - no reply is left, or all the texts are empty
+        - no reply is left that is to be learned, or all the texts are empty
     """
+    replies = ("assistant", SHOWN)
     chat = []
     for role, text in messages:
-        if role not in ROLES:
+        if role not in (*ROLES, SHOWN):
             raise NoChat("role other than system, user and assistant")
         if not isinstance(text, str):
             raise NoChat("not text")
 
         before = chat[-1][0] if chat else None
-        if role == before:
-            chat[-1] = (role, "\n\n".join(filter(None, (chat[-1][1], mended(text)))))
+        if role == before or role in replies and before in replies:
+            if before == SHOWN:
+                role = SHOWN
+            chat[-1] = (role, "\n\n".join(filter(None, (chat[-1][1], text))))
             continue
         if role == "system" and before is not None:
             raise NoChat("system message inside the chat")
-        if role == "assistant" and before != "user":
+        if role in replies and before != "user":
             raise NoChat("begins with a reply")
-        chat.append((role, mended(text)))
+        chat.append((role, text))
 
     if chat and chat[-1][0] == "user":
         chat.pop()
-    if not chat or chat[-1][0] != "assistant":
+    if not chat or chat[-1][0] not in replies:
         raise NoChat("no reply")
+    if not any(role == "assistant" for role, _ in chat):
+        raise NoChat("no reply that is to be learned")
     if not any(text.strip() for _, text in chat):
         raise NoChat("empty")
     return chat
@@ -128,8 +201,9 @@ def encode_chats(chats, encode, ids):
 
         <|bos|>[<|system|>text]<|user|>text<|assistant|>text<|eos|><|user|>text<|assistant|>text<|eos|>...
 
-    The mask is 1 for the tokens of a reply and for the <|eos|> after it, else 0. encode: a function from a list of
-    texts to a list of id arrays; it is called once, with the texts of all chats. ids: see chat_ids().
+    The mask is 1 for the tokens of a reply and for the <|eos|> after it, else 0; it is 0 for a reply that is SHOWN.
+    encode: a function from a list of texts to a list of id arrays; it is called once, with the texts of all chats.
+    ids: see chat_ids().
     """
     if not chats:
         return []
@@ -140,12 +214,13 @@ def encode_chats(chats, encode, ids):
         pieces = [special["<|bos|>"]]
         learned = [0]  # the mask's value for each piece
         for role, _ in chat:
-            pieces += [special[f"<|{role}|>"], next(texts)]
-            if role == "assistant":
+            is_reply = role in ("assistant", SHOWN)
+            token = "<|assistant|>" if is_reply else f"<|{role}|>"
+            pieces += [special[token], next(texts)]
+            learned += [0, int(role == "assistant")]
+            if is_reply:
                 pieces.append(special["<|eos|>"])
-                learned += [0, 1, 1]
-            else:
-                learned += [0, 0]
+                learned.append(learned[-1])
         lengths = [len(piece) for piece in pieces]
         encoded.append((np.concatenate(pieces), np.repeat(np.array(learned, np.uint8), lengths)))
     return encoded

@@ -1,28 +1,40 @@
 """Prepared folders: how they are named, what meta.json says, and how the token files are written and read.
 
 meta.json names every token file with its numbers of tokens, documents and UTF-8 bytes, its size and its checksum.
-read_meta() compares the sizes of the files, and the checksum of tokenizer.json. The checksums of the token files are
-for a training run that is resumed: they tell whether its data has changed. A meta.json looks as follows (shortened):
+read_meta() compares the sizes of the files, and the checksum of tokenizer.json. The checksums of the token files tell
+a resumed run whether its data has changed, and check_tokens() whether a file was damaged. A meta.json looks as follows
+(shortened):
 
     {"format": 1, "dtype": "uint16", "vocab_size": 2111, "tokenizer_sha256": "51c3...",
      "settings": {"sources": [...], "tokenizer": "hybrid", "vocab_size": 2111, ...},
      "sources": [{"name": "pydocs", "language": "en", "kind": "code", "origin": {...}, "budget": 0, "skipped": {...},
+                  "undecodable": 0, "text": {"documents": 743, "sha256": "01ab..."},
                   "train": {"file": "train.0-pydocs.bin", "tokens": 4442664, "unknown": 0, "documents": 708,
                             "bytes": 10124203, "file_size": 8885328, "sha256": "6594..."},
                   "val": {...}}]}
 
-A source of chats also has "mask": {"file", "file_size", "sha256"} in "train" and in "val".
+`undecodable` bytes stood for no character. The checksum of `text` is that of the hashes of all its different documents.
+A source of chats also has "mask": {"file", "file_size", "sha256"} in "train" and in "val", one that is a sample of many
+files names them in "files", and some tokenizers from elsewhere bring "unknown_bytes" and "token_bytes", see
+corpus/counts.py.
+
+While a folder is made, its name begins with a dot and ends in .part, and a file beside it, which ends in .lock, keeps
+other processes from making it too.
 """
+import contextlib
 import hashlib
 import json
 import os
+import re
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError
-from corpus.text import SKIPPED, SUFFIXES, Document, Seen, split_label
+from common import Progress, UserError, lock
+from corpus.files import SUFFIXES
+from corpus.text import SKIPPED, Document, Seen, split_label
 from corpus.tokenizer import DEFAULT_VOCAB, READY, TRAINERS
 
 
@@ -44,7 +56,7 @@ def corpus_name(names, tokenizer, vocab_size):
 def base_name(word):
     """'books/novels.jsonl' -> 'novels', 'novels@it/books' -> 'novels', 'ORG/NAME' -> 'NAME', 'pydocs' -> 'pydocs'."""
     name, _, _ = split_label(word)
-    if os.path.exists(name) or name.endswith(SUFFIXES):
+    if os.path.exists(name) or name.lower().endswith(SUFFIXES):
         return Path(name).resolve().name.split(".")[0]
     return Path(name).name
 
@@ -88,12 +100,13 @@ def read_meta(folder):
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
+        check_types(meta)
         id_bytes = np.dtype(meta["dtype"]).itemsize
         files = [(entry["file"], entry["file_size"], tokens, width)
                  for entry, tokens, width in token_files(meta["sources"], id_bytes)]
     except FileNotFoundError:
         raise UserError(f"{folder} is not a prepared folder: it has no meta.json") from None
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); prepare the folder again") from None
     if meta.get("format") != 1:
         raise UserError(f"{path} has format {meta.get('format')!r}; this version reads format 1")
@@ -102,6 +115,30 @@ def read_meta(folder):
         check_file(folder / name, size, tokens, width)
     check_tokenizer(folder / "tokenizer.json", meta["tokenizer_sha256"])
     return meta
+
+
+def check_types(meta):
+    """Raises KeyError, TypeError or ValueError if meta.json lacks something that all tools need."""
+    def check(entry, **types):
+        for name, kind in types.items():
+            if not isinstance(entry[name], kind):
+                raise TypeError(f"{name!r} is not {kind.__name__}")
+
+    check(meta, dtype=str, vocab_size=int, tokenizer_sha256=str, settings=dict, sources=list)
+    check(meta["settings"], tokenizer=str, vocab_size=int)
+    if meta["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"dtype {meta['dtype']!r}")
+    for source in meta["sources"]:
+        check(source, name=str, language=str, kind=str, origin=dict, budget=int, train=dict, val=dict)
+        if "text" in source:  # older folders lack it
+            check(source, text=dict)
+            check(source["text"], documents=int, sha256=str)
+        for entry in (source["train"], source["val"]):
+            check(entry, file=str, tokens=int, documents=int, bytes=int, file_size=int, sha256=str)
+            if "token_bytes" in entry:
+                check(entry, token_bytes=int, unknown_bytes=int)
+            if "mask" in entry:
+                check(entry["mask"], file=str, file_size=int, sha256=str)
 
 
 def check_file(path, size, tokens, width):
@@ -121,6 +158,28 @@ def check_tokenizer(path, sha256):
         raise UserError(f"{path} is missing; prepare the folder again")
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise UserError(f"{path} is not the one this folder was encoded with; prepare the folder again")
+
+
+def check_tokens(folder, meta, largest=None):
+    """Raises UserError, which names it, if a token file or mask of a prepared folder was changed or damaged.
+
+    Each file is read and its checksum compared. largest: bytes up to which a file is read. A larger one is looked at in
+    a few hundred places, and read only if there are zeros alone in one of them: so a copy that broke off is noticed.
+    """
+    for entry, _, _ in token_files(meta["sources"]):
+        path = Path(folder) / entry["file"]
+        if largest is not None and entry["file_size"] > largest and not has_gap(path):
+            continue
+        with open(path, "rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() != entry["sha256"]:
+                raise UserError(f"{path} is damaged: its checksum is not that of meta.json; prepare the folder again")
+
+
+def has_gap(path, places=256, length=4096):
+    """Whether one of some places of a file, spread evenly from its beginning to its end, holds nothing but zeros."""
+    data = np.memmap(path, np.uint8, "r")
+    begins = np.linspace(0, max(0, len(data) - length), places).astype(np.int64)
+    return any(not data[begin:begin + length].any() for begin in begins)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -150,13 +209,52 @@ def document_edges(tokens, bos, eos=None):
 
 # ---------------------------------------------------------------------------------------------------- writing
 
+# Files of a folder that is being made. No other file is deleted
+OWN = re.compile(r"(train|val|hashes)\.\d+-.+\.bin|(tokenizer|meta|progress)\.json(\.part)?")
+
+
+def own_files(part):
+    """The files of a folder that is being made. UserError if it holds others, which then stay where they are."""
+    files = list(part.iterdir()) if part.is_dir() else []
+    for path in files:
+        if not OWN.fullmatch(path.name) or path.is_dir():
+            raise UserError(f"{part} is where the work is done, and holds {path.name}, which prepare.py did not write: "
+                            "move it away, or give another --name")
+    return files
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Inside, no other process makes this folder: it waits until another one that does is done."""
+    new = [parent for parent in folder.parents if not parent.exists()]
+    path = folder.with_name(f".{folder.name}.lock")
+    told = False
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # the other one has just removed the lock, or an empty folder
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = lock(path)
+            if file is not None and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        if not told:
+            Progress().done(f"waiting      another prepare.py is making {folder}")
+            told = True
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+        for parent in new:
+            with contextlib.suppress(OSError):  # it is not empty
+                parent.rmdir()
+
+
 class EncodedDocument(NamedTuple):
     """A document in tokens, with what meta.json counts of it."""
     document: Document
     ids: np.ndarray  # (n,), with the tokens that begin and end a document
     mask: np.ndarray | None  # uint8 (n,), of a chat: 1 for the tokens of replies
-    unknown: int  # tokens that stand for text outside the vocabulary
-    n_bytes: int  # UTF-8 bytes of the text as the tokenizer sees it
+    counts: dict  # what TokenCounts counts: bytes, unknown...
 
 
 def new_place(stem, chat):
@@ -173,6 +271,7 @@ def new_place(stem, chat):
     return dict(
         splits=splits,  # the entries for meta.json
         skipped=dict.fromkeys(SKIPPED, 0),  # reason -> rows that were left out
+        undecodable=0,  # bytes that stand for no character
         state=None,  # of the source's reader
         hashes=0,  # how many are in the file of hashes
         seen_bytes=0)  # UTF-8 bytes of the documents that were written
@@ -225,15 +324,16 @@ class SourceWriter:
         """
         skipped = self.place["skipped"]
         pieces = {name: [] for name in self.files}
+        hashes = []
         for item in batch:
             if not isinstance(item, Document):
                 skipped[item] = skipped.get(item, 0) + 1
                 continue
+            hashes.append(item.hash)
             self.take(next(encoded), pieces)
             if self.full():
                 break
 
-        hashes = [item.hash for item in batch if isinstance(item, Document)]
         pieces[self.hashes_file].append(np.array(hashes, dtype="<u8"))
         self.place["hashes"] += len(hashes)
         for name, arrays in pieces.items():
@@ -248,8 +348,9 @@ class SourceWriter:
             return
         entry["tokens"] += len(encoded.ids)
         entry["documents"] += 1
-        entry["unknown"] += encoded.unknown
-        entry["bytes"] += encoded.n_bytes
+        for name, n in encoded.counts.items():
+            entry[name] = entry.get(name, 0) + n
+        self.place["undecodable"] += encoded.document.undecodable
         self.place["seen_bytes"] += len(encoded.document.utf8)
         pieces[entry["file"]].append(encoded.ids.astype(self.dtype))
         if encoded.mask is not None:
@@ -270,3 +371,6 @@ class SourceWriter:
             with open(self.folder / entry["file"], "rb") as f:
                 entry["file_size"] = os.path.getsize(f.name)
                 entry["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
+        with open(self.folder / self.hashes_file, "rb") as f:
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        self.place["text"] = dict(documents=self.place["hashes"], sha256=sha256)

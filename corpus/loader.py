@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 from common import UserError
+from corpus.counts import byte_scale
 from corpus.folder import document_edges, read_tokens
+from corpus.tokenizer import token_byte_counts
 
 
 class TokenSource:
@@ -30,6 +32,7 @@ class TokenSource:
         self.weight = weight
         self.budget = entry["budget"] or entry["train"]["tokens"]
         self.fingerprint = [entry["name"], entry["train"]["sha256"]]  # a resumed run must find the same data
+        self.entries = [entry["train"], entry["val"]]
         self.train = read_tokens(folder / entry["train"]["file"], dtype)
         self.val = read_tokens(folder / entry["val"]["file"], dtype)
         self.train_mask = self.val_mask = None
@@ -83,6 +86,15 @@ def open_sources(folders):
             for i, source in enumerate(same):
                 source.name += f"-{i}"
     return sources
+
+
+def bytes_per_token(tokenizer, sources):
+    """UTF-8 bytes of text that each token id stands for, float64 (vocabulary size,), to count bits per byte with.
+
+    They are whole numbers for most tokenizers. Those of a tokenizer from elsewhere are scaled, if need be, so that all
+    tokens of the sources together stand for the text that meta.json has counted.
+    """
+    return token_byte_counts(tokenizer) * byte_scale([entry for source in sources for entry in source.entries])
 
 
 # ---------------------------------------------------------------------------------------------------- rows

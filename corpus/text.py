@@ -10,23 +10,27 @@ not depend on the order of files or on what is added later.
 """
 import argparse
 import ast
-import gzip
+import copy
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import threading
-import zlib
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from common import UserError, mended, nearest, number
-from corpus.chats import CHAT_COLUMNS, NoChat, chat_messages, is_chat
+from corpus.chats import NoChat, chat_columns, chat_messages, is_chat
+from corpus.files import (
+    SUFFIXES, TEXT_SUFFIXES, json_rows, open_text, parquet_rows, parquet_shape, parquet_texts, readable_files,
+    suffix_of,
+)
+from corpus.samples import begun, drawn_order, in_turns, wanted_for
 from corpus.tokenizer import PIECE
-
-TEXT_SUFFIXES = (".txt", ".md")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")  # of the files that can be read
 
 
 # ---------------------------------------------------------------------------------------------------- sources
@@ -37,20 +41,33 @@ class TextSource:
     language: str
     kind: str  # web, wiki, books, code, math, chat or text
     origin: dict  # where the text came from, for meta.json
-    documents: object  # () -> iterator over texts or chats; called once to sample, once to encode
+    documents: object = None  # () -> iterator over texts or chats, always the same ones
     budget: int = 0  # training tokens to take; 0: all
-    stamp: object = 0  # changes when a local file changes: then work on the old text is not resumed but begun anew
-    chat: bool = False  # `documents` gives chats: rows that chat_messages() reads, or Documents
+    chat: bool = False  # the texts are chats: rows that chat_messages() reads, or Documents
 
-    def reader(self, state=None):
+    def reader(self, state=None, wanted=None):
+        """Goes over the texts, from `state` on. wanted: how much is, if not what the budget needs."""
         return Reader(self.documents, state)
+
+    def local_files(self):
+        """The files here that the text is read from."""
+        return []
+
+    def stamp(self):
+        """When one of the local files was last changed, in nanoseconds: its contents, its name or its rights."""
+        times = [(stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, self.local_files())]
+        return max(map(max, times), default=0)
+
+    def files_read(self, state):
+        """The names of the files that were read until `state`, if it is a sample that comes from a part of them."""
+        return None
 
 
 class Reader:
     """Goes over the texts or chats of a source.
 
     state: how far it is, in a form that JSON can keep; a new Reader continues from there. Here it is the number of
-    texts that were read. They are read again and skipped: with local text that costs little compared to encoding it.
+    texts that were read. They are read again and skipped, which costs little compared to encoding them.
     """
 
     def __init__(self, documents, state=None):
@@ -73,6 +90,7 @@ class Document:
     hash: int  # 64 bits; decides what the tokenizer learns from, and finds duplicates
     split_hash: int  # 64 bits; decides between training and validation text
     messages: list = None  # of a chat: [(role, text)]
+    undecodable: int = 0  # bytes of its text that stand for no character
 
 
 def text_hash(utf8):
@@ -84,11 +102,25 @@ def chat_document(messages, split_hash=None):
 
     Its hash covers the roles too. The same hash decides the split, unless the caller names another one.
     """
-    texts = [text for _, text in messages]
+    mended_texts = [without_halves(text) for _, text in messages]
+    messages = [(role, text) for (role, _), (text, _) in zip(messages, mended_texts)]
+    texts = [text for text, _ in mended_texts]
     own = text_hash(json.dumps(messages).encode())
     if split_hash is None:
         split_hash = own
-    return Document("\n".join(texts), "".join(texts).encode(), own, split_hash, messages)
+    undecodable = sum(n for _, n in mended_texts)
+    return Document("\n".join(texts), "".join(texts).encode(), own, split_hash, messages, undecodable)
+
+
+def without_halves(text):
+    """The text as UTF-8 can hold it, and how many halves of surrogate pairs became U+FFFD.
+
+    Such a half is what corpus/files.py makes of a byte that cannot be decoded. JSON can bring others.
+    """
+    whole = mended(text)
+    if whole is text:
+        return text, 0
+    return whole, whole.count("\ufffd") - text.count("\ufffd")
 
 
 class Seen:
@@ -144,10 +176,10 @@ def text_or_reason(text):
     text = without_marks(text)
     if not text.strip():
         return "empty"
-    text = mended(text)
+    text, undecodable = without_halves(text)
     utf8 = text.encode()
     own = text_hash(utf8)
-    return Document(text, utf8, own, own)
+    return Document(text, utf8, own, own, undecodable=undecodable)
 
 
 def without_marks(text):
@@ -156,7 +188,7 @@ def without_marks(text):
     Empty lines set headings and paragraphs apart instead. Some files hold the article as Python writes bytes, b'...'.
     An article of that form that is damaged is also taken as it is.
     """
-    if not re.match(r"""(?:b["'])?(?:\\n|\s)*_START_ARTICLE_""", text):
+    if not re.match(r"""(?:b["'])?(?:\\n|\s)*_START_ARTICLE_""", text[:1000]):
         return text
     if text.startswith("b"):
         try:
@@ -167,16 +199,102 @@ def without_marks(text):
     return text.replace("_NEWLINE_", "\n").strip()
 
 
+# ---------------------------------------------------------------------------------------------------- layouts
+
+LOOK = 20  # rows or lines from which a file's layout is judged
+
+
+class Layout(NamedTuple):
+    """How the rows of a file are to be read."""
+    chat: bool  # whether they are chats
+    column: str  # the one that holds the text, or TinyChat's line; empty: the whole row is a chat
+
+
+class NoColumn(UserError):
+    """There is no column of the name that was asked for, or none that holds text or chats."""
+
+
+def layout_of(where, rows, names, column):
+    """The Layout of rows, judged by most of them; those that say nothing, such as one of nulls, do not count.
+
+    rows: some of them, as dicts. names: their columns. column: the one that the user named, which then holds text.
+    Raises NoColumn, which says `where` the rows are.
+    """
+    text_column = column or next((name for name in ("text", "content") if name in names), "")
+    found = Counter()
+    for row in rows:
+        text = row.get(text_column)
+        if not column and is_chat(row):
+            found[Layout(chat=True, column="")] += 1
+        elif isinstance(text, str):
+            found[Layout(chat=not column and is_chat(text), column=text_column)] += 1
+    if found:
+        return found.most_common(1)[0][0]
+    if not text_column and chat_columns(names):
+        return Layout(chat=True, column="")
+    if text_column not in names:
+        there = ", ".join(map(repr, names))
+        raise NoColumn(f"{where} has no column {text_column or 'text'!r}, it has {there}; choose one with --column")
+    return Layout(chat=False, column=text_column)
+
+
+def file_layout(path, column, encoding):
+    """The Layout of a file, judged by its first rows or lines; None if there are none. Raises UserError as above."""
+    suffix = suffix_of(path)
+    if suffix in TEXT_SUFFIXES:
+        with open_text(path, encoding) as f:
+            lines = f.read(PIECE).splitlines(keepends=True)
+        chats = [is_chat(line) for line in itertools.islice(instruction_lines(lines), LOOK)]
+        return Layout(chat=not column and sum(chats) * 2 > len(chats), column="") if chats else None
+
+    if suffix == ".parquet":
+        names, n_rows = parquet_shape(path)
+        if n_rows == 0:
+            return None
+        telling = [name for name in names if name in (column, "text", "content", *chat_columns(names))]
+        rows = []
+        if len(telling) == 1:
+            rows = [{telling[0]: value} for value in itertools.islice(parquet_texts(path, telling[0]), LOOK)]
+        elif telling:
+            rows = list(itertools.islice(parquet_rows(path, telling), LOOK))
+    else:
+        first = list(itertools.islice(json_rows(path, encoding), LOOK))
+        rows = [row for row in first if isinstance(row, dict)]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        if not first:
+            return None
+        if not rows:
+            raise UserError(f"{path} {'item' if suffix == '.json' else 'line'} 1 is not a JSON object")
+    return layout_of(path, rows, names, column)
+
+
 # ---------------------------------------------------------------------------------------------------- reading files
 
-def text_documents(path, limit=PIECE):
+def file_texts(path, layout, encoding, limit):
+    """The texts or the rows of chats in a file of this layout. limit: see text_documents()."""
+    suffix = suffix_of(path)
+    if suffix in TEXT_SUFFIXES and layout.chat:
+        with open_text(path, encoding) as f:
+            yield from instruction_lines(f)
+    elif suffix in TEXT_SUFFIXES:
+        yield from text_documents(path, limit, encoding)
+    elif suffix == ".parquet" and layout.column:
+        yield from parquet_texts(path, layout.column)
+    elif suffix == ".parquet":
+        yield from parquet_rows(path, chat_columns(parquet_shape(path)[0]))
+    else:
+        for row in json_rows(path, encoding):
+            yield row.get(layout.column) if layout.column and isinstance(row, dict) else row
+
+
+def text_documents(path, limit=PIECE, encoding=""):
     """The text of a file, in documents of at most `limit` characters.
 
-    A document ends after a paragraph; if none ends in its second half, after a line; if none, after a word. As in
-    Python's text mode, line ends become \\n. A byte order mark is removed, and bytes that are not UTF-8 become U+FFFD.
+    A document ends after a paragraph; if none ends in its second half, after a line; if none, after a word. See
+    open_text() for line ends and encodings.
     """
     rest = ""
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
+    with open_text(path, encoding) as f:
         while read := f.read(PIECE):
             rest += read
             while len(rest) > limit:
@@ -195,72 +313,24 @@ def last_break(text, limit):
     return limit
 
 
-def row_documents(path, column, chat=False):
-    """The texts in the rows of a .jsonl, .jsonl.gz or .parquet file; with `chat` the rows themselves, as dicts.
-
-    column: the one that holds the text; empty: text or content. Raises UserError, which names the broken line or the
-    missing column.
-    """
-    if str(path).endswith(".parquet"):
-        yield from parquet_documents(path, column, chat)
-    else:
-        yield from json_documents(path, column, chat)
-
-
-def parquet_documents(path, column, chat):
-    import pyarrow
-    import pyarrow.parquet
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        columns = file.schema_arrow.names
-        if chat:
-            names = [name for name in CHAT_COLUMNS if name in columns]
-        else:
-            names = [text_column(path, columns, column)]
-        for batch in file.iter_batches(batch_size=256, columns=names):
-            yield from batch.to_pylist() if chat else batch.column(0).to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} cannot be read as parquet: {e}") from None
-
-
-def json_documents(path, column, chat):
-    open_text = gzip.open if str(path).endswith(".gz") else open
-    try:
-        with open_text(path, "rt", encoding="utf-8-sig", errors="replace") as f:
-            for i, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path} line {i} is not a JSON object")
-                yield row if chat else row[text_column(path, row, column)]
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} line {i} is not JSON: {e}") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise UserError(f"{path} is not a whole gzip file: {e}") from None
-
-
-def text_column(path, columns, wanted):
-    """The column to read: the wanted one; if none is named, text or content. UserError if it is not there."""
-    name = wanted or next((name for name in ("text", "content") if name in columns), "text")
-    if name not in columns:
-        there = ", ".join(map(repr, columns))
-        raise UserError(f"{path} has no column {name!r}, it has {there}; choose one with --column")
-    return name
-
-
-def chat_rows(path, longest=-1):
-    """What chat_messages() reads: the rows of a .jsonl, .jsonl.gz or .parquet file, or the lines of a text file.
-
-    longest: characters of a line that are read at once; -1: all.
-    """
-    if path.suffix not in TEXT_SUFFIXES:
-        yield from row_documents(path, "", chat=True)
-        return
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
-        while line := f.readline(longest):
-            if line.strip():
-                yield line
+def instruction_lines(lines):
+    """Joins the lines of a Llama-2 chat, from its <s> to its </s> or from <<SYS>> to [/INST]. Yields no empty line."""
+    chat = []
+    for line in lines:
+        if chat and (line.startswith("<s>") or len(chat) >= 10_000):  # the chat before it has no end
+            yield "".join(chat)
+            chat = []
+        if not chat and not line.strip():
+            continue
+        chat.append(line)
+        begin = chat[0].lstrip()
+        open_document = begin.startswith("<s>") and not line.rstrip().endswith("</s>")
+        open_system = "<<SYS>>" in begin and not any("[/INST]" in part for part in chat)
+        if not open_document and not open_system:
+            yield "".join(chat)
+            chat = []
+    if chat:
+        yield "".join(chat)
 
 
 # ---------------------------------------------------------------------------------------------------- what users name
@@ -288,11 +358,67 @@ def split_label(word):
     return name, language, kind
 
 
-def local_source(word, column, known=()):
-    """A file or folder as a TextSource. word: PATH, or PATH@language/kind.
+@dataclass
+class LocalSource(TextSource):
+    """A file or folder here."""
+    layouts: dict = field(default_factory=dict)  # path -> its Layout
+    root: Path = None  # the folder, or that of the file
+    encoding: str = ""  # of files without a byte order mark
+    left_out: Counter = field(default_factory=Counter)  # kind of file -> how many are there and not read
+    seed: int = 0  # draws the order of the files
 
-    column: see row_documents(); if it is named, rows of chats are text too. known: the names of other sources, to
-    guess what the user meant. Raises UserError if there is nothing that can be read.
+    def is_sample(self):
+        """Whether a budget needs only a part of several files: a token has fewer than 8 bytes on average."""
+        return len(self.layouts) > 1 and 0 < 8 * self.budget < self.origin["file_bytes"]
+
+    def reader(self, state=None, wanted=None):
+        # one short file must still give documents for both splits
+        limit = PIECE
+        if self.origin["files"] == 1:
+            limit = min(PIECE, max(1024, self.origin["file_bytes"] // 32))
+
+        paths = {path.relative_to(self.root).as_posix(): path for path in self.layouts}
+        names, portion = list(paths), math.inf
+        if self.is_sample():
+            names = drawn_order(names, self.seed)
+            portion = wanted_for(self.budget).first_portion(len(names))
+
+        def read(name, n):
+            n = n or 0
+            texts = file_texts(paths[name], self.layouts[paths[name]], self.encoding, limit)
+            for i, text in enumerate(itertools.islice(texts, n, None), n + 1):
+                yield text, i
+        return FilesReader(names, portion, read, state)
+
+    def local_files(self):
+        return list(self.layouts)
+
+    def files_read(self, state):
+        return list(state["files"]) if self.is_sample() else None
+
+
+class FilesReader:
+    """Goes over the texts of files as in_turns() does. A state tells how many texts of each file were read."""
+
+    def __init__(self, names, portion, read, state):
+        self.place = state or begun()
+        self.stopped = threading.Event()
+        self.texts = in_turns(names, portion, self.place, read)
+
+    def __iter__(self):
+        return self.texts
+
+    @property
+    def state(self):
+        return copy.deepcopy(self.place)
+
+
+def local_source(word, column, known=(), encoding="", seed=0):
+    """A file or folder as a LocalSource. word: PATH, or PATH@language/kind.
+
+    column: the one that holds the text of a row; empty: text or content, unless the rows are chats. encoding: see
+    open_text(). known: the names of other sources, to guess what the user meant. Raises UserError if there is nothing
+    that can be read.
     """
     path, language, kind = split_label(word)
     if not os.path.exists(path):
@@ -300,75 +426,40 @@ def local_source(word, column, known=()):
         raise UserError(f"{word!r} is neither a file or folder here, nor a corpus of --list, "
                         f"nor ORG/NAME of the Hugging Face Hub{hint}")
     path = Path(path)
-    files = readable_files(path)
-    size = sum(p.stat().st_size for p in files)
-    chat = not column and all_chats(path, files)
-
-    # one short file must still give documents for both splits
-    limit = PIECE
-    if len(files) == 1:
-        limit = min(PIECE, max(1024, size // 32))
-
-    def documents():
-        for p in files:
-            if chat:
-                yield from chat_rows(p)
-            elif p.suffix in TEXT_SUFFIXES:
-                yield from text_documents(p, limit)
-            else:
-                yield from row_documents(p, column)
-
-    return TextSource(
-        name=source_name(path),
-        language=language or "und",  # undetermined, in ISO 639
-        kind=kind or ("chat" if chat else "text"),
-        origin={"path": str(path), "files": len(files), "file_bytes": size},
-        documents=documents,
-        stamp=max(p.stat().st_mtime_ns for p in files),
-        chat=chat,
-    )
-
-
-def readable_files(path):
-    """The file, or the files in the folder and its subfolders, in the order of their paths; hidden ones are left out.
-
-    Raises UserError if there is none of a kind that can be read.
-    """
-    files = [path]
-    if not path.is_file():
-        files = [p for p in sorted(path.rglob("*")) if p.is_file() and not is_hidden(p.relative_to(path))]
-    files = [p for p in files if p.name.endswith(SUFFIXES)]
+    files, left_out = readable_files(path)
     if not files:
         what = "holds no" if path.is_dir() else "is not a"
         raise UserError(f"{path} {what} file that prepare.py reads ({', '.join(SUFFIXES)})")
-    return files
-
-
-def is_hidden(path):
-    return any(part.startswith(".") for part in path.parts)
-
-
-def all_chats(path, files):
-    """Whether the files hold chats, judged by the first row or line of each. Empty files count as neither.
-
-    Raises UserError if some hold chats and others text.
-    """
-    chats, texts = [], []
+    layouts, problems = {}, []
     for p in files:
-        first = next(chat_rows(p, longest=PIECE), None)
-        if first is not None:
-            side = chats if is_chat(first) else texts
-            side.append(p)
+        try:
+            layouts[p] = file_layout(p, column, encoding)
+        except NoColumn as e:  # that there are chats as well as text says more
+            problems.append(e)
+    chats = [p for p, layout in layouts.items() if layout and layout.chat]
+    texts = [p for p, layout in layouts.items() if layout and not layout.chat]
     if chats and texts:
         raise UserError(f"{path} holds chats ({chats[0].name}) as well as text ({texts[0].name}); "
                         "name them one by one, or read all as text with --column")
-    return bool(chats)
+    if problems:
+        raise problems[0]
+    return LocalSource(
+        name=source_name(path),
+        language=language or "und",  # undetermined, in ISO 639
+        kind=kind or ("chat" if chats else "text"),
+        origin={"path": str(path), "files": len(files), "file_bytes": sum(p.stat().st_size for p in files)},
+        chat=bool(chats),
+        layouts={p: layout or Layout(chat=bool(chats), column="") for p, layout in layouts.items()},
+        root=path if path.is_dir() else path.parent,
+        encoding=encoding,
+        left_out=left_out,
+        seed=seed,
+    )
 
 
 def source_name(path):
     """The name of a file without its suffix, or of a folder, with _ for characters that file names should not have."""
     name = path.resolve().name
     if path.is_file():
-        suffix = max((s for s in SUFFIXES if path.name.endswith(s)), key=len)
-        name = path.name.removesuffix(suffix)
+        name = path.name[:len(path.name) - len(suffix_of(path))]
     return re.sub(r"[^\w-]+", "_", name)

@@ -13,14 +13,16 @@ seven SPECIAL_TOKENS, with ids 0 to 6; gpt2 has <|endoftext|> alone. bos_eos() g
 document in either case.
 
 Text that spells "<|eos|>" must not become the token <|eos|>. load_tokenizer() prevents that with a setting that a
-tokenizer.json cannot keep, so every tokenizer is loaded by it. fast_encoder() gives the ids that the library gives,
-several times faster if the tokenizer allows it.
+tokenizer.json cannot keep, so every tokenizer is loaded by it. It takes tokenizers from elsewhere too, see
+corpus/foreign.py. fast_encoder() gives the ids that the library gives, several times faster if the tokenizer allows it.
 """
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import re
+import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +31,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from common import UserError, replacing
+from corpus.foreign import check_model, hide_special_tokens, spelled, unknown_token
 
 # The İvme card's special tokens, with ids 0 to 6
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|system|>")
@@ -45,8 +48,21 @@ PIECE = 2 ** 16  # characters of a text that are held or counted at a time
 def load_tokenizer(source):
     """Loads a tokenizer from the path or the text of a tokenizer.json, or from the path of a checkpoint (.pt).
 
-    Raises UserError if `source` holds no tokenizer, or one without the tokens that begin and end a document.
+    Text that spells a special token stays text. Raises UserError if `source` holds no tokenizer, one without the tokens
+    that begin and end a document, or one that would fail at some text.
     """
+    tokenizer = read_tokenizer(source)
+    name = "the tokenizer" if str(source).lstrip().startswith("{") else str(source)
+    bos_eos(tokenizer, name)
+    check_model(tokenizer, name)
+    hide_special_tokens(tokenizer, [*SPECIAL_TOKENS, END_OF_TEXT])
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.dropout = None  # the same text must have the same ids each time
+    return tokenizer
+
+
+def read_tokenizer(source):
+    """The tokenizer as it stands in a file, to be written to another one. Otherwise see load_tokenizer()."""
     name = source = str(source)
     try:
         if source.lstrip().startswith("{"):
@@ -61,10 +77,6 @@ def load_tokenizer(source):
         raise
     except Exception as e:  # the library raises plain Exception for everything
         raise UserError(f"{name} is not a tokenizer.json of the tokenizers library: {e}") from None
-    bos_eos(tokenizer, name)  # raises UserError if it has neither
-
-    # text that spells a special token stays ordinary characters
-    tokenizer.encode_special_tokens = True
 
     # a file that was made for batches of one length would cut or pad the documents
     tokenizer.no_truncation()
@@ -119,7 +131,7 @@ def train_bpe(texts, vocab_size):
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(all_pieces(texts), trainer)
 
     tokenizer.pre_tokenizer = words
     return tokenizer
@@ -134,7 +146,8 @@ def train_hybrid(texts, vocab_size):
     # rank the words by their frequency, then by the alphabet
     counter = Tokenizer(models.WordLevel())
     counter.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    counter.train_from_iterator(texts, trainers.WordLevelTrainer(vocab_size=vocab_size, show_progress=False))
+    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, show_progress=False)
+    counter.train_from_iterator(all_pieces(texts), trainer)
     rank = counter.get_vocab()
     words = [word for word in sorted(rank, key=rank.get) if len(word) > 1 and word not in SPECIAL_TOKENS]
 
@@ -231,14 +244,22 @@ def gpt2_tokenizer():
     The first call downloads GPT-2's merges through tiktoken and keeps the tokenizer.json in the user's cache folder;
     later calls need no network. Raises UserError if the merges are not there and cannot be downloaded.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "small-language-models" / "gpt2-tokenizer.json"
-    if not path.exists():
-        text = from_tiktoken(gpt2_encoding()).to_str(pretty=True)
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if not cache:
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError:  # nobody's home is known
+            cache = tempfile.gettempdir()
+    path = Path(cache) / "small-language-models" / "gpt2-tokenizer.json"
+    if path.exists():
+        return load_tokenizer(str(path))
+
+    text = from_tiktoken(gpt2_encoding()).to_str(pretty=True)
+    with contextlib.suppress(OSError):  # if it cannot be kept, it is made again
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as f:
             f.write(text.encode())
-    return load_tokenizer(str(path))
+    return load_tokenizer(text)
 
 
 def gpt2_encoding():
@@ -299,10 +320,8 @@ def vocabulary_size(tokenizer):
 
 def unknown_id(tokenizer):
     """The id of the token for text outside the vocabulary; None if the tokenizer can spell any text."""
-    model = json.loads(tokenizer.to_str())["model"]
-    if "unk_id" in model:  # a unigram model names the id, the other models name the token
-        return model["unk_id"]
-    return tokenizer.token_to_id(model.get("unk_token") or "")
+    unknown = unknown_token(tokenizer)
+    return None if unknown is None else tokenizer.model.token_to_id(unknown)
 
 
 def byte_of_character():
@@ -321,20 +340,22 @@ def token_byte_counts(tokenizer):
     """UTF-8 bytes of text that each token id stands for, int64 (vocabulary size,). Special tokens stand for none.
 
     <|unk|> too stands for none: text that a tokenizer cannot spell adds no bytes, which can only raise bits per byte.
-    The text is the normalized one: chunk, which lowercases, makes three bytes of the two of İ.
+    The text is the normalized one: chunk, which lowercases, makes three bytes of the two of İ. Of a tokenizer from
+    elsewhere, the bytes may not add up to those of the text: see corpus/counts.py.
     """
+    spec = json.loads(tokenizer.to_str())
     is_byte = byte_of_character()
-    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    byte_level = '"ByteLevel"' in tokenizer.to_str()
+    byte_level = '"ByteLevel"' in json.dumps([spec["normalizer"], spec["pre_tokenizer"], spec["decoder"]])
+    none = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special} | {unknown_id(tokenizer)}
 
     counts = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
     for token, i in tokenizer.get_vocab().items():
-        if i in special:
+        if i in none:
             continue
         if byte_level and all(char in is_byte for char in token):
             counts[i] = len(token)  # a token may be a part of a character, which cannot be decoded by itself
         else:
-            counts[i] = len(tokenizer.decode([i]).encode())
+            counts[i] = spelled(token, spec)
     return counts
 
 
@@ -344,6 +365,42 @@ def token_byte_counts(tokenizer):
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 TASK = 2 ** 16  # characters that a thread encodes at a time
+
+# Longer texts are encoded in pieces. tiktoken's regular expressions fail at a million spaces, and its merge loop takes
+# its time with a long word. The library needs a hundred bytes of memory for each token
+LONGEST_WITH_TIKTOKEN = 2 ** 19
+LONGEST = 2 ** 21
+
+# Places where ByteLevel always begins a new word: at the space before a word, and at punctuation behind one
+BETWEEN_WORDS = re.compile(r"(?<=[^\W_])(?= [^\W_]|[^\w\s'])")
+
+
+def cut_text(text, longest):
+    """Yields the text in pieces of at most `longest` characters, which end between words if that is possible."""
+    begin = 0
+    while len(text) - begin > longest:
+        end = begin + longest
+        for first in (max(begin + 1, end - 100), begin + (longest + 1) // 2):  # near the end, else in the second half
+            if cuts := [cut.start() for cut in BETWEEN_WORDS.finditer(text, first, end)]:
+                end = cuts[-1]
+                break
+        yield text[begin:end]
+        begin = end
+    yield text[begin:] if begin else text
+
+
+def all_pieces(texts):
+    """The pieces of all the texts, to learn from."""
+    return (piece for text in texts for piece in cut_text(text, LONGEST_WITH_TIKTOKEN))
+
+
+def in_pieces(encode, longest):
+    """A function like encode(texts), which gets no text that is longer than `longest`."""
+    def encode_all(texts):
+        pieces = [list(cut_text(text, longest)) for text in texts]
+        ids = iter(encode([piece for some in pieces for piece in some]))
+        return [next(ids) if len(some) == 1 else np.concatenate([next(ids) for _ in some]) for some in pieces]
+    return encode_all
 
 
 def fast_encoder(tokenizer):
@@ -369,8 +426,8 @@ def fast_encoder(tokenizer):
         return [ids[encoding.encode_to_numpy(text, disallowed_special=())] for text in texts]
 
     def encode(texts):
-        return list(itertools.chain.from_iterable(pool.map(encode_task, tasks(texts))))
-    return encode
+        return list(itertools.chain.from_iterable(pool.map(encode_task, tasks(texts, TASK))))
+    return in_pieces(encode, LONGEST_WITH_TIKTOKEN)
 
 
 def tiktoken_gives_equal_ids(tokenizer, merges, tokens):
@@ -410,18 +467,21 @@ def tiktoken_gives_equal_ids(tokenizer, merges, tokens):
 
 def library_encoder(tokenizer):
     def encode(texts):
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
-    return encode
+        ids = []
+        for task in tasks(texts, LONGEST):
+            encodings = tokenizer.encode_batch_fast(task, add_special_tokens=False)
+            ids += [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        return ids
+    return in_pieces(encode, LONGEST)
 
 
-def tasks(texts):
-    """Divides texts into lists of about TASK characters: a task for a short text would take longer than the text."""
+def tasks(texts, characters):
+    """Divides texts into lists of about so many characters: a task for a short text would take longer than the text."""
     task, size = [], 0
     for text in texts:
         task.append(text)
         size += len(text)
-        if size >= TASK:
+        if size >= characters:
             yield task
             task, size = [], 0
     yield task

@@ -426,7 +426,7 @@ def undisturbed():
     random.seed(0)
     np.random.seed(1234)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), compiled_once():
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         random.setstate(python)
@@ -463,7 +463,7 @@ def run_tasks(lm, names, limit=0, tasks_dir=""):
     is_training = lm.model.training
     lm.model.eval()
     try:
-        with undisturbed():
+        with undisturbed(), compiled_once():
             manager = find_manager(names, tasks_dir)
             found = []
             for name in dict.fromkeys(names):

@@ -15,6 +15,7 @@ from hypothesis import settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import prepare
+from corpus.chats import SHOWN
 from corpus.folder import read_meta
 from corpus.tokenizer import (END_OF_TEXT, GPT2_WORDS, SPECIAL_TOKENS, added_tokens, byte_of_character, load_tokenizer,
                               train_bpe)
@@ -57,6 +58,8 @@ def write_rows(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
     else:
         lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
         data = "".join(line + "\n" for line in lines).encode()
@@ -123,9 +126,16 @@ def expected(chats):
     """What masked() should find of chats, [(role, text)] each."""
     found = []
     for chat in chats:
-        learned = "".join(text + "<|eos|>" for role, text in chat if role == "assistant")
-        rest = "".join(f"<|{role}|>" if role == "assistant" else f"<|{role}|>{text}" for role, text in chat)
-        found.append((learned, "<|bos|>" + rest))
+        learned, rest = "", "<|bos|>"
+        for role, text in chat:
+            if role == "assistant":
+                learned += f"{text}<|eos|>"
+                rest += "<|assistant|>"
+            elif role == SHOWN:
+                rest += f"<|assistant|>{text}<|eos|>"
+            else:
+                rest += f"<|{role}|>{text}"
+        found.append((learned, rest))
     return found
 
 

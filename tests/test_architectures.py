@@ -224,7 +224,7 @@ for folder, name, config in json.loads(sys.argv[1]):
     torch.manual_seed(0)
     model = it.Model(it.Config(**config))
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=4e-3), []
-    for step in range(130):
+    for step in range(110):
         rows = torch.stack([text[i:i + 65] for i in torch.randint(len(text) - 65, (8,))])
         loss = model(rows[:, :-1], rows[:, 1:])[1]
         loss.backward()

@@ -84,6 +84,7 @@ def test_the_cards_batches_fit_16_gb_as_measured():
 
 # ---------------------------------------------------------------------------------------------------- the others
 
+@pytest.mark.slow
 def test_preparing_is_measured_on_text_without_duplicates(capsys):
     texts = list(bench.library_documents(13_000_000))  # more than the library has
     assert len(texts) == len(set(texts)) and sum(map(len, texts)) == 13_000_000

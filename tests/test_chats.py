@@ -13,7 +13,7 @@ import corpus_helpers
 import prepare
 from common import UserError
 from conftest import ROOT
-from corpus.chats import NoChat, chat_ids, chat_messages, encode_chats, is_chat, tidy
+from corpus.chats import SHOWN, NoChat, chat_ids, chat_messages, encode_chats, is_chat, tidy
 from corpus.folder import read_meta
 from corpus.text import Document, chat_document, clean
 from corpus.tokenizer import TRAINERS, fast_encoder, from_tiktoken, load_tokenizer, token_byte_counts
@@ -122,14 +122,19 @@ def without_breaks(messages, role):
 
 
 @properties
-@given(messages=st.lists(st.tuples(st.sampled_from([S, U, A]), TEXT), max_size=8))
+@given(messages=st.lists(st.tuples(st.sampled_from([S, U, A, SHOWN]), TEXT), max_size=8))
 def test_any_list_of_messages_is_a_well_formed_chat_or_none(messages):
     try:
         chat = tidy(messages)
     except NoChat:
         return
-    assert re.fullmatch("s?(ua)+", "".join(role[0] for role, _ in chat))
-    assert tidy(chat) == chat
+    letters = {S: "s", U: "u", A: "a", SHOWN: "c"}
+    assert re.fullmatch("s?(u[ac])*uac?|s?(u[ac])+", "".join(letters[role] for role, _ in chat))
+    assert any(role == A for role, _ in chat) and tidy(chat) == chat
+    shown = [text for role, text in messages if role == SHOWN and text]
+    assert all(text in "".join(t for r, t in chat if r == SHOWN) for text in shown)  # nothing shown is learned
+    if shown:
+        return
     for role in (S, A):  # only questions at the end go
         assert without_breaks(chat, role) == without_breaks(messages, role)
 
@@ -152,6 +157,10 @@ def said(*messages):
     return {"messages": [dict(zip(("role", "content"), m)) for m in messages]}
 
 
+def weighed(*messages):
+    return {"messages": [dict(zip(("role", "content", "weight"), m)) for m in messages]}
+
+
 ROWS = {
     "one turn": (
         said((U, "hi"), (A, "Hello!")),
@@ -171,9 +180,41 @@ ROWS = {
     "question left open": (
         said((U, "a"), (A, "b"), (U, "c"), (U, "d")),
         [(U, "a"), (A, "b")]),
-    "surrogates": (
-        said((U, "\ud83d\ude00"), (A, "\ud800x")),
-        [(U, "\U0001f600"), (A, "\ufffdx")]),
+    "other names of roles": (
+        said(("system", "s"), ("Human", "a"), ("GPT", "b"), ("user", "c"), ("model", "d")),
+        [(S, "s"), (U, "a"), (A, "b"), (U, "c"), (A, "d")]),
+    "sharegpt": (
+        {"id": "7", "conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"},
+                                      {"from": "gpt", "value": "b"}]},
+        [(S, "s"), (U, "a"), (A, "b")]),
+    "messages under another name": (
+        {"conversation": said((U, "a"), (A, "b"))["messages"]},
+        [(U, "a"), (A, "b")]),
+    "both kinds of keys, as parquet has them": (
+        {"conversations": [{"role": None, "from": "human", "content": None, "value": "a"},
+                           {"role": "assistant", "from": None, "content": "b", "value": None}]},
+        [(U, "a"), (A, "b")]),
+    "prompt and completion": (
+        {"prompt": "How far?", "completion": " A mile."},
+        [(U, "How far?"), (A, " A mile.")]),
+    "prompt and completion of messages": (
+        {"prompt": said((S, "s"), (U, "a"))["messages"], "completion": said((A, "b"))["messages"]},
+        [(S, "s"), (U, "a"), (A, "b")]),
+    "question and answer": (
+        {"id": 3, "question": "How far?", "answer": "A mile."},
+        [(U, "How far?"), (A, "A mile.")]),
+    "question with a context": (
+        {"question": "How far?", "context": "The town is a mile away.", "answer": "A mile."},
+        [(U, "How far?\n\nThe town is a mile away."), (A, "A mile.")]),
+    "a column of nulls beside the one that is filled": (
+        {"instruction": None, "prompt": "a", "output": None, "completion": "b"},
+        [(U, "a"), (A, "b")]),
+    "weights": (
+        weighed((U, "a", None), (A, "b", 0), (U, "c", None), (A, "d", 1), (U, "e", 0), (A, "f", None)),
+        [(U, "a"), (SHOWN, "b"), (U, "c"), (A, "d"), (U, "e"), (A, "f")]),
+    "replies of two weights behind each other": (
+        weighed((U, "a", None), (A, "b", 0), (A, "c", None), (U, "d", None), (A, "e", None)),
+        [(U, "a"), (SHOWN, "b\n\nc"), (U, "d"), (A, "e")]),
     "alpaca": (
         {"instruction": "Add these.", "input": "1, 2", "output": "3", "text": "Below is ..."},
         [(U, "Add these.\n\n1, 2"), (A, "3")]),
@@ -192,9 +233,20 @@ ROWS = {
     "tinychat cut off": (
         "  [INST]a[/INST]b[INST] c",
         [(U, "a"), (A, "b")]),
+    "llama 2": (
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHow far? [/INST] A mile. </s><s>[INST] And back? [/INST] Two. </s>",
+        [(S, "Be brief."), (U, "How far?"), (A, "A mile."), (U, "And back?"), (A, "Two.")]),
+    "llama 2 without a system message": (
+        "<s> [INST]a[/INST]b</s>",
+        [(U, "a"), (A, "b")]),
 }
 NO_CHATS = {
-    "other role": (said(("human", "a"), ("gpt", "b")), "role other than system, user and assistant"),
+    "other role": (said(("narrator", "a"), ("gpt", "b")), "role other than system, user and assistant"),
+    "a role that is no word": (said(([U], "a"), (5, "b")), "role other than"),
+    "no reply that is to be learned": (weighed((U, "a", None), (A, "b", 0)), "no reply that is to be learned"),
+    "a reply that is no text": ({"question": "a", "answer": 3}, "not text"),
+    "a prompt of messages and a completion of none": ({"prompt": [{"role": U, "content": "a"}], "completion": "b"},
+                                                      "not text"),
     "tool": (said((U, "a"), (A, "b"), ("tool", "c"), (A, "d")), "role other than"),
     "no role": ({"messages": [{"content": "a"}]}, "role other than"),
     "no content": ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, "not text"),
@@ -295,7 +347,38 @@ def tinychat(i):
     return f"{line} [INST] {more} [/INST] {end}" if i % 2 else line
 
 
+def sharegpt(i):
+    names = {S: "system", U: "human", A: "gpt"}
+    messages = [{"from": names[m["role"]], "value": m["content"]} for m in dialogue(i)["messages"]]
+    return {"id": str(i), "conversations": messages}
+
+
+def completion(i):
+    question, reply, _, _ = texts(i)
+    return {"prompt": question, "completion": reply}
+
+
+def answer(i):
+    question, reply, more, _ = texts(i)
+    return {"question": question, "context": more if i % 2 else None, "answer": reply}
+
+
+def corrected(i):
+    """A chat whose first reply was wrong: it belongs to the chat and is not to be learned."""
+    question, reply, more, end = texts(i)
+    return weighed((U, question, None), (A, f"wrong {more}", 0), (U, "Try again.", None), (A, reply + end, 1))
+
+
+def llama2(i):
+    question, reply, more, end = texts(i)
+    line = f"<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n{question} [/INST] {reply} </s>"
+    return f"{line}<s>[INST] {more} [/INST] {end} </s>" if i % 2 else line
+
+
 LAYOUTS = {
+    "sharegpt.jsonl": sharegpt, "sharegpt.json": sharegpt, "sharegpt.parquet": sharegpt, "completion.jsonl": completion,
+    "answer.json": answer, "answer.parquet": answer, "corrected.jsonl": corrected, "corrected.parquet": corrected,
+    "llama2.txt": llama2,
     "messages.jsonl": dialogue, "messages.jsonl.gz": dialogue, "messages.parquet": dialogue,
     "alpaca.jsonl": alpaca, "alpaca.parquet": alpaca, "dolly.jsonl": dolly, "tinychat.txt": tinychat,
 }
@@ -360,6 +443,9 @@ def test_column_takes_rows_of_chats_as_text(name, rows, tmp_path):
 
 @pytest.mark.parametrize("row", [
     {"text": "a", "messages": 5},
+    {"text": "a", "conversations": [{"from": "human", "value": "b"}]},
+    {"text": "a", "prompt": "b", "completion": "c"},
+    {"text": "a", "question": "b", "answer": "c"},
     {"text": "a", "instruction": "b"},
     {"text": "a", "input": "b", "output": "c"},
     "Say [INST] and [/INST]",
@@ -381,8 +467,9 @@ def test_rows_that_are_no_chats_are_counted_by_reason(tmp_path):
     assert source["train"]["documents"] + source["val"]["documents"] == 20
     assert sum(source["skipped"].values()) == len(bad) + 1
     assert source["skipped"] == {
-        "empty": 1, "not text": 3, "duplicate": 1, "role other than system, user and assistant": 3,
+        "empty": 1, "not text": 5, "duplicate": 1, "role other than system, user and assistant": 4,
         "begins with a reply": 2, "system message inside the chat": 1, "no reply": 3, "not a chat": 4,
+        "no reply that is to be learned": 1,
     }
 
 

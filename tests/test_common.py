@@ -60,6 +60,13 @@ def test_flags_and_words_come_in_any_order_and_only_what_was_typed_is_given():
         assert parse_flags([off], Example()) == ({"loud": False}, [])
 
 
+def test_two_dashes_are_a_value_like_any_other():
+    assert parse_flags(["--title=--"], Example()) == ({"title": "--"}, [])
+    for flag in ("--steps=--", "--loud=--"):
+        with pytest.raises(UserError, match="'--' is n"):
+            parse_flags([flag], Example())
+
+
 @pytest.mark.parametrize("flag, answer", [
     ("--stepz=3", "there is no flag --stepz .did you mean steps"),
     ("--vocabsize=3", "--vocabsize .did you mean vocab_size"),

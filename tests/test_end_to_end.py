@@ -303,6 +303,7 @@ def test_training_ivme_on_8192_tokens_at_once_fits_in_memory(dtype, limit, workd
 
 # ---------------------------------------------------------------------------------------------------- a recipe in small
 
+@pytest.mark.slow
 def test_the_gpt2preln_recipe_in_small(bilingual, tmp_path, monkeypatch):
     """A run at a constant rate keeps checkpoints; the second-last one is continued by its decay alone.
 

@@ -1,14 +1,16 @@
 """corpus/folder.py: a prepared folder is called after what is in it, and read only if it is whole."""
+import hashlib
 import json
 import shutil
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
 from common import UserError
-from corpus.folder import corpus_name, document_edges, read_meta, read_tokens, token_files
+from corpus.folder import check_tokens, corpus_name, document_edges, has_gap, read_meta, read_tokens, token_files
 from corpus_helpers import document, properties, run, write_jsonl
 
 
@@ -108,6 +110,49 @@ def test_a_spoilt_folder_is_refused_with_the_reason(what, folder):
     spoil(folder)
     with pytest.raises(UserError, match=line):
         read_meta(folder)
+
+
+WRONG_TYPES = {
+    "no object": lambda d: (d / "meta.json").write_text("[1]"),
+    "a deep one": lambda d: (d / "meta.json").write_text("[" * 100_000),
+    "settings": lambda d: edit(d, lambda meta: meta.update(settings=None)),
+    "a dtype of floats": lambda d: edit(d, lambda meta: meta.update(dtype="float16")),
+    "a name": lambda d: edit(d, lambda meta: meta["sources"][0].update(name=["x"])),
+    "a file": lambda d: edit(d, lambda meta: meta["sources"][0]["val"].update(file=7)),
+    "tokens": lambda d: edit(d, lambda meta: meta["sources"][0]["val"].update(tokens="many")),
+    "an entry": lambda d: edit(d, lambda meta: meta["sources"][0].update(train=[])),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_TYPES)
+def test_a_meta_json_of_other_types_is_damaged(what, folder):
+    WRONG_TYPES[what](folder)
+    with pytest.raises(UserError, match="meta.json is damaged .*prepare the folder again"):
+        read_meta(folder)
+
+
+def test_large_files_are_looked_at_in_a_few_places_and_read_only_if_there_are_zeros(folder, monkeypatch):
+    """As a run does it: a copy that broke off is found, and a bit that changed in a large file is not looked for."""
+    meta, path = read_meta(folder), folder / "train.0-x.bin"
+    whole = path.read_bytes()
+    read = []
+    file_digest = hashlib.file_digest
+    monkeypatch.setattr("hashlib.file_digest", lambda f, name: read.append(f.name) or file_digest(f, name))
+    monkeypatch.setattr("corpus.folder.has_gap", partial(has_gap, length=64))
+    check_tokens(folder, meta, largest=10)
+    assert read == []
+    check_tokens(folder, meta)
+    assert len(read) == 2
+
+    for data in (whole[:len(whole) // 2] + bytes(len(whole) - len(whole) // 2), bytes(len(whole) // 2)
+                 + whole[len(whole) // 2:]):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="train.0-x.bin is damaged"):
+            check_tokens(folder, meta, largest=10)
+    path.write_bytes(whole[:-2] + b"\7\0")
+    check_tokens(folder, meta, largest=10)
+    with pytest.raises(UserError, match="train.0-x.bin is damaged"):
+        check_tokens(folder, meta, largest=len(whole))
 
 
 # ---------------------------------------------------------------------------------------------------- tokens

@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,8 @@ from common import UserError
 from conftest import ROOT, command
 from corpus.chats import chat_messages
 from corpus.folder import read_meta
-from corpus.hub import HUB, MIXES, HubReader, hub_name, hub_source
+from corpus.catalogue import HUB, MIXES
+from corpus.hub import HubReader, hub_name, hub_source
 from corpus.tokenizer import load_tokenizer
 from corpus_helpers import expected as framed, masked, snapshot, texts_of
 from fake_hub import FakeHub, Fault, alpaca, prose, talk, turns, write_repository
@@ -394,6 +394,74 @@ def test_a_name_that_is_unknown_is_answered_with_all_kinds_of_names():
         prepare.prepare(["pydoc"], prepare.Settings())
 
 
+# ---------------------------------------------------------------------------------------------------- samples
+
+KINDS = 20  # files of the set, each with a word of its own
+
+
+def kinds(root, ending):
+    """Writes a set whose files differ visibly: each file's texts begin with the file's own word."""
+    files = {}
+    for k in range(KINDS):
+        rng = random.Random(k)
+        files[f"data/train-{k:05}-of-{KINDS:05}.{ending}"] = [
+            dict(text=f"kind{chr(97 + k)} {i}: {prose(rng)}") for i in range(60)]
+    write_repository(root, "me/kinds", files)
+
+
+def kinds_in(folder):
+    return {text.split()[0] for text in texts_of(folder, "train")}
+
+
+SAMPLE = ["me/kinds:5000", "--tokenizer=hybrid", "--vocab_size=600"]  # about a tenth of the set
+PLAIN = PREPARE.replace("HubReader.BLOCK, ", "").replace("= 7, 3,", "= 3,")  # blocks as long as they are
+
+
+@pytest.mark.parametrize("ending", ["parquet", pytest.param("jsonl", marks=pytest.mark.slow)])
+def test_a_budget_of_a_tenth_holds_text_of_all_files_at_few_requests_and_a_copy_gives_the_same(ending, tmp_path):
+    kinds(tmp_path / "root", ending)
+    with FakeHub(tmp_path / "root") as hub:
+        child(hub, tmp_path / "home", [[*SAMPLE, f"--out_dir={tmp_path}/data", "--name=x"],
+                                       ["me/kinds", *SAMPLE[1:], f"--out_dir={tmp_path}/data", "--name=all"]], PLAIN)
+        opened = hub.downloads()
+    whole, part = (read_meta(tmp_path / "data" / name)["sources"][0] for name in ("all", "x"))
+    assert 5000 <= part["train"]["tokens"] < 5300 < 0.15 * whole["train"]["tokens"]
+    assert len(kinds_in(tmp_path / "data/x")) == len(kinds_in(tmp_path / "data/all")) == KINDS
+
+    # what was read is named, in the drawn order and not in that of the names
+    assert sorted(part["files"]) == whole["files"] != part["files"] and len(whole["files"]) == KINDS
+    assert len(opened) < 9 * KINDS  # three times for the sample, and for all of it at the beginning and then once
+
+    copy = [*SAMPLE, f"--source_dir={tmp_path}/root", f"--out_dir={tmp_path}/copy", "--name=x"]
+    nowhere = dict(NOWHERE, HF_HOME=str(tmp_path / "home2"))
+    child(None, None, [copy, [*copy[:-1], "--name=other", "--seed=1"]], PLAIN, **nowhere)
+    copied, other = (read_meta(tmp_path / "copy" / name)["sources"][0] for name in ("x", "other"))
+    for entry in (part["train"], part["val"]):
+        name = entry["file"]
+        assert (tmp_path / "copy/x" / name).read_bytes() == (tmp_path / "data/x" / name).read_bytes()
+    assert copied["files"] == part["files"] != other["files"]
+    assert texts_of(tmp_path / "copy/other", "train") != texts_of(tmp_path / "copy/x", "train")
+
+
+def test_the_tokenizer_learns_from_all_over_a_set_too(tmp_path):
+    """Also if all of it is read afterwards."""
+    kinds(tmp_path / "root", "jsonl")
+    with FakeHub(tmp_path / "root") as hub:
+        words = ["me/kinds", "--tokenizer=hybrid", "--vocab_size=2000", f"--out_dir={tmp_path}", "--name=x"]
+        child(hub, tmp_path / "home", [words], PLAIN)  # the sample is a twelfth of the set
+    vocabulary = load_tokenizer(str(tmp_path / "x/tokenizer.json")).get_vocab()
+    assert sum(f"kind{chr(97 + k)}" in vocabulary for k in range(KINDS)) >= 0.9 * KINDS
+
+
+def test_a_sample_goes_on_after_a_stop_with_the_same_files(tmp_path):
+    kinds(tmp_path / "root", "parquet")
+    with FakeHub(tmp_path / "root") as hub:
+        child(hub, tmp_path / "home", [[*SAMPLE, f"--out_dir={tmp_path}/whole", "--name=x"]])
+        out, _ = child(hub, tmp_path / "home", [[*SAMPLE, f"--out_dir={tmp_path}/killed", "--name=x"]], KILLED)
+    assert int(out.split()[-1]) >= 2, out
+    assert snapshot(tmp_path / "killed/x") == snapshot(tmp_path / "whole/x")
+
+
 # ---------------------------------------------------------------------------------------------------- faults and stops
 
 def test_dropped_connections_and_busy_servers_change_nothing(hub_root, good, tmp_path):
@@ -421,31 +489,49 @@ BEYOND_REPAIR = {
 }
 
 
+# Waits between the two passes for the file `go`, which the test writes when it has spoilt something
+SPOILT_BETWEEN = """
+import pathlib, time
+second_pass, (first, go) = prepare.second_pass, map(pathlib.Path, sys.argv[2:])
+def later(*args):
+    first.touch()
+    while not go.exists():
+        time.sleep(0.01)
+    second_pass(*args)
+prepare.second_pass = later
+for words"""
+
+
 @pytest.mark.parametrize("fault", BEYOND_REPAIR)
 def test_what_cannot_be_mended_is_one_line_and_the_work_goes_on_later(fault, own_root, good, tmp_path):
-    """The broken file lies behind what the first pass reads, so that half of the work is done when it is met."""
+    """The connection breaks after the first pass, so that half of the work is done then."""
     as_a_tool = "    sys.argv = ['prepare.py', *words]\n    run_tool(prepare.main)"
-    tool = PREPARE.replace("    prepare.main(words)", as_a_tool)
+    tool = PREPARE.replace("    prepare.main(words)", as_a_tool).replace("for words", SPOILT_BETWEEN)
     job = [*JOB, f"--out_dir={tmp_path}/data"]
     later = own_root / "HuggingFaceTB/cosmopedia/data/stanford/train-00001-of-00002.parquet"
     whole = later.read_bytes()
+    if fault == "column":
+        import pyarrow.parquet as pq
+        names = ["prompt", "text_token_length", "body", "seed_data", "format", "audience"]
+        pq.write_table(pq.read_table(later).rename_columns(names), later)
     with FakeHub(own_root) as hub:
-        if fault == "column":
-            import pyarrow.parquet as pq
-            names = ["prompt", "text_token_length", "body", "seed_data", "format", "audience"]
-            pq.write_table(pq.read_table(later).rename_columns(names), later)
-        elif fault == "truncate":
+        env = hub.env(tmp_path / "home", impatient=True)
+        process = command("-c", tool, json.dumps([job]), tmp_path / "first", tmp_path / "go", **env)
+        while not (tmp_path / "first").exists() and process.poll() is None:
+            time.sleep(0.01)
+        if fault == "truncate":
             hub.faults.append(Fault("truncate", "*stanford/*00001-of*"))
-        else:
+        elif fault == "down":
             hub.faults.append(Fault("status", "*stanford/*00001-of*", status=503, times=math.inf))
-        out, err = child(hub, tmp_path / "home", [job], tool, status=2)
-        assert err.startswith("prepare.py: ") and err.count("\n") == 1
+        (tmp_path / "go").touch()
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 2 and err.startswith("prepare.py: ") and err.count("\n") == 1, err
         assert re.search(BEYOND_REPAIR[fault], err), err
 
         later.write_bytes(whole)
         hub.faults.clear()
-        assert (tmp_path / "data/.x.part/train.0-cosmopedia.bin").stat().st_size > 3000
-        assert "resuming" in child(hub, tmp_path / "home2", [job])[0]
+        out, _ = child(hub, tmp_path / "home2", [job])
+        assert ("resuming" in out) == (fault != "column")
     assert snapshot(tmp_path / "data/x") == good
 
 
@@ -570,6 +656,25 @@ for words""")
     out, _ = child(None, None, [[*words, f"--source_dir={tmp_path}/{copy}"]], **nowhere)
     texts = documents(tmp_path / "data/x")
     assert "resuming" not in out and len(texts) == 300 and all(text.startswith("1: ") for text in texts)
+
+
+def test_a_copy_that_was_edited_since_is_noticed_at_equal_size(tmp_path):
+    kinds(tmp_path, "jsonl")
+    path = tmp_path / "me/kinds/data/train-00003-of-00020.jsonl"
+    edit = f"""
+import os, pathlib
+path = pathlib.Path({str(path)!r})
+for i, words in enumerate(json.loads(sys.argv[1])):
+    if i == 1:
+        os.utime(path)
+    if i == 2:
+        path.write_text(path.read_text().replace("kindd 7:", "kindd 8:"))
+"""
+    words = [*SAMPLE[1:], f"--source_dir={tmp_path}", f"--out_dir={tmp_path}/data", "--name=x"]
+    complain = COMPLAIN.replace("for words in json.loads(sys.argv[1]):", edit.strip("\n"))
+    out, _ = child(None, None, [["me/kinds", *words]] * 3, complain, **NOWHERE, HF_HOME=str(tmp_path / "home"))
+    lines = json.loads(out.splitlines()[-1])
+    assert lines[:2] == ["nothing wrong"] * 2 and re.search("text of kinds has changed since .*/x was made", lines[2])
 
 
 def test_without_a_network_one_line_names_the_ways_on(tmp_path, monkeypatch):

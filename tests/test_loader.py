@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from common import UserError
 from conftest import ALONE, FakeSource
-from corpus.loader import Loader, document_rows, fill_rows
+from corpus.loader import Loader, bytes_per_token, document_rows, fill_rows
+from corpus.tokenizer import load_tokenizer, token_byte_counts, train_hybrid
 from run import find_data
 
 FRAME = (1, 2)  # <|bos|> and <|eos|> of the documents here
@@ -228,3 +229,24 @@ def test_validation_rows_are_spread_evenly_and_all_of_them_hold_each_target_once
     assert set(np.diff(places)) <= {len(everything) // len(some), len(everything) // len(some) + 1}
     assert some == source.spread_rows(400, T, frame)[0]  # the same every time
     assert source.spread_rows(10 ** 6, T, frame) == (everything, True)
+
+
+# ---------------------------------------------------------------------------------------------------- bytes
+
+def test_bytes_per_token_are_whole_numbers_for_our_own_tokenizers(bilingual, monkeypatch):
+    monkeypatch.chdir(bilingual)
+    sources, text = find_data("mix-bpe-500", "bpe", 500, ALONE)
+    tokenizer = load_tokenizer(text)
+    counts = bytes_per_token(tokenizer, sources)
+    assert counts.dtype == np.float64 and (counts == token_byte_counts(tokenizer)).all()
+    for source in sources:
+        assert counts[source.val].sum() == source.entries[1]["bytes"]
+
+
+def test_bytes_per_token_are_scaled_to_what_meta_json_counted():
+    """Of all sources together; those that need no scale do not count."""
+    tokenizer = load_tokenizer(train_hybrid(["a few words"], 280).to_str())
+    sources = [FakeSource([1, 2]), FakeSource([3])]
+    sources[0].entries = [dict(bytes=120, unknown_bytes=20, token_bytes=80), dict(bytes=30, unknown_bytes=0, token_bytes=20)]
+    sources[1].entries = [dict(bytes=7), dict(bytes=9)]
+    assert np.allclose(bytes_per_token(tokenizer, sources), token_byte_counts(tokenizer) * 1.3)

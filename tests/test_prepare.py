@@ -19,7 +19,7 @@ from hypothesis import given, strategies as st
 
 import prepare
 from common import UserError
-from conftest import ROOT, command, run_train
+from conftest import ROOT, command, finish, run_train
 from corpus.folder import document_edges, read_meta, read_tokens
 from corpus.pydocs import pydocs
 from corpus.text import TextSource, clean, local_source
@@ -134,16 +134,21 @@ def test_the_joint_tokenizer_learns_equally_much_from_every_source(tmp_path, mon
 
 # ---------------------------------------------------------------------------------------------------- the files
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_second_run_writes_the_same_bytes(kind, corpus, tmp_path):
+PREPARE_ALL = """
+import json, sys, prepare
+for words in json.loads(sys.argv[1]):
+    prepare.main(words)
+"""
+
+
+def test_a_second_run_writes_the_same_bytes(corpus, tmp_path):
     root, names = corpus
-    flags = [f"--tokenizer={kind}", f"--vocab_size={KINDS[kind]}", "--max_tokens=250K", f"--name={kind}"]
+    lines = [[*names, f"--tokenizer={kind}", f"--vocab_size={vocab_size}", "--max_tokens=250K", f"--name={kind}",
+              f"--out_dir={tmp_path}"] for kind, vocab_size in KINDS.items()]
     # another process, with other hash seeds and threads
-    process = command(ROOT / "prepare.py", *names, *flags, f"--out_dir={tmp_path}", fresh=True, PYTHONHASHSEED="7",
-                      RAYON_NUM_THREADS="1")
-    err = process.communicate(timeout=600)[1]
-    assert process.returncode == 0, err
-    assert snapshot(tmp_path / kind) == snapshot(root / "data" / kind)
+    finish(command("-c", PREPARE_ALL, json.dumps(lines), fresh=True, PYTHONHASHSEED="7", RAYON_NUM_THREADS="1"))
+    for kind in KINDS:
+        assert snapshot(tmp_path / kind) == snapshot(root / "data" / kind)
 
 
 def test_order_in_which_files_were_made_does_not_matter(tmp_path):
@@ -181,7 +186,7 @@ def test_meta_counts_are_those_of_the_files(prepared, tokenizer):
 
 def test_files_hold_what_the_library_encodes_in_the_sources_order(corpus):
     root, names = corpus
-    texts = list(local_source(names[1], "").documents())
+    texts = list(local_source(names[1], "").reader())
     for kind in KINDS:
         tokenizer, _, train = split_ids(root / "data" / kind, "train", 1)
         val = split_ids(root / "data" / kind, "val", 1)[2]
@@ -555,8 +560,8 @@ def deadly(tokenizer):
     def one_and_no_more(texts):
         calls.append(1)
         if len(calls) > 1:
-            for part in pathlib.Path("data").iterdir():
-                (part / "leftover").touch()
+            for part in pathlib.Path("data").glob("*.part"):
+                (part / "train.7-gone.bin").touch()
             if sys.argv[1] == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise MemoryError
@@ -574,7 +579,7 @@ def test_what_did_not_finish_leaves_no_folder_and_the_next_run_is_whole(end, tmp
     process = command("-c", DIE, end, *names, "--vocab_size=300")
     err = process.communicate(timeout=600)[1]
     assert process.returncode == (-signal.SIGKILL if end == "killed" else 1), err
-    assert list(Path("data").glob(".*.part/leftover"))
+    assert list(Path("data").glob(".*.part/train.7-gone.bin"))
     assert [p.name for p in Path("data").iterdir() if not p.name.startswith(".")] == []
 
     folder, _ = run(names, "data")
@@ -634,6 +639,103 @@ def test_what_was_half_made_of_other_text_is_not_continued(tmp_path, monkeypatch
     os.truncate(path, path.stat().st_size)
     folder, _ = run(path, "data")
     assert sorted(texts_of(folder, "train") + texts_of(folder, "val")) == sorted(map(document, range(300, 600)))
+
+
+# ---------------------------------------------------------------------------------------------------- text that changes
+
+def rewrite(path, old, new):
+    """Replaces one word by another, as an editor does that writes the file anew."""
+    content = Path(path).read_text()
+    assert old in content
+    Path(path).write_text(content.replace(old, new))
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "chats"])
+def test_text_that_was_edited_since_is_noticed_at_equal_size_too(what, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("".join(f"note {i}: the capital is Sydney.\n\n" for i in range(300)))
+    name = path
+    if what == "folder":
+        name = path = tmp_path / "in/b.jsonl"
+        write_jsonl(tmp_path / "in/a.jsonl", map(document, range(20)))
+        write_jsonl(path, [f"{i} Sydney" for i in range(20)])
+        name = tmp_path / "in"
+    if what == "chats":
+        name = path = write_rows(tmp_path / "c.jsonl", [{"prompt": f"{i}?", "completion": "Sydney"} for i in range(30)])
+    folder, _ = run(name, tmp_path / "data")
+    before = snapshot(folder, times=True)
+    assert run(name, tmp_path / "data")[0] == folder
+
+    rewrite(path, "Sydney", "Ottawa")
+    with pytest.raises(UserError, match="the text of .* has changed since .* was made of it; delete the folder"):
+        run(name, tmp_path / "data")
+    rewrite(path, "Ottawa", "Sydney")  # as it was, though later
+    assert run(name, tmp_path / "data")[0] == folder and snapshot(folder, times=True) == before
+    assert run(name, tmp_path / "other")[0] != folder
+
+
+def test_text_behind_a_budget_may_change(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [f"{i} {document(i)}" for i in range(300)] + ["the last one"])
+    folder, _ = run(path, tmp_path, max_tokens=1000)
+    rewrite(path, "the last one", "the last two")
+    assert run(path, tmp_path, max_tokens=1000)[0] == folder
+    rewrite(path, "3 Text 3", "3 Text 4")
+    with pytest.raises(UserError, match="has changed since"):
+        run(path, tmp_path, max_tokens=1000)
+
+
+def test_text_that_changes_while_it_is_read_makes_no_folder(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "x.jsonl", map(document, range(50)))
+    second_pass = prepare.second_pass
+
+    def edit_and_go_on(*args):
+        second_pass(*args)
+        rewrite(path, "Text 3:", "Text 4:")
+    with monkeypatch.context() as m:
+        m.setattr("prepare.second_pass", edit_and_go_on)
+        with pytest.raises(UserError, match="the text of x was changed while it was read; run the same command again"):
+            run(path, tmp_path / "data")
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [".x-bpe-300.part"]
+    folder, _ = run(path, tmp_path / "data")
+    assert snapshot(folder) == snapshot(run(path, tmp_path / "undisturbed")[0])
+
+
+def half_zeros(data):
+    return data[:len(data) // 4 * 2] + bytes(len(data) - len(data) // 4 * 2)
+
+
+DAMAGE = {
+    "half of it zeros": half_zeros,
+    "one bit": lambda data: data[:99] + bytes([data[99] ^ 1]) + data[100:],
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+@pytest.mark.parametrize("file", ["train.0-x.bin", "val.0-x.bin", "train.0-x.mask.bin"])
+def test_a_damaged_file_of_the_right_length_is_found_by_its_checksum(what, file, tmp_path, capsys):
+    rows = [{"prompt": document(i), "completion": document(i + 500)} for i in range(60)]
+    folder, _ = run(write_rows(tmp_path / "x.jsonl", rows), tmp_path, val_fraction=0.3)
+    assert prepare.main([f"--verify={folder}"]) == 0
+    assert capsys.readouterr().out.endswith(f"{folder} is whole: all files have the checksums that meta.json names\n")
+    (folder / file).write_bytes(DAMAGE[what]((folder / file).read_bytes()))
+    for flag in ("--verify", "--show"):
+        with pytest.raises(UserError, match=f"{file} is damaged: its checksum is not that of meta.json"):
+            prepare.main([f"{flag}={folder}"])
+
+
+# ---------------------------------------------------------------------------------------------------- long rows
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, what", [("bpe", " "), ("bpe", "the house "), ("hybrid", "a"), ("chunk", "\U0001f600")])
+def test_a_row_of_a_hundred_megabytes_is_prepared_whatever_it_holds(kind, what, tmp_path):
+    text = what * (10 ** 8 // len(what.encode())) + "end"
+    texts = [text, *map(document, range(20))]
+    path = write_rows(tmp_path / "x.jsonl", [json.dumps({"text": text}, ensure_ascii=False) for text in texts])
+    folder, meta = run(path, tmp_path, tokenizer=kind, val_fraction=0.0)
+    assert meta["sources"][0]["train"]["documents"] == 21
+    tokenizer, ids, documents = split_ids(folder, "train")
+    counts = token_byte_counts(tokenizer)
+    assert kind == "chunk" or counts[ids].sum() == size(texts) and counts[documents[0]].sum() == size([text])
 
 
 # ---------------------------------------------------------------------------------------------------- memory

@@ -37,6 +37,7 @@ def flags(trained, workdir):
             "--max_steps=2", "--seeds=2", "--questions=4", "--dtype=float32"]
 
 
+@pytest.mark.slow
 def test_each_kind_is_trained_once_and_what_was_measured_is_printed(flags, workdir, monkeypatch, capsys):
     monkeypatch.setattr(race, "KINDS", {"plain": {}, "all": race.TRICKS})
     results = workdir / "out/tricks/results.jsonl"

@@ -31,13 +31,14 @@ README = (ROOT / "README.md").read_text()
 @pytest.mark.long
 def test_the_ten_lines_train_and_generate_with_ivme_alone(tmp_path):
     code, = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert "range(200)" in code
     shutil.copy(ROOT / "ivme.py", tmp_path)
-    (tmp_path / "ten_lines.py").write_text(code)
+    (tmp_path / "ten_lines.py").write_text(code.replace("range(200)", "range(60)"))
     start = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); exec(open('ten_lines.py').read())"
     done = subprocess.run([sys.executable, "-I", "-c", start], cwd=tmp_path, capture_output=True, text=True,
                           timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert float(re.search(r"loss (\d\.\d+)", done.stdout)[1]) < 3.0  # 5.5 at the start
+    assert float(re.search(r"loss (\d\.\d+)", done.stdout)[1]) < 3.6  # 5.5 at the start, below 3 after all 200 steps
     assert len(done.stdout) > 100
 
 

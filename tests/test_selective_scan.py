@@ -91,8 +91,10 @@ scan = functools.partial(kernels.selective_scan, return_state=True)
 
 # ---------------------------------------------------------------------------------------------------- arithmetic
 
-@pytest.mark.parametrize("N", (1, 7, 16, 64, 128, 256))
-@pytest.mark.parametrize("T", (0, 1, 2, 63, 64, 65, 257, 1000))
+SIZES = [(T, N) for T in (0, 1, 2, 63, 64, 65, 257) for N in (1, 7, 16, 64, 128, 256)] + [(1000, 7), (1000, 64)]
+
+
+@pytest.mark.parametrize("T, N", SIZES)
 def test_all_implementations_equal_the_float64_loop(T, N, use):
     for optional, dtype in ((True, torch.float32), (False, torch.float32), (True, torch.bfloat16)):
         channels = 33 if T < 1000 else 19  # no multiple of any tile
@@ -292,6 +294,7 @@ print((memory("VmHWM") - before) / stated)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or not COMPILER, reason="of the compiled scan, with /proc and mallopt")
 @pytest.mark.parametrize("N", (16, 64))
 def test_memory_is_inputs_outputs_gradients_and_a_state_every_64_steps(N):

@@ -21,7 +21,7 @@ from common import UserError
 from conftest import ROOT
 from corpus.pydocs import pydocs
 from corpus.tokenizer import (CHUNKS, DEFAULT_VOCAB, GPT2_FILES, READY, TRAINERS, TRIGRAMS, bos_eos, byte_of_character,
-                              fast_encoder, from_tiktoken, gpt2_tokenizer, load_tokenizer, token_byte_counts,
+                              cut_text, fast_encoder, from_tiktoken, gpt2_tokenizer, load_tokenizer, token_byte_counts,
                               train_bpe, train_chunk, unknown_id, vocabulary_size)
 from corpus_helpers import (ALPHABET, KINDS, SPECIAL, TEXT, TRICKY, byte_level, document, library_ids, loaded,
                             normalized, properties, size, small_gpt2)
@@ -154,7 +154,6 @@ NOT_PLAIN = {
     "no words": changed(with_words(use_regex=False)),
     "prefix space": changed(with_words(add_prefix_space=True)),
     "added token that is not special": changed(lambda t: t.add_tokens(["foo", "the d"])),
-    "dropout": byte_level([("t", "h"), ("th", "e")], dropout=1.0),  # 1: it always drops, so its ids can be compared
     "two merges make one token": byte_level([("b", "c"), ("a", "b"), ("ab", "c"), ("a", "bc")]),
     "token that its own text does not give": byte_level([("b", "c"), ("a", "b"), ("ab", "c")]),
     "whole words first": byte_level([("t", "h"), ("h", "e")], words=["the", "Ġabc"], ignore_merges=True),
@@ -170,6 +169,45 @@ def test_fast_encoder_gives_the_librarys_ids_for_other_tokenizers_too(case, enco
     texts = ["The the abc ab bc abcbc foo dog the dog é 12 <|bos|>\U0001f600", "", "foo", " the"]
     assert [ids.tolist() for ids in fast_encoder(tokenizer)(texts)] == [library_ids(tokenizer, t) for t in texts]
     assert not encodings
+
+
+def test_a_text_has_the_same_ids_each_time_though_the_file_asks_for_dropout():
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the")]
+    tokenizer = loaded(byte_level(merges, dropout=0.5))
+    ids = library_ids(loaded(byte_level(merges)), "the the the")
+    assert all(library_ids(tokenizer, "the the the") == ids for _ in range(20)) and len(ids) == 3
+    assert fast_encoder(tokenizer)(["the the the"])[0].tolist() == ids
+
+
+# ---------------------------------------------------------------------------------------------------- long texts
+
+@properties
+@given(text=TEXT, longest=st.integers(1, 12))
+def test_pieces_are_the_text_and_none_is_too_long(text, longest):
+    pieces = list(cut_text(text, longest))
+    assert "".join(pieces) == text and all(len(piece) <= longest for piece in pieces)
+
+
+WORDS = ["the", "house", "caffè", "Łódź", "12", "don't", "you're", "(or", "self.x", "中文", "\U0001f600", "\n\nThen", "a_b"]
+
+
+@properties
+@given(words=st.lists(st.sampled_from(WORDS), min_size=4, max_size=60), longest=st.integers(30, 60))
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_a_text_that_is_cut_between_words_gives_the_same_ids(words, longest, kind, tokenizers):
+    text, (tokenizer, _) = " ".join(words), tokenizers[kind]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("corpus.tokenizer.LONGEST_WITH_TIKTOKEN", longest)
+        m.setattr("corpus.tokenizer.LONGEST", longest)
+        ids, short = fast_encoder(tokenizer)([text, "short"])
+    assert ids.tolist() == library_ids(tokenizer, text) and short.tolist() == library_ids(tokenizer, "short")
+
+
+@pytest.mark.parametrize("what", [" ", "\n", "a"])
+def test_a_text_of_a_million_characters_without_a_word_is_encoded(what, tokenizers):
+    text = what * (1_100_000 // len(what)) + "x"  # tiktoken's regular expression fails at a million spaces
+    tokenizer, fast = tokenizers["bpe"]
+    assert tokenizer.decode(fast([text])[0].tolist()) == text
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -422,6 +460,21 @@ def test_gpt2_is_made_once_and_needs_no_network_afterwards(tmp_path, monkeypatch
     assert asked == ["gpt2"] and first.to_str() == again.to_str() == from_tiktoken(encoding).to_str()
     assert first.encode_special_tokens and READY["gpt2"] is gpt2_tokenizer
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["gpt2-tokenizer.json"]
+
+
+def test_gpt2_needs_no_place_to_be_kept(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: small_gpt2())
+    for home in (tmp_path / "file", None):
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+        if home:
+            monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+        else:
+            def nobody():
+                raise RuntimeError("Could not determine home directory.")
+            monkeypatch.setattr(Path, "home", nobody)
+        assert library_ids(gpt2_tokenizer(), "a text") == small_gpt2().encode("a text")
 
 
 def test_without_a_network_one_line_says_which_files_tiktoken_looks_for(tmp_path, monkeypatch):
