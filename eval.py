@@ -23,7 +23,8 @@ import report
 import run
 import train
 from common import Progress, UserError, nearest, parse_flags, replacing, run_tool
-from corpus.tokenizer import bos_eos, token_byte_counts
+from corpus.loader import bytes_per_token
+from corpus.tokenizer import bos_eos
 from evaluation import losses
 from sample import latest_best
 
@@ -104,7 +105,7 @@ class Measured:
 
     def losses(self, sources, tokens=None):
         """Losses of text, see evaluation/losses.py. tokens: of each source; None: what --eval_tokens says."""
-        n_bytes = torch.from_numpy(token_byte_counts(self.tokenizer)).float()
+        n_bytes = bytes_per_token(self.tokenizer, sources)
         tokens = self.s.eval_tokens if tokens is None else tokens
         return losses.measure(self.model, sources, self.on, n_bytes, self.world, self.context, self.stride, self.rows,
                               self.frame, tokens)
@@ -189,9 +190,9 @@ def tokens_per_byte(measured):
         sources = measured.sources()
     except UserError:
         return None
-    n_bytes = token_byte_counts(measured.tokenizer)
+    n_bytes = bytes_per_token(measured.tokenizer, sources).numpy()
     tokens = [source.val for source in sources]
-    return sum(map(len, tokens)) / max(1, sum(int(n_bytes[some].sum()) for some in tokens))
+    return sum(map(len, tokens)) / max(1, sum(float(n_bytes[some].sum()) for some in tokens))
 
 
 # ---------------------------------------------------------------------------------------------------- behaviour

@@ -530,6 +530,8 @@ def adapt(plan):
         raise UserError(f"--model={s.model} names no checkpoint to start from: give --init_from=CHECKPOINT, "
                         "or --init_from= for random weights")
     if needs_gentler(plan):
+        if s.block_size < 1:
+            raise UserError(f"--block_size={s.block_size} must be above 0")
         s = gentler(s, given)
     if s.replay >= 1 or s.relevance > 1:
         raise UserError("--replay must be below 1 and --relevance at most 1")

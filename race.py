@@ -28,7 +28,8 @@ import sample
 import train
 from common import UserError, parse_flags, run_tool
 from corpus.folder import document_edges
-from corpus.tokenizer import bos_eos, token_byte_counts
+from corpus.loader import bytes_per_token
+from corpus.tokenizer import bos_eos
 from evaluation.behaviour import loop_rate, repeated_4gram_rate, until
 
 
@@ -78,13 +79,13 @@ def greedy_replies(model, tokenizer, sources, questions, T, device):
 def measure(path, sources, base, questions, on):
     """The MEASURES of a checkpoint's chosen weights. sources, base: of the chats and of the base data."""
     model, tokenizer, _ = run.load_checkpoint(path, on.device)
-    bytes_per_token = torch.from_numpy(token_byte_counts(tokenizer)).float()
+    n_bytes = bytes_per_token(tokenizer, [*sources, *base])
     frame, world = bos_eos(tokenizer), machine.World()
     T = min(512, model.cfg.context_length)
 
     replies = train.evaluate(
-        model, sources, 0, T, 8, on, bytes_per_token, world, frame=frame, mark=finetune.mark_replies)
-    of_base = train.evaluate(model, base, BASE_TOKENS, min(256, T), 16, on, bytes_per_token, world)
+        model, sources, 0, T, 8, on, n_bytes, world, frame=frame, mark=finetune.mark_replies)
+    of_base = train.evaluate(model, base, BASE_TOKENS, min(256, T), 16, on, n_bytes, world)
     accuracy, gap = finetune.relevance(model, sources, 0, T, 8, on, frame[0], world)
     texts = greedy_replies(model, tokenizer, sources, questions, T, on.device)
     return dict(replies=replies["bits_per_byte"]["mixed"], base=of_base["bits_per_byte"]["mixed"],

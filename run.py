@@ -22,7 +22,7 @@ import torch
 
 import prepare
 from common import BOOLEANS, Progress, UserError, flag_value, lock, mended, nearest, parse_flags, replacing, yes_or_no
-from corpus.folder import base_name, corpus_name, read_meta
+from corpus.folder import base_name, check_tokens, corpus_name, read_meta
 from corpus.loader import open_sources
 from corpus.pydocs import EMBEDDED
 from corpus.text import SUFFIXES
@@ -483,6 +483,9 @@ def missing_data(name, encoder, vocab_size):
                      f"prepare it: {command}{instead}")
 
 
+CHECKED = 2 ** 25  # bytes of a token file up to which its checksum is compared when it is opened: 20 ms
+
+
 def find_data(spec, tokenizer, vocab_size, world, text=None, owner="", whose="the checkpoint's"):
     """--data -> (sources, text of their tokenizer.json).
 
@@ -524,6 +527,9 @@ def find_data(spec, tokenizer, vocab_size, world, text=None, owner="", whose="th
                             f"prepare it with --vocab_size={vocab_size}, or give the model "
                             f"--vocab_size={meta['vocab_size']}")
         folders.append((folder, meta, float(weight)))
+    if world.is_main:
+        for folder, meta, _ in folders:
+            check_tokens(folder, meta, largest=CHECKED)
     return open_sources(folders), text
 
 

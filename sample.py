@@ -148,7 +148,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)
         else:
-            p = keep_likely(logits / temperature, top_k, top_p, min_p).softmax(-1)
+            finite = min(max(temperature, 1e-30), 1e30)  # beyond that, fp32 would divide zero by zero or inf by inf
+            p = keep_likely(logits / finite, top_k, top_p, min_p).softmax(-1)
             new = torch.multinomial(p, 1, generator=generator)
 
         idx = torch.cat((idx[:, 1 - C:], new), dim=1)

@@ -24,8 +24,8 @@ import machine
 import report
 import run
 from common import UserError, lasting_output, run_tool
-from corpus.loader import Loader, fill_rows
-from corpus.tokenizer import bos_eos, load_tokenizer, token_byte_counts
+from corpus.loader import Loader, bytes_per_token, fill_rows
+from corpus.tokenizer import bos_eos, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -400,7 +400,7 @@ class Pretraining:
         self.tokenizer = load_tokenizer(self.tokenizer_text)
         self.bos, self.eos = bos_eos(self.tokenizer)
         self.frame = (self.bos, self.eos) if s.pack == "document" else None
-        self.bytes_per_token = torch.from_numpy(token_byte_counts(self.tokenizer)).float()
+        self.bytes_per_token = bytes_per_token(self.tokenizer, self.sources)
         self.boost = None
         if s.word_boost != 1:
             self.boost = word_boosts(self.tokenizer, len(self.bytes_per_token), s.word_boost)

@@ -94,7 +94,8 @@ def bytes_per_token(tokenizer, sources):
     They are whole numbers for most tokenizers. Those of a tokenizer from elsewhere are scaled, if need be, so that all
     tokens of the sources together stand for the text that meta.json has counted.
     """
-    return token_byte_counts(tokenizer) * byte_scale([entry for source in sources for entry in source.entries])
+    scale = byte_scale([entry for source in sources for entry in source.entries])
+    return torch.from_numpy(token_byte_counts(tokenizer) * scale)
 
 
 # ---------------------------------------------------------------------------------------------------- rows

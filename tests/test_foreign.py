@@ -202,7 +202,7 @@ def test_bytes_behind_all_tokens_are_those_of_the_known_text(foreign, tmp_path):
     entries = [meta["sources"][0][split] for split in ("train", "val")]
     assert sum(entry["bytes"] for entry in entries) == size(texts)
 
-    per_token = bytes_per_token(tokenizer, open_sources([(folder, meta, 1.0)]))
+    per_token = bytes_per_token(tokenizer, open_sources([(folder, meta, 1.0)])).numpy()
     ids = np.concatenate([np.fromfile(folder / entry["file"], "<u2") for entry in entries])
     known = sum(entry["bytes"] - entry.get("unknown_bytes", 0) for entry in entries)
     assert per_token[ids].sum() == pytest.approx(known)

@@ -1,6 +1,7 @@
 """Every mistake ends in one line on standard error that says what is wrong, exit status 2, no traceback, and nothing
 written over."""
 import gzip
+import hashlib
 import json
 import re
 import shutil
@@ -43,16 +44,27 @@ def other_format(d):
     edit_meta(d / "data/mine", lambda meta: meta.update(format=9))
 
 
+def set_tokens(d, data):
+    """Gives data/mine other training tokens, and meta.json their checksum."""
+    (d / "data/mine/train.0-pydocs.bin").write_bytes(data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    edit_meta(d / "data/mine", lambda meta: meta["sources"][0]["train"].update(sha256=sha256))
+
+
 def ids_too_high(d):
+    n = (d / "data/mine/train.0-pydocs.bin").stat().st_size // 2
+    set_tokens(d, np.full(n, 601, dtype="<u2").tobytes())
+
+
+def half_zeroed(d):
     path = d / "data/mine/train.0-pydocs.bin"
-    np.full(path.stat().st_size // 2, 601, dtype="<u2").tofile(path)
+    data = path.read_bytes()
+    path.write_bytes(data[:len(data) // 2] + bytes(len(data) - len(data) // 2))
 
 
 def other_data(d):
     """data/mine with as many tokens, but not those that the run saw."""
-    path = d / "data/mine/train.0-pydocs.bin"
-    path.write_bytes(path.read_bytes()[::-1])
-    edit_meta(d / "data/mine", lambda meta: meta["sources"][0]["train"].update(sha256="0" * 64))
+    set_tokens(d, (d / "data/mine/train.0-pydocs.bin").read_bytes()[::-1])
 
 
 def chat_set(d):
@@ -171,6 +183,7 @@ MISTAKES = {
     "a vocabulary too large for the model": (
         train, [*TRAIN, "--vocab_size=500"], nothing, "vocabulary of 600 tokens, the model of 500"),
     "ids outside the vocabulary": (train, TRAIN, ids_too_high, "token id 601, the model's vocabulary ends at 599"),
+    "a token file that is half zeros": (train, TRAIN, half_zeroed, "train.0-pydocs.bin is damaged: its checksum"),
     "windows longer than the data": (
         train, [*TRAIN, "--data=short", "--context_length=100000", "--block_size=65536", "--batch_tokens=65536"], short,
         "fewer than one window of 65537"),

@@ -86,6 +86,18 @@ def test_no_ngram_is_repeated(model):
     assert len(set(zip(plain, plain[1:]))) < 102  # without the rule it does repeat
 
 
+@pytest.mark.parametrize("rules", [{}, dict(no_repeat_ngram_size=1, exempt=(0,)), dict(top_p=1e-30, min_p=1.0),
+                                   dict(repetition_penalty=math.inf), dict(top_k=10 ** 9)])
+def test_any_temperature_gives_tokens_and_a_tiny_one_the_likeliest(model, rules):
+    prompt = torch.tensor([[1, 2, 3]])
+    greedy = sample.generate(model, prompt, 12, temperature=0, **rules)
+    for temperature in (1e-9, 1e-39, 1e-320):
+        assert torch.equal(sample.generate(model, prompt, 12, temperature=temperature, **rules), greedy)
+    for temperature in (1e30, 1e300, math.inf):
+        drawn = sample.generate(model, prompt, 12, temperature=temperature, generator=seeded(0), **rules)
+        assert drawn.shape == greedy.shape and 0 <= drawn.min() and drawn.max() < model.cfg.vocab_size
+
+
 def test_greedy_beyond_the_context_equals_rereading_the_second_half(model):
     """Reference without a cache: all of it until the context is full, then its second half and what comes after."""
     idx, C, begin = torch.tensor([[5, 6, 7], [8, 9, 10]]), 16, 0
