@@ -1,5 +1,5 @@
 """What training, preparing and decoding cost on this machine: `python bench.py memory --model=gpt2preln`, or `prepare`,
-`decode`, `step`, `eval` in place of `memory`.
+`sample`, `decode`, `step`, `eval` in place of `memory`.
 
 memory   The peak of a training step as train.py makes it, without torch.compile: two micro-batches, clipping, AdamW or
          Muon, EMA. Each size runs in a process of its own. "tensors" is the size of all tensors that are alive at once,
@@ -10,6 +10,10 @@ memory   The peak of a training step as train.py makes it, without torch.compile
 prepare  The speed of prepare.py on --megabytes of text with a BPE that exists already: reading and cleaning alone,
          encoding alone, and all of it. The text is this Python's library over and over, cut into documents at other
          places each time, so that no document occurs twice.
+
+sample   Tokens that sample.py draws in a second: an ivme with random weights, in each type, one sequence and eight at
+         once, early and late in the context. Beside it Hugging Face's `generate` with its cache, of the same weights in
+         LlamaForCausalLM, and the bound that reading every weight once a token sets.
 
 decode   A token of i3 at position 10 and at position 10,000: time, and memory of its state.
 
@@ -46,6 +50,7 @@ import ivme
 import machine
 import prepare
 import run
+import sample
 import train
 from common import Progress, UserError, columns, parse_flags, run_tool
 from corpus.pydocs import library, library_texts
@@ -63,6 +68,7 @@ class Settings:
     block_size: int = 0  # memory: tokens in a row; 0: the recipe's
     grad_checkpoint: bool | None = None  # memory: unset: without and with
     optimizer: str = ""  # memory: muon or adamw; empty: the recipe's
+    tokens: int = 256  # sample: tokens to draw
     megabytes: int = 200  # prepare: text to prepare
     pairs: int = 500  # eval: pairs of sentences to score
     tasks_dir: str = ""  # eval: folder in which blimp/*.jsonl has the pairs; empty: sentences of Python's library
@@ -284,6 +290,71 @@ def preparing(s):
           f"{reading / whole:.0%} of its time; it reads twice, the second time while it encodes")
 
 
+# ---------------------------------------------------------------------------------------------------- sampling
+
+def llama(model):
+    """The weights of an ivme in LlamaForCausalLM of transformers. UserError without transformers."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as e:
+        raise UserError(f"this needs the package {e.name}: pip install -r requirements-dev.txt") from None
+    config = LlamaConfig(vocab_size=model.cfg.vocab_size, **transformers_format.llama_config(model.cfg))
+    theirs = LlamaForCausalLM(config)
+    theirs.load_state_dict(ivme.to_transformers(model.state_dict(), model.cfg), strict=False)  # the head is tied
+    return theirs.eval()
+
+
+def read_speed():
+    """Bytes a second at which this machine's cores together read memory that no cache holds."""
+    numbers = torch.ones(2 ** 28)  # 1 GB
+    return numbers.nbytes / least({"sum": numbers.sum}, budget=3.0)["sum"]
+
+
+@torch.no_grad()
+def sampling(s):
+    torch.manual_seed(0)
+    device = machine.find_device(s.device)
+    model = ivme.Model(ivme.PRESETS["ivme"][0]).to(device).eval()
+    theirs, generator = llama(model).to(device), torch.Generator(device)
+
+    def ours(rows, dtype, begin=8, n=s.tokens):
+        """A function that draws n tokens behind `begin` others in each of some rows."""
+        it = copy.deepcopy(model).to(dtype) if dtype and device.type != "cpu" else model
+        quick = sample.quick_step(model, 10 ** 9, dtype) if dtype else None
+        idx = torch.randint(model.cfg.vocab_size, (rows, begin), device=device)
+        cache = it.init_cache(rows)
+        it(idx[:, :-1], cache=cache)
+
+        def draw():
+            cache.length = begin - 1
+            for _ in sample.stream(it, idx, n, generator=generator, cache=cache, step=quick):
+                pass
+        return draw
+
+    def hugging_face(dtype):
+        it, idx = copy.deepcopy(theirs).to(dtype), torch.randint(model.cfg.vocab_size, (1, 8), device=device)
+        return lambda: it.generate(idx, attention_mask=torch.ones_like(idx), do_sample=True, top_k=0, pad_token_id=0,
+                                   min_new_tokens=s.tokens, max_new_tokens=s.tokens)
+
+    few = 64
+    run = {"ours, model alone": ours(1, None)}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype)[6:]
+        run |= {f"ours, {name}": ours(1, dtype), f"ours, {name}, 8 at once": ours(8, dtype),
+                f"ours, {name}, from 10": ours(1, dtype, 10, few), f"ours, {name}, from 960": ours(1, dtype, 960, few),
+                f"transformers, {name}": hugging_face(dtype)}
+    seconds = least(run, budget=5.0)
+    each = {name: took / (few if "from" in name else s.tokens) for name, took in seconds.items()}  # of a step
+    best = min(took for name, took in each.items() if name.startswith("transformers"))
+    lines = [(name, f"{1e3 * took:.2f} ms a step", f"{best / took * (8 if '8 at' in name else 1):.1f} x transformers")
+             for name, took in each.items()]
+    print("\n".join(columns(lines)))
+    if device.type == "cpu":
+        speed, n = read_speed(), model.n_params
+        print(f"reading all weights at {speed / 1e9:.1f} GB/s takes {4e3 * n / speed:.2f} ms in fp32, "
+              f"{2e3 * n / speed:.2f} ms in bf16")
+
+
 # ---------------------------------------------------------------------------------------------------- i3
 
 @torch.no_grad()
@@ -385,13 +456,10 @@ def hf_model(model, tokenizer, on, batch_size):
     """lm-evaluation-harness's own model with the weights of an ivme and its tokenizer."""
     try:
         from lm_eval.models.huggingface import HFLM
-        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast
     except ImportError as e:
         raise UserError(f"this needs the package {e.name}: pip install -r requirements-dev.txt") from None
-    config = LlamaConfig(vocab_size=model.cfg.vocab_size, **transformers_format.llama_config(model.cfg))
-    theirs = LlamaForCausalLM(config)
-    theirs.load_state_dict(ivme.to_transformers(model.state_dict(), model.cfg), strict=False)  # the head is tied
-    theirs = theirs.to(on.device, on.dtype).eval()
+    theirs = llama(model).to(on.device, on.dtype)
     words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>",
                                     pad_token="<|pad|>")
     return HFLM(pretrained=theirs, tokenizer=words, batch_size=batch_size, add_bos_token=False)
@@ -458,7 +526,7 @@ def compare_with_hf(s, folder):
 
 # ---------------------------------------------------------------------------------------------------- the tool
 
-BENCHMARKS = dict(memory=memory, prepare=preparing, decode=decode, step=step, eval=evaluating)
+BENCHMARKS = dict(memory=memory, prepare=preparing, sample=sampling, decode=decode, step=step, eval=evaluating)
 
 
 def main(argv):

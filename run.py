@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 import prepare
 from common import BOOLEANS, Progress, UserError, flag_value, lock, mended, nearest, parse_flags, replacing, yes_or_no
@@ -127,16 +128,27 @@ def memory():
         return math.inf
 
 
+class WithinMemory(TorchFunctionMode):
+    """Inside, a model that is larger than the machine's memory is a UserError, before its tensors are made."""
+    MAKERS = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+    n_bytes = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.MAKERS and args:
+            shape = args[0] if isinstance(args[0], (tuple, list)) else args
+            self.n_bytes += 4 * math.prod(shape)
+            if self.n_bytes > memory():
+                raise UserError(f"the weights of this model alone need more than {self.n_bytes / 1e9:,.0f} GB, "
+                                "which is more than this machine's memory")
+        return func(*args, **(kwargs or {}))
+
+
 def make_model(module, cfg):
     """The architecture's model with random weights. UserError for a config that makes no model, or too large a one."""
     check_shape(module, cfg)
     try:
-        with torch.device("meta"):  # all shapes, and no memory yet
-            n_bytes = sum(p.numel() * p.element_size() for p in module.Model(cfg).parameters())
-        if n_bytes > memory():
-            raise UserError(f"this model has {n_bytes / 4e9:,.1f}G parameters: its weights alone need "
-                            f"{n_bytes / 1e9:,.0f} GB, more than this machine's memory")
-        return module.Model(cfg)
+        with WithinMemory():
+            return module.Model(cfg)
     except (ValueError, RuntimeError, OverflowError, TypeError) as e:
         raise UserError(f"{module.__name__}.py: {str(e).splitlines()[0]}") from None
 

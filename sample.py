@@ -54,6 +54,7 @@ class Settings:
     seed: int = 1337  # same seed, same text
     ema: bool | None = None  # averaged weights, --no-ema the raw ones; unset: those with the lower validation loss
     device: str = "auto"  # cpu, cuda, cuda:1, mps
+    dtype: str = "float32"  # type of the weights: float32, or bfloat16, which is quicker to read
 
 
 # ---------------------------------------------------------------------------------------------------- choosing a token
@@ -72,14 +73,34 @@ def keep_likely(logits, top_k=0, top_p=1.0, min_p=0.0):
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p < 1:
-        p, order = logits.softmax(-1).sort(descending=True)
-        beyond = p.cumsum(-1) - p >= top_p  # the token that reaches top_p stays
-        beyond[:, 0] = False  # and the likeliest one always
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -math.inf)
+        p, order = likeliest(logits.softmax(-1), top_p)
+        stays = p.cumsum(-1) - p < top_p  # with the token that reaches top_p
+        stays[:, 0] = True  # and the likeliest one always
+        logits = logits.masked_fill(~torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, stays), -math.inf)
     if min_p:
         p = logits.softmax(-1)
         logits = logits.masked_fill(p < min_p * p.max(-1, keepdim=True).values, -math.inf)
     return logits
+
+
+def likeliest(p, share):
+    """The largest of each row of p (B, V), as many as have this share of it in every row: (values, indices), sorted.
+    Seldom many are needed, and sorting all would take longer than the model."""
+    n = 64
+    while n < p.size(-1):
+        values, indices = p.topk(n)
+        if (values.sum(-1) >= share).all():
+            return values, indices
+        n *= 8
+    return p.sort(descending=True)
+
+
+def draw(p, generator):
+    """A token (B, 1) from each row of probabilities p (B, V): where a random number lies among their sums.
+    torch.multinomial would draw a number for every token of the vocabulary."""
+    sums = p.double().cumsum(-1)
+    at = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator) * sums[:, -1:]
+    return torch.searchsorted(sums, at, right=True)
 
 
 class SeenNgrams:
@@ -108,13 +129,13 @@ class SeenNgrams:
 
 @torch.no_grad()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-           no_repeat_ngram_size=0, generator=None, cache=None, exempt=()):
+           no_repeat_ngram_size=0, generator=None, cache=None, exempt=(), step=None):
     """Yields the next token of every row, int64 (B,), max_new_tokens times, continuing idx (B, T).
 
     Applied in this order: repetition penalty and n-gram ban (both count the prompt, and neither applies to the tokens
     in `exempt`), temperature (0: the likeliest token), top_k, top_p, min_p. generator: torch.Generator on the model's
     device. Only the last tokens of idx are read, as many as the model can. cache: one that has read the first tokens
-    of idx already and now reads on; idx must fit into it.
+    of idx already and now reads on; idx must fit into it. step: what `quick_step` gives for the model, or None.
     """
     exempt = list(exempt)
     is_new = cache is None
@@ -134,7 +155,10 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_
     for _ in range(max_new_tokens):
         if cache.length == C:
             cache, new = model.init_cache(idx.size(0)), idx[:, -(C // 2):]
-        logits = model(new, cache=cache)[0][:, -1].float()
+        if step is None or new.size(1) > 1:
+            logits = model(new, cache=cache)[0][:, -1].float()
+        else:
+            logits = step(new, cache)[:, -1]
 
         # against repetition
         untouched = logits[:, exempt]
@@ -150,13 +174,25 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_
         else:
             finite = min(max(temperature, 1e-30), 1e30)  # beyond that, fp32 would divide zero by zero or inf by inf
             p = keep_likely(logits / finite, top_k, top_p, min_p).softmax(-1)
-            new = torch.multinomial(p, 1, generator=generator)
+            new = draw(p, generator)
 
         idx = torch.cat((idx[:, 1 - C:], new), dim=1)
         seen.scatter_(1, new, True)
         for ngram, token in zip(ngrams, new[:, 0].tolist()):
             ngram.add(token)
         yield new[:, 0]
+
+
+def quick_step(model, tokens, dtype=torch.float32):
+    """What reads one more token several times as quickly as the model on a CPU, see kernels/decode.py, or None.
+
+    tokens: how many are wanted. It is built only if that many would take longer otherwise.
+    """
+    if next(model.parameters()).device.type != "cpu":
+        return None
+    from kernels.decode import compiled_step
+    expected = tokens * (0.003 + 3e-10 * sum(p.numel() for p in model.parameters()))  # seconds without it
+    return compiled_step(model, dtype, may_build=expected > 10)
 
 
 def generate(model, idx, max_new_tokens, stop_token=None, **sampling):
@@ -560,6 +596,8 @@ def read_settings(argv):
     if s.system and not s.chat:
         raise UserError("--system belongs to --chat")
 
+    if s.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype={s.dtype} is neither float32 nor bfloat16")
     makes_sense = dict(
         seed=abs(s.seed) < 2 ** 63, num_samples=s.num_samples > 0, max_new_tokens=s.max_new_tokens > 0,
         temperature=s.temperature >= 0, top_k=s.top_k >= 0, top_p=0 < s.top_p <= 1, min_p=0 <= s.min_p <= 1,
@@ -606,6 +644,10 @@ def main(argv):
     model, tokenizer, checkpoint = load_checkpoint(s.ckpt, device, s.ema)
     sampling = {rule: getattr(s, rule) for rule in RULES}
     sampling["generator"] = torch.Generator(device).manual_seed(s.seed)
+    wanted = s.num_samples * s.max_new_tokens * (10 if s.chat else 1)  # a chat has several replies
+    sampling["step"] = quick_step(model, wanted, getattr(torch, s.dtype))
+    if s.dtype == "bfloat16" and sampling["step"] is None:
+        model.bfloat16()
     if s.chat:
         Conversation(Chat(model, tokenizer, s.system, **sampling), s).go_on(s.prompt)
         return 0

@@ -172,7 +172,8 @@ def check_tokens(folder, meta, largest=None):
             continue
         with open(path, "rb") as f:
             if hashlib.file_digest(f, "sha256").hexdigest() != entry["sha256"]:
-                raise UserError(f"{path} is damaged: its checksum is not that of meta.json; delete the folder and prepare it again")
+                raise UserError(f"{path} is damaged: its checksum is not that of meta.json; delete the folder and "
+                                "prepare it again")
 
 
 def has_gap(path, places=256, length=4096):

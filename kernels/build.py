@@ -19,7 +19,11 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-SOURCES = {"cpu": ("selective_scan.cpp",), "cuda": ("selective_scan.cpp", "selective_scan.cu")}
+SOURCES = {
+    "cpu": ("selective_scan.cpp",), "cuda": ("selective_scan.cpp", "selective_scan.cu"), "decode": ("decode.cpp",)}
+HEADERS = {"cpu": ("selective_scan.h",), "cuda": ("selective_scan.h",), "decode": ()}
+WHAT = {"cpu": "the selective scan for CPU", "cuda": "the selective scan for CUDA", "decode": "sampling for CPU"}
+SECONDS = {"cpu": "20 seconds or so", "cuda": "a few minutes", "decode": "5 seconds or so"}
 # torch says what this CPU has (ATEN_CPU_CAPABILITY overrides it). -march=native would be wrong in a home directory that
 # machines of different kinds share
 SIMD = {
@@ -36,7 +40,7 @@ class CannotBuild(Exception):
 def flags(kind):
     """(flags of the C++ compiler, flags of nvcc)."""
     cxx = ["-O3"]
-    if kind == "cpu":
+    if kind != "cuda":
         cxx += SIMD.get(torch.backends.cpu.get_cpu_capability(), [])
     else:
         cxx += ["-DWITH_CUDA"]
@@ -45,11 +49,15 @@ def flags(kind):
     return cxx, ["-O3"]
 
 
+def path_of(kind):
+    """Where the shared library `kind` (a key of SOURCES) is, or is going to be."""
+    name = "decode" if kind == "decode" else f"selective_scan_{kind}"
+    return cache_folder() / f"{name}-{digest(kind, *flags(kind))[:16]}.so"
+
+
 def library(kind):
-    """Path of the shared library `kind` (cpu or cuda), built if it is not there yet. Raises CannotBuild."""
-    cxx, nvcc = flags(kind)
-    root = cache_folder()
-    path = root / f"selective_scan_{kind}-{digest(kind, cxx, nvcc)[:16]}.so"
+    """Path of the shared library `kind`, built if it is not there yet. Raises CannotBuild."""
+    path, root = path_of(kind), cache_folder()
     if path.exists():
         return path
 
@@ -65,7 +73,7 @@ def library(kind):
             for left in root.glob(f"{BUILDING}*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             if not path.exists():  # else another process has built it meanwhile
-                compile_into(path, kind, cxx, nvcc)
+                compile_into(path, kind, *flags(kind))
     except OSError as e:
         raise CannotBuild(f"{e.filename or root}: {e.strerror or e}") from None
     return path
@@ -84,7 +92,7 @@ def cache_folder():
 def digest(kind, cxx, nvcc):
     """A hash of everything that a library depends on, in hexadecimal."""
     total = hashlib.sha256(repr((cxx, nvcc, torch.__version__, platform.machine())).encode())
-    for name in (*SOURCES[kind], "selective_scan.h"):
+    for name in (*SOURCES[kind], *HEADERS[kind]):
         total.update((HERE / name).read_bytes())
     if kind == "cuda":
         gpus = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
@@ -128,8 +136,7 @@ def compile_into(path, kind, cxx, nvcc):
 
     Raises CannotBuild.
     """
-    expected = "20 seconds or so" if kind == "cpu" else "a few minutes"
-    say(f"kernels      building the selective scan for {kind.upper()} (once; {expected}) ...", "")
+    say(f"kernels      building {WHAT[kind]} (once; {SECONDS[kind]}) ...", "")
     started, search = time.monotonic(), os.environ.get("PATH", "")
     with contextlib.suppress(ImportError):
         import ninja  # its program is on the PATH only while the virtual environment is active

@@ -169,7 +169,9 @@ def test_adamw_is_torchs_to_the_bit_and_goes_on_from_its_state():
 
 def test_a_start_does_not_load_the_compiler():
     """torch's compiler takes a second and a half to import; a run that is not compiled does without."""
-    code = ("import sys, torch, train\nfrom machine import pick_device\npick_device('cpu', 'float32', 'off')\n"
+    code = ("import sys, torch, train, run, gpt2preln, i3, ivme, tinymemory\nfrom machine import pick_device\n"
+            "pick_device('cpu', 'float32', 'off')\n"
+            "for it in (gpt2preln, i3, ivme, tinymemory): run.make_model(it, it.Config(n_layer=1))\n"
             "p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
             "train.AdamW([([p], 0.1)]).step(0.1); train.clip_gradients([p], 1.0)\n"
             "print('torch._dynamo' in sys.modules, torch.are_deterministic_algorithms_enabled())")

@@ -1,0 +1,300 @@
+// One token of each of B sequences through a Llama-like model, on a CPU.
+//
+// A step reads every weight once, and so little is computed with it that memory sets the pace. Weights are fp32 or
+// bf16, everything else is fp32. The whole step is one parallel region: a thread goes from product to product without
+// leaving it. No header of torch is needed, which makes the file quick to build; decode.py calls `step` by its address.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+constexpr int TILE = 8;  // sequences that a row of weights is multiplied with at once: what the registers can hold
+#else
+constexpr int TILE = 4;
+#endif
+
+using std::int64_t;
+using bf16 = std::uint16_t;
+
+struct Layer {
+    const float *attn_norm, *q_norm, *k_norm, *ffn_norm;  // (d), (D) or null, (D) or null, (d)
+    const void *qkv, *out, *gate_up, *down;  // weights (rows, columns): (H D + 2 K D, d), (d, H D), (2 F, d), (d, F)
+    float *k, *v;  // the cache (B, K, max_len, D)
+};
+
+struct Model {
+    int64_t n_layer, d, H, K, D, F, V;  // sizes: H query heads of width D share K key and value heads
+    int64_t is_bf16;  // the type of the weights
+    float eps;
+    const void *embed;  // (V, d), also the output head
+    const float *norm, *cos, *sin;  // (d), (positions, D / 2)
+    const Layer *layers;
+};
+
+namespace {
+
+// Vectors of the compiler (GCC, Clang): on a CPU with shorter registers it takes several of them
+constexpr int WIDTH = 16;
+typedef float floats __attribute__((vector_size(4 * WIDTH)));
+typedef std::int32_t ints __attribute__((vector_size(4 * WIDTH)));
+typedef std::uint32_t words __attribute__((vector_size(4 * WIDTH)));
+typedef bf16 halves __attribute__((vector_size(2 * WIDTH)));
+
+inline float value(float w) { return w; }
+inline float value(bf16 w) {
+    const std::uint32_t bits = std::uint32_t(w) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+inline floats load(const float *w) {
+    floats x;
+    std::memcpy(&x, w, sizeof x);
+    return x;
+}
+inline floats load(const bf16 *w) {
+    halves h;
+    std::memcpy(&h, w, sizeof h);
+    return (floats)(__builtin_convertvector(h, words) << 16);
+}
+
+// e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial of the rest
+inline floats exp_of(floats x) {
+    floats t = x * 1.44269504f;
+    t = t > -126.0f ? t : floats{} - 126.0f;
+    ints n = __builtin_convertvector(t, ints);  // towards zero
+    n += __builtin_convertvector(n, floats) > t;  // a comparison gives 0 or -1
+    const floats f = t - __builtin_convertvector(n, floats);
+    floats p = f * 1.53533e-4f + 1.33989e-3f;
+    p = p * f + 9.61844e-3f;
+    p = p * f + 5.55033e-2f;
+    p = p * f + 2.40226e-1f;
+    p = p * f + 6.93147e-1f;
+    p = p * f + 1.0f;
+    return p * (floats)((n + 127) << 23);
+}
+
+inline float sum_of(floats x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float a[WIDTH];
+    std::memcpy(a, &x, sizeof x);
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) a[j] += a[j + half];
+    return a[0];
+#endif
+}
+
+// sums[i] = the sum of v[i], for n vectors
+template <int n>
+inline void sums_of(const floats *v, float *sums) {
+#ifdef __AVX512F__
+    if (n == 16) {  // together: halves are added in other registers, until each has one number of every vector
+        __m512 t[8], u[4], w[2];
+        for (int i = 0; i < 8; i++) {
+            const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+            t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        }
+        for (int i = 0; i < 4; i++) {
+            const __m512d a = (__m512d)t[2 * i], b = (__m512d)t[2 * i + 1];
+            u[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+        }
+        const auto add_lanes = [](__m512 a, __m512 b) {
+            return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+        };
+        for (int i = 0; i < 2; i++) w[i] = add_lanes(u[2 * i], u[2 * i + 1]);
+        _mm512_storeu_ps(sums, add_lanes(w[0], w[1]));
+        return;
+    }
+#endif
+    for (int i = 0; i < n; i++) sums[i] = sum_of(v[i]);
+}
+
+// R rows of weights times C activations of length n: sums[r][c]. The rows are `skip` numbers apart
+template <int R, int C, class W>
+inline void products(const W *w, int64_t skip, const float *x, int64_t n, float (&sums)[R][C]) {
+    floats s[R][C] = {};
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        floats activations[C];
+        for (int c = 0; c < C; c++) activations[c] = load(x + c * n + i);
+        for (int r = 0; r < R; r++) {
+            const floats weights = load(w + r * skip + i);
+            for (int c = 0; c < C; c++) s[r][c] += weights * activations[c];
+        }
+    }
+    sums_of<R * C>(&s[0][0], &sums[0][0]);
+    for (; i < n; i++)
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < C; c++) sums[r][c] += value(w[r * skip + i]) * x[c * n + i];
+}
+
+// Calls use(row, b, sums) for rows of w (rows, n) and every b, R rows at a time, each `skip` numbers behind
+// the one before. The threads share the rows
+template <int R, class W, class Use>
+inline void linear(const W *w, int64_t rows, int64_t skip, int64_t n, const float *x, int64_t B, Use use) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t b = 0;
+        for (; b + TILE <= B; b += TILE) {
+            float s[R][TILE];
+            products<R, TILE>(w + row * n, skip, x + b * n, n, s);
+            for (int c = 0; c < TILE; c++) {
+                float of_one[R];
+                for (int r = 0; r < R; r++) of_one[r] = s[r][c];
+                use(row, b + c, of_one);
+            }
+        }
+        for (; b < B; b++) {
+            float s[R][1];
+            products<R, 1>(w + row * n, skip, x + b * n, n, s);
+            use(row, b, &s[0][0]);
+        }
+    }
+}
+
+// y = w x, of which use(row, b, y) takes each number: row and row + half together, two streams of memory at once
+template <class W, class Use>
+inline void linear(const W *w, int64_t rows, int64_t n, const float *x, int64_t B, Use use) {
+    const int64_t half = rows / 2;
+    linear<2>(w, half, half * n, n, x, B, [&](int64_t row, int64_t b, const float *y) {
+        use(row, b, y[0]);
+        use(row + half, b, y[1]);
+    });
+    if (rows % 2)
+        linear<1>(w + (rows - 1) * n, 1, 0, n, x, B,
+                  [&](int64_t, int64_t b, const float *y) { use(rows - 1, b, *y); });
+}
+
+inline void rms_norm(const float *x, const float *weight, float eps, int64_t n, float *out) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += x[i] * x[i];
+    const float scale = 1 / std::sqrt(sum / n + eps);
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+}
+
+// Rotates the pairs (x_i, x_{i + D/2}), as apply_rope() of the architecture files
+inline void rope(float *x, const float *cos, const float *sin, int64_t D) {
+    for (int64_t i = 0; i < D / 2; i++) {
+        const float a = x[i], b = x[i + D / 2];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + D / 2] = b * cos[i] + a * sin[i];
+    }
+}
+
+// softmax(q k^T / sqrt(D)) v over S positions of one head
+inline void attend(const float *q, const float *k, const float *v, int64_t S, int64_t D, float *scores, float *y) {
+    const float scale = 1 / std::sqrt(float(D));
+    float most = -INFINITY;
+    int64_t s = 0;
+    const auto keep = [&](float product) {
+        scores[s] = product * scale;
+        most = scores[s] > most ? scores[s] : most;
+        s++;
+    };
+    while (s + 16 <= S) {
+        float some[16][1];
+        products<16, 1>(k + s * D, D, q, D, some);
+        for (int r = 0; r < 16; r++) keep(some[r][0]);
+    }
+    while (s < S) {
+        float one[1][1];
+        products<1, 1>(k + s * D, 0, q, D, one);
+        keep(one[0][0]);
+    }
+
+    floats all = {};
+    for (s = S; s % WIDTH; s++) scores[s] = -INFINITY;  // there is room for whole vectors
+    for (s = 0; s < S; s += WIDTH) {
+        const floats e = exp_of(load(scores + s) - most);
+        std::memcpy(scores + s, &e, sizeof e);
+        all += e;
+    }
+    const float sum = sum_of(all);
+
+    // vector after vector, so that the sums stay in registers
+    int64_t i = 0;
+    for (; i + WIDTH <= D; i += WIDTH) {
+        floats total = {};
+        for (s = 0; s < S; s++) total += load(v + s * D + i) * scores[s];
+        total /= sum;
+        std::memcpy(y + i, &total, sizeof total);
+    }
+    for (; i < D; i++) {
+        float total = 0;
+        for (s = 0; s < S; s++) total += v[s * D + i] * scores[s];
+        y[i] = total / sum;
+    }
+}
+
+template <class W>
+void run(const Model &m, const int64_t *tokens, int64_t B, int64_t position, int64_t max_len, int threads,
+         float *logits) {
+    const int64_t d = m.d, D = m.D, F = m.F, heads = m.H + 2 * m.K, S = position + 1;
+    const W *embed = static_cast<const W *>(m.embed);
+    const float *cos = m.cos + position * (D / 2), *sin = m.sin + position * (D / 2);
+    std::vector<float> x(B * d), qkv(B * heads * D), y(B * m.H * D), hidden(B * F);
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t i = 0; i < d; i++) x[b * d + i] = value(embed[tokens[b] * d + i]);
+
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> normed(B * d), scores(S + WIDTH);
+        const auto norm_all = [&](const float *weight) {  // every thread for itself: that is quicker than waiting
+            for (int64_t b = 0; b < B; b++) rms_norm(&x[b * d], weight, m.eps, d, &normed[b * d]);
+        };
+        for (int64_t l = 0; l < m.n_layer; l++) {
+            const Layer &layer = m.layers[l];
+            norm_all(layer.attn_norm);
+            linear(static_cast<const W *>(layer.qkv), heads * D, d, normed.data(), B,
+                      [&](int64_t row, int64_t b, float sum) { qkv[b * heads * D + row] = sum; });
+
+            // queries and keys are normed and rotated; keys and values go into the cache
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < B * heads; i++) {
+                const int64_t b = i / heads, h = i % heads;
+                float *x = &qkv[i * D];
+                if (h < m.H + m.K) {
+                    const float *weight = h < m.H ? layer.q_norm : layer.k_norm;
+                    if (weight) rms_norm(x, weight, m.eps, D, x);
+                    rope(x, cos, sin, D);
+                }
+                if (h >= m.H) {
+                    const int64_t head = (h - m.H) % m.K;
+                    float *cache = h < m.H + m.K ? layer.k : layer.v;
+                    std::memcpy(cache + ((b * m.K + head) * max_len + position) * D, x, D * sizeof(float));
+                }
+            }
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < B * m.H; i++) {
+                const int64_t b = i / m.H, h = i % m.H, head = (b * m.K + h / (m.H / m.K)) * max_len * D;
+                attend(&qkv[(b * heads + h) * D], layer.k + head, layer.v + head, S, D, scores.data(), &y[i * D]);
+            }
+            linear(static_cast<const W *>(layer.out), d, m.H * D, y.data(), B,
+                      [&](int64_t row, int64_t b, float sum) { x[b * d + row] += sum; });
+
+            norm_all(layer.ffn_norm);
+            linear<2>(static_cast<const W *>(layer.gate_up), F, F * d, d, normed.data(), B,
+                      [&](int64_t row, int64_t b, const float *y) {
+                          hidden[b * F + row] = y[0] / (1 + std::exp(-y[0])) * y[1];
+                      });
+            linear(static_cast<const W *>(layer.down), d, F, hidden.data(), B,
+                      [&](int64_t row, int64_t b, float sum) { x[b * d + row] += sum; });
+        }
+        norm_all(m.norm);
+        linear(embed, m.V, d, normed.data(), B,
+                  [&](int64_t row, int64_t b, float sum) { logits[b * m.V + row] = sum; });
+    }
+}
+
+}  // namespace
+
+// tokens (B) at `position` -> logits (B, V); their keys and values go into the cache
+extern "C" void step(const Model *m, const int64_t *tokens, int64_t B, int64_t position, int64_t max_len, int threads,
+                     float *logits) {
+    if (m->is_bf16) run<bf16>(*m, tokens, B, position, max_len, threads, logits);
+    else run<float>(*m, tokens, B, position, max_len, threads, logits);
+}
