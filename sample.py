@@ -10,6 +10,9 @@ If no rule of sampling is given (--temperature, --top_k, --top_p, --min_p, --rep
 --no_repeat_ngram_size), and `python eval.py --bundle` has found out which ones suit the model, those are used. They are
 in recommended_decoding_params.json, in the folder bundle/ beside the checkpoint or beside it. A chat does not use them.
 
+On a CPU, models with Llama's blocks are read by a compiled step, see kernels/decode.py. It is built, in five seconds,
+when a long sample or a chat first repays it, and KERNELS=reference leaves it out.
+
 --chat keeps the conversation in the cache and reads only what is new. Each line of the terminal, or of a pipe, is a
 message. When the context is full, the oldest turns are forgotten. Ctrl-C ends a reply, and /help lists the commands.
 """
@@ -98,8 +101,9 @@ def likeliest(p, share):
 def draw(p, generator):
     """A token (B, 1) from each row of probabilities p (B, V): where a random number lies among their sums.
     torch.multinomial would draw a number for every token of the vocabulary."""
-    sums = p.double().cumsum(-1)
-    at = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator) * sums[:, -1:]
+    sums = p.cumsum(-1)
+    at = torch.rand(len(p), 1, device=p.device, generator=generator) * sums[:, -1:]
+    at *= 1 - 2 ** -23  # below the last sum, also where the product was rounded up
     return torch.searchsorted(sums, at, right=True)
 
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.optim.adamw import adamw
 
 import machine
+import minutes
 import report
 import run
 from common import UserError, lasting_output, run_tool
@@ -48,6 +49,7 @@ class Settings:
     grad_checkpoint: bool = False  # keep only the blocks' inputs for the backward pass: less memory, a third more work
     max_steps: int = 600  # optimizer steps of the run
     epochs: float = 0.0  # in place of --max_steps: passes over the training data
+    minutes: float = 0.0  # in place of --max_steps: time for all of it; steps, batch and warm-up are chosen to fit
     word_boost: float = 1.0  # weight in the loss of target tokens of more than one character; 1: off
 
     # optimizer
@@ -751,6 +753,9 @@ def train(plan, make_task=Pretraining):
     on = machine.pick_device(s.device, s.dtype, s.compile, s.deterministic, world.local_rank)
     with world.joined(on.device), lasting_output():
         task = make_task(plan, world, on)
+        if s.minutes and (plan.kind == "new" or "minutes" in plan.given):
+            print(minutes.settle(plan, task, world, on, Optimizers))
+            task = make_task(plan, world, on)
         trainer = Trainer(plan, task, world, on)
         trainer.begin()
         with machine.StopSignals() as stop:

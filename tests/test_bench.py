@@ -1,6 +1,7 @@
 """bench.py: tensors are counted as long as they live, and each benchmark measures what it says."""
 import multiprocessing
 import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import bench
 import gpt2preln
 import i3
+import ivme
 import train
 from common import UserError
 from conftest import CPU, ROOT
@@ -121,10 +123,31 @@ def test_the_shares_of_a_training_step_are_all_of_it(small_i3, capsys):
         assert sum(map(int, shares.values())) == pytest.approx(100, abs=2)
 
 
+def test_sampling_is_measured_beside_transformers(capsys, monkeypatch):
+    cfg, recipe = ivme.PRESETS["ivme"]
+    small = replace(cfg, vocab_size=100, n_layer=1, d_model=32, n_head=2, n_kv_head=1, d_ff=16)
+    monkeypatch.setitem(ivme.PRESETS, "ivme", (small, recipe))
+
+    def once(run, budget):
+        seconds = {}
+        for name, function in run.items():
+            started = time.perf_counter()
+            function()
+            seconds[name] = time.perf_counter() - started
+        return seconds
+
+    monkeypatch.setattr(bench, "least", once)
+    assert bench.main(["sample", "--tokens=5", "--device=cpu"]) == 0
+    *lines, bound = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11 and all(re.search(r"  [\d.]+ ms a step  +[\d.]+ x transformers$", line) for line in lines)
+    assert {line.split("  ")[0] for line in lines} >= {"ours, float32", "ours, bfloat16, 8 at once", "transformers, float32"}
+    assert re.fullmatch(r"reading all weights at [\d.]+ GB/s takes [\d.]+ ms in fp32, [\d.]+ ms in bf16", bound)
+
+
 def test_what_is_not_to_be_measured_is_one_line():
     mistakes = [
-        ([], "memory, prepare, decode, step"),
-        (["speed"], "memory, prepare, decode, step, eval, not speed"),
+        ([], "memory, prepare, sample, decode, step"),
+        (["speed"], "memory, prepare, sample, decode, step, eval, not speed"),
         (["memory", "--micro_batch=one"], "not a list of numbers"),
         (["memory", "--micro_batch=0"], "not a list of numbers"),
         (["memory", "--dtype=half"], "half is not one of"),

@@ -1,0 +1,86 @@
+"""--minutes: the steps, batch and warm-up that fit into a time."""
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import minutes
+import run
+import train
+from common import UserError
+from conftest import SMALL, run_train, step_rows
+from minutes import Pace, choice
+
+SETTINGS = replace(train.Settings(), minutes=10.0, batch_tokens=2 ** 19, block_size=1024, micro_batch=8,
+                   warmup_steps=50)
+
+
+@settings(max_examples=300, deadline=None)
+@given(time=st.floats(0.01, 600), micro=st.floats(1e-4, 60), update=st.floats(0, 5), spent=st.floats(0, 20),
+       rows=st.integers(1, 16), processes=st.sampled_from([1, 2, 8]), extra=st.floats(0, 0.5),
+       sources=st.integers(1, 5))
+def test_what_is_chosen_fits_into_the_time_and_fills_it(time, micro, update, spent, rows, processes, extra, sources):
+    s, pace = replace(SETTINGS, minutes=time), Pace(micro, update, spent)
+    try:
+        found = choice(s, (), pace, rows, processes, extra, sources)
+    except UserError as e:
+        least = replace(s, batch_tokens=max(minutes.LEAST_TOKENS, processes * s.block_size))
+        a_step = micro * (1 + extra) * (least.batch_tokens / s.block_size) / rows / processes + update
+        assert spent + a_step > 0.9 * 60 * time and "is not enough for one step" in str(e)
+        return
+    a_step = micro * (1 + extra) * (found.batch_tokens / s.block_size) / rows / processes + update
+    needed = found.max_steps * a_step
+    assert needed <= 60 * time - spent and needed + a_step > (60 * time - spent) * (1 - minutes.RESERVE) - 1e-6
+
+    # the batch is the recipe's, or halved no more often than needed
+    assert s.batch_tokens % found.batch_tokens == 0 and found.batch_tokens % (processes * s.block_size) == 0
+    if found.batch_tokens < s.batch_tokens:
+        twice = a_step * 2 - update
+        assert int((60 * time - spent) * (1 - minutes.RESERVE) / twice) < minutes.STEPS
+    assert found.warmup_steps <= max(0, found.max_steps // 10) and 1 <= found.eval_every <= found.max_steps
+    evaluated = 2 * 9 * found.eval_tokens * sources + found.final_eval_tokens * sources
+    if found.max_steps * found.batch_tokens > 300 * sources * s.block_size:
+        assert evaluated < 0.2 * found.max_steps * found.batch_tokens
+
+
+def test_flags_that_were_typed_stay():
+    found = choice(SETTINGS, {"batch_tokens", "warmup_steps", "eval_every"}, Pace(1.0, 0.1, 0.0), 8)
+    assert (found.batch_tokens, found.warmup_steps) == (2 ** 19, 50) and found.eval_every == SETTINGS.eval_every
+    assert found.max_steps == int(600 * (1 - minutes.RESERVE) / (64 * 1.0 + 0.1))
+
+
+def test_a_run_of_a_few_seconds_ends_with_the_steps_it_chose(corpora, tmp_path, monkeypatch):
+    monkeypatch.chdir(corpora)
+    monkeypatch.setattr(minutes, "MEASURE_SECONDS", 0.1)
+    flags = [flag for flag in SMALL if not flag.startswith(("--max_steps", "--eval_", "--final", "--save", "--warmup"))]
+    out = tmp_path / "run"
+    train.main([*flags, "--vocab_size=600", "--data=pydocs-hybrid", "--minutes=0.04", "--log_every=1", f"--out={out}"])
+    recorded = run.recorded_settings(out)
+    assert recorded["minutes"] == 0.04 and len(step_rows(out)) == recorded["max_steps"] > 5
+    assert recorded["batch_tokens"] == 512  # small enough already
+    assert run.read_checkpoint(out / "ckpt.pt")["step"] == recorded["max_steps"]
+
+    # what goes on has its steps
+    train.main(["--resume", f"--out={out}", f"--max_steps={recorded['max_steps'] + 3}"])
+    assert len(step_rows(out)) == recorded["max_steps"] + 3
+    with pytest.raises(UserError, match="--minutes is for a new run"):
+        train.main(["--resume", f"--out={out}", "--minutes=1"])
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--minutes=1", "--max_steps=7"], "leave out --max_steps"),
+    (["--minutes=1", "--epochs=2"], "leave out --epochs"),
+    (["--minutes=1e-9"], "is not enough for one step of 512 tokens on this machine"),
+])
+def test_a_time_that_makes_no_sense_is_one_line(flags, line, corpora, tmp_path, monkeypatch):
+    monkeypatch.chdir(corpora)
+    monkeypatch.setattr(minutes, "MEASURE_SECONDS", 0.01)
+    small = [flag for flag in SMALL if not flag.startswith("--max_steps")]
+    with pytest.raises(UserError, match=line):
+        train.main([*small, "--vocab_size=600", "--data=pydocs-hybrid", f"--out={tmp_path / 'x'}", *flags])
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_number_of_steps_is_whole_and_finite():
+    assert math.isfinite(choice(SETTINGS, (), Pace(1e-4, 0.0, 0.0), 8).max_steps)
