@@ -2,9 +2,10 @@
 `python sample.py --chat`. --ckpt names the model; without it, it is the best of the latest run.
 
 One sample is shown while it is generated. Several are generated together and shown when all are done. Tokens are
-decoded one at a time, through the model's cache. Generation goes on beyond the model's context: when the context is
-full, its second half is read anew and the first half is forgotten, as Model.generate does. A model without attention
-keeps a state and has no such end. The same seed gives the same text on the same kind of device.
+decoded one at a time, through the model's cache. The model reads as many tokens at once as a row of its training had
+(--context), because it has never learned to look back further. Generation goes on beyond them: when they are full, the
+second half is read anew and the first half is forgotten, as Model.generate does. A model without attention keeps a
+state and has no such end. The same seed gives the same text on the same kind of device.
 
 If no rule of sampling is given (--temperature, --top_k, --top_p, --min_p, --repetition_penalty,
 --no_repeat_ngram_size), and `python eval.py --bundle` has found out which ones suit the model, those are used. They are
@@ -54,6 +55,7 @@ class Settings:
     repetition_penalty: float = 1.0  # above 1 makes tokens that occurred less likely
     no_repeat_ngram_size: int = 0  # never repeat a sequence of this many tokens; 0: no limit
     stop: str = ""  # end a sample before this text
+    context: int = 0  # tokens that the model reads at once; 0: as many as a row of its training had
     seed: int = 1337  # same seed, same text
     ema: bool | None = None  # averaged weights, --no-ema the raw ones; unset: those with the lower validation loss
     device: str = "auto"  # cpu, cuda, cuda:1, mps
@@ -603,7 +605,7 @@ def read_settings(argv):
     if s.dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype={s.dtype} is neither float32 nor bfloat16")
     makes_sense = dict(
-        seed=abs(s.seed) < 2 ** 63, num_samples=s.num_samples > 0, max_new_tokens=s.max_new_tokens > 0,
+        seed=abs(s.seed) < 2 ** 63, context=s.context >= 0 and s.context != 1, num_samples=s.num_samples > 0, max_new_tokens=s.max_new_tokens > 0,
         temperature=s.temperature >= 0, top_k=s.top_k >= 0, top_p=0 < s.top_p <= 1, min_p=0 <= s.min_p <= 1,
         repetition_penalty=s.repetition_penalty > 0, no_repeat_ngram_size=s.no_repeat_ngram_size >= 0)
     for name, good in makes_sense.items():
@@ -612,12 +614,21 @@ def read_settings(argv):
     return s, set(given)
 
 
+def set_context(model, s, checkpoint):
+    """Lets an attention model read s.context tokens at once, or as many as a row of its training had."""
+    longest = model.cfg.context_length
+    if s.context > longest:
+        raise UserError(f"--context={s.context} is longer than the model's context of {longest}")
+    if model.max_len <= longest:  # a state has no end
+        model.max_len = s.context or min(longest, checkpoint["train"].get("block_size", longest))
+
+
 def write_samples(model, tokenizer, prompt, s, sampling):
     """Continues the prompt s.num_samples times and prints it. Returns how many tokens were generated."""
     bos, eos = bos_eos(tokenizer)
     ids = [bos, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    if len(ids) > model.cfg.context_length:
-        note(f"the prompt has {len(ids):,} tokens, the model reads the last {model.cfg.context_length:,}")
+    if len(ids) > model.max_len:
+        note(f"the prompt has {len(ids):,} tokens, the model reads the last {model.max_len:,}")
     texts = [Text(tokenizer, eos, s.stop, before=ids[1:]) for _ in range(s.num_samples)]
     is_only_one = s.num_samples == 1
     if is_only_one:
@@ -646,6 +657,7 @@ def main(argv):
     s, given = read_settings(argv)
     device = find_device(s.device)
     model, tokenizer, checkpoint = load_checkpoint(s.ckpt, device, s.ema)
+    set_context(model, s, checkpoint)
     sampling = {rule: getattr(s, rule) for rule in RULES}
     sampling["generator"] = torch.Generator(device).manual_seed(s.seed)
     wanted = s.num_samples * s.max_new_tokens * (10 if s.chat else 1)  # a chat has several replies

@@ -84,7 +84,7 @@ def is_llama(model):
         shapes = {"embed.weight": (cfg.vocab_size, d), "norm.weight": (d,)}
         block = dict(attn_norm=(d,), q_norm=(D,), k_norm=(D,), ffn_norm=(d,), qkv=((cfg.n_head + 2 * heads) * D, d),
                      out=(d, cfg.n_head * D), gate_up=(2 * cfg.d_ff, d), down=(d, cfg.d_ff))
-        tables = {model.cos.shape, model.sin.shape} == {(model.max_len, D // 2)}
+        tables = {model.cos.shape, model.sin.shape} == {(cfg.context_length, D // 2)}
         assert cfg.norm_eps > 0
     except (AttributeError, TypeError, ZeroDivisionError, AssertionError):
         return False

@@ -655,3 +655,27 @@ def test_damaged_recommendations_are_one_line(recommended, text, line):
     with pytest.raises(UserError, match=line):
         sample.read_settings([ckpt])
     assert sample.read_settings([ckpt, "--temperature=1"])
+
+
+# ---------------------------------------------------------------------------------------------------- how far it reads
+
+@pytest.mark.parametrize("flags, context", [([], 64), (["--context=32"], 32), (["--context=128"], 128)])
+def test_it_reads_as_many_tokens_as_a_row_of_training_had(flags, context, trained, capsys, monkeypatch):
+    read, real = [], sample.write_samples
+
+    def write_samples(model, *rest):
+        forward = model.forward
+        model.forward = lambda idx, **kw: (read.append(idx.size(1) + kw["cache"].length), forward(idx, **kw))[1]
+        return real(model, *rest)
+
+    monkeypatch.setattr(sample, "write_samples", write_samples)
+    monkeypatch.setenv("KERNELS", "reference")
+    assert sample.main([f"--ckpt={trained}/best.pt", "--prompt=import os", "--max_new_tokens=150", *flags]) == 0
+    assert max(read) == context  # the rows had 64 tokens, the model could read 128
+
+
+def test_a_context_that_makes_no_sense_is_one_line(trained):
+    for flag, line in (("--context=129", "longer than the model's context of 128"), ("--context=-1", "makes no sense"),
+                       ("--context=1", "makes no sense")):
+        with pytest.raises(UserError, match=line):
+            sample.main([f"--ckpt={trained}/best.pt", "--prompt=x", flag])
