@@ -1,5 +1,5 @@
 """What training, preparing and decoding cost on this machine: `python bench.py memory --model=gpt2preln`, or `prepare`,
-`sample`, `decode`, `step`, `eval` in place of `memory`.
+`sample`, `decode`, `step`, `eval`, `gpu` in place of `memory`.
 
 memory   The peak of a training step as train.py makes it, without torch.compile: two micro-batches, clipping, AdamW or
          Muon, EMA. Each size runs in a process of its own. "tensors" is the size of all tensors that are alive at once,
@@ -23,6 +23,8 @@ eval     Sentences that evaluation/harness.py scores in a second, and lm-evaluat
          with random weights, and the same weights in LlamaForCausalLM, each in the types that the machine has, hf with
          several batch sizes. Then all of a benchmark like BLiMP, from its files to the score, each in its best way.
 
+gpu      All that a GPU is to show, in one table: see gpu_suite.py.
+
 The selective scan alone is measured by kernels/bench.py.
 """
 import contextlib
@@ -45,6 +47,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import gpu_suite
 import i3
 import ivme
 import machine
@@ -526,7 +529,11 @@ def compare_with_hf(s, folder):
 
 # ---------------------------------------------------------------------------------------------------- the tool
 
-BENCHMARKS = dict(memory=memory, prepare=preparing, sample=sampling, decode=decode, step=step, eval=evaluating)
+def gpu(s):
+    gpu_suite.suite(machine.pick_device(s.device, s.dtype))
+
+
+BENCHMARKS = dict(memory=memory, prepare=preparing, sample=sampling, decode=decode, step=step, eval=evaluating, gpu=gpu)
 
 
 def main(argv):

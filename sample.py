@@ -605,7 +605,8 @@ def read_settings(argv):
     if s.dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype={s.dtype} is neither float32 nor bfloat16")
     makes_sense = dict(
-        seed=abs(s.seed) < 2 ** 63, context=s.context >= 0 and s.context != 1, num_samples=s.num_samples > 0, max_new_tokens=s.max_new_tokens > 0,
+        seed=abs(s.seed) < 2 ** 63, context=s.context >= 0 and s.context != 1,
+        num_samples=s.num_samples > 0, max_new_tokens=s.max_new_tokens > 0,
         temperature=s.temperature >= 0, top_k=s.top_k >= 0, top_p=0 < s.top_p <= 1, min_p=0 <= s.min_p <= 1,
         repetition_penalty=s.repetition_penalty > 0, no_repeat_ngram_size=s.no_repeat_ngram_size >= 0)
     for name, good in makes_sense.items():

@@ -9,6 +9,7 @@ import torch
 
 import bench
 import gpt2preln
+import gpu_suite
 import i3
 import ivme
 import train
@@ -123,20 +124,18 @@ def test_the_shares_of_a_training_step_are_all_of_it(small_i3, capsys):
         assert sum(map(int, shares.values())) == pytest.approx(100, abs=2)
 
 
+def timed_once(function):
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
 def test_sampling_is_measured_beside_transformers(capsys, monkeypatch):
     cfg, recipe = ivme.PRESETS["ivme"]
     small = replace(cfg, vocab_size=100, n_layer=1, d_model=32, n_head=2, n_kv_head=1, d_ff=16)
     monkeypatch.setitem(ivme.PRESETS, "ivme", (small, recipe))
 
-    def once(run, budget):
-        seconds = {}
-        for name, function in run.items():
-            started = time.perf_counter()
-            function()
-            seconds[name] = time.perf_counter() - started
-        return seconds
-
-    monkeypatch.setattr(bench, "least", once)
+    monkeypatch.setattr(bench, "least", lambda run, budget: {name: timed_once(f) for name, f in run.items()})
     assert bench.main(["sample", "--tokens=5", "--device=cpu"]) == 0
     *lines, bound = capsys.readouterr().out.splitlines()
     assert len(lines) == 11 and all(re.search(r"  [\d.]+ ms a step  +[\d.]+ x transformers$", line) for line in lines)
@@ -144,10 +143,32 @@ def test_sampling_is_measured_beside_transformers(capsys, monkeypatch):
     assert re.fullmatch(r"reading all weights at [\d.]+ GB/s takes [\d.]+ ms in fp32, [\d.]+ ms in bf16", bound)
 
 
+def test_the_gpu_suite_runs_whole_with_tiny_sizes(capsys, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "least", lambda run, budget: {name: timed_once(f) for name, f in run.items()})
+    monkeypatch.setattr(gpu_suite.minutes, "MEASURE_SECONDS", 0.01)
+    assert bench.main(["gpu", "--device=cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "failed" not in shown and "tiny sizes" in shown
+    for what in ("scan  ", "scan 2, 64, 32, 16", *(f"train {name} " for name in gpu_suite.TRAINED), "ivme's card",
+                 "ivme, packed", "64 at once", "loader"):
+        assert what in shown
+    assert float(re.search(r"against float64 +(\S+)", shown)[1]) < 1e-5
+
+
+def test_a_part_of_the_gpu_suite_that_fails_is_a_line_of_the_table(capsys, monkeypatch):
+    def fail(on, tiny):
+        raise RuntimeError("no such\nkernel")
+    monkeypatch.setattr(gpu_suite, "PARTS", dict(scan_is_right=fail, loading=lambda on, tiny: [("loader", "a", "b")]))
+    assert bench.main(["gpu", "--device=cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].split("  ")[0] == "scan is right" and "RuntimeError: no such kernel" in lines[-2]
+    assert lines[-1].startswith("loader")
+
+
 def test_what_is_not_to_be_measured_is_one_line():
     mistakes = [
         ([], "memory, prepare, sample, decode, step"),
-        (["speed"], "memory, prepare, sample, decode, step, eval, not speed"),
+        (["speed"], "memory, prepare, sample, decode, step, eval, gpu, not speed"),
         (["memory", "--micro_batch=one"], "not a list of numbers"),
         (["memory", "--micro_batch=0"], "not a list of numbers"),
         (["memory", "--dtype=half"], "half is not one of"),
