@@ -2,8 +2,8 @@
 
 Is the selective scan right, and how fast beside the others that are installed; what does a training step of every
 preset cost at its own recipe; what do packed documents cost; how fast are sampling and the loader; how long would the
-run of İvme's card take. Each part that fails is a line of the table, and the others go on. On a CPU everything runs with
-tiny sizes: the figures then mean nothing, but each part is seen to work.
+run of İvme's card take. Each part that fails is a line of the table, and the others go on. On a CPU everything runs
+with tiny sizes: the figures then mean nothing, but each part is seen to work.
 """
 import tempfile
 import time
