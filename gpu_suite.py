@@ -79,14 +79,14 @@ def pace_of(name, on, tiny, pack=None):
         try:
             if on.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            pace = minutes.measured(plan, task, machine.World(), on, train.Optimizers)
+            costs = minutes.measured(plan, task, machine.World(), on, train.Optimizers)
             break
         except torch.OutOfMemoryError:
             if micro == 1:
                 raise
             micro //= 2  # the result of a step stays the same
     memory = torch.cuda.max_memory_allocated() if on.device.type == "cuda" else 0
-    return s.batch_tokens / (pace.micro * rows / micro + pace.update), micro, memory, cfg, s
+    return s.batch_tokens / (costs.micro * rows / micro + costs.update), micro, memory, cfg, s
 
 
 def training(on, tiny):

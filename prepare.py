@@ -20,7 +20,8 @@ sources of one corpus. Each has files of its own, and one tokenizer learns from 
 The input is read as a stream, twice: first for a sample of the text, from which the tokenizer learns (of a Hub data set
 only a part is read for that), then to encode it. Memory does not grow with the input. If the program is stopped while
 it encodes, the same command resumes the work, and the result is the same to the byte. If two of them make the same
-folder, one waits for the other. A budget that needs only a part of a set of files takes a part of each of them.
+folder, one waits for the other. A budget that needs only a part of a set of files takes parts from all over it, of 64
+files at least.
 
 Exact duplicates within a source are left out; each document is compared with the last 4 million at least. Whether a
 document is training or validation text depends on the hash of its text alone, not on the order of files or on what is
@@ -173,6 +174,10 @@ def plan_sources(names, s):
         raise UserError(f"--config is for data sets that are given as ORG/NAME{why}")
     if s.encoding and not any(map(is_local, budgets)):
         raise UserError("--encoding is for files of yours")
+    if s.column and not any(is_local(name) or is_of_the_hub(name) for name in budgets):
+        raise UserError("--column is for files of yours, and for data sets that are given as ORG/NAME")
+    if s.source_dir and not any(name in HUB or name in MIXES or is_of_the_hub(name) for name in budgets):
+        raise UserError("--source_dir is for data sets of the Hugging Face Hub")
 
     # What the user wrote after a name decides first, then --max_tokens, then what the mix or the catalogue says
     asked = None if s.max_tokens < 0 else s.max_tokens
@@ -410,8 +415,9 @@ class Scan(NamedTuple):
 def scan(source, threshold, sample_bytes):
     """First pass over a source: how much there is, a sample of its training text, and where its validation split lies.
 
-    No more is read than the source's budget can need, and of a Hub data set no more than sample_bytes or a megabyte,
-    from all over it.
+    No more is read than the source's budget can need, and of a Hub data set, from all over it, no more than
+    sample_bytes, or a megabyte if that is more.
+
     `threshold` moves just above the lowest hash if no hash is below it, and down to the highest hash if all are below.
     So a small source has both splits too. (A threshold of 0 stays: there is no validation text then.) Raises UserError
     if there are not enough documents for that.
@@ -686,6 +692,8 @@ def main(argv):
             raise UserError("--list goes alone")
         print("\n".join(list_table()))
         return 0
+    if names and (s.show or s.verify):
+        raise UserError(f"--show and --verify prepare nothing: leave out {' '.join(names)}")
     if s.show:
         show(s.show)
         return 0

@@ -253,7 +253,10 @@ def latest_run(fine_tuning):
     """The folder under out/ whose run, of that kind, wrote last; None if there is none."""
     runs = [path.parent for path in Path("out").glob("*/config.json")]
     runs = [folder for folder in runs if (s := recorded_settings(folder)) and is_fine_tuning(s) == fine_tuning]
-    return max(runs, key=lambda folder: (folder / "metrics.jsonl").stat().st_mtime, default=None)
+
+    def written(folder):
+        return max(path.stat().st_mtime for path in (folder / "config.json", folder / "metrics.jsonl") if path.exists())
+    return max(runs, key=written, default=None)
 
 
 def plain_resume(argv, Settings):
@@ -305,7 +308,7 @@ def recorded_run(argv, Settings, default_out):
         plan.start_path = max(found, key=lambda path: found[path]["step"])
         plan.start = found[plan.start_path]
     else:  # stopped before its first checkpoint
-        plan.kind = "new"
+        plan.kind = "decay" if settings.decay_only else "new"
         if settings.init_from:
             plan.start, plan.start_path = read_checkpoint(settings.init_from), settings.init_from
     return plan

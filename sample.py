@@ -2,17 +2,18 @@
 `python sample.py --chat`. --ckpt names the model; without it, it is the best of the latest run.
 
 One sample is shown while it is generated. Several are generated together and shown when all are done. Tokens are
-decoded one at a time, through the model's cache. The model reads as many tokens at once as a row of its training had
-(--context), because it has never learned to look back further. Generation goes on beyond them: when they are full, the
-second half is read anew and the first half is forgotten, as Model.generate does. A model without attention keeps a
-state and has no such end. The same seed gives the same text on the same kind of device.
+decoded one at a time, through the model's cache. The model looks back over at most as many tokens as a row of its
+training had (--context), because it has never learned to look back further. When this window is full, its first half
+is forgotten and its second half is read again, as Model.generate does. A model without attention keeps a state and has
+no such end. The same seed gives the same text on the same kind of device.
 
 If no rule of sampling is given (--temperature, --top_k, --top_p, --min_p, --repetition_penalty,
 --no_repeat_ngram_size), and `python eval.py --bundle` has found out which ones suit the model, those are used. They are
-in recommended_decoding_params.json, in the folder bundle/ beside the checkpoint or beside it. A chat does not use them.
+in recommended_decoding_params.json, in the folder bundle/ next to the checkpoint or next to it. A chat does not use
+them.
 
-On a CPU, models with Llama's blocks are read by a compiled step, see kernels/decode.py. It is built, in five seconds,
-when a long sample or a chat first repays it, and KERNELS=reference leaves it out.
+On a CPU, a compiled step computes the tokens of models with Llama's blocks, see kernels/decode.py. It is built, in five
+seconds, when a long sample or a chat first repays it, and KERNELS=reference leaves it out.
 
 --chat keeps the conversation in the cache and reads only what is new. Each line of the terminal, or of a pipe, is a
 message. When the context is full, the oldest turns are forgotten. Ctrl-C ends a reply, and /help lists the commands.
@@ -55,7 +56,7 @@ class Settings:
     repetition_penalty: float = 1.0  # above 1 makes tokens that occurred less likely
     no_repeat_ngram_size: int = 0  # never repeat a sequence of this many tokens; 0: no limit
     stop: str = ""  # end a sample before this text
-    context: int = 0  # tokens that the model reads at once; 0: as many as a row of its training had
+    context: int = 0  # tokens that the model looks back over, 2 or more; 0: as many as a row of its training had
     seed: int = 1337  # same seed, same text
     ema: bool | None = None  # averaged weights, --no-ema the raw ones; unset: those with the lower validation loss
     device: str = "auto"  # cpu, cuda, cuda:1, mps
@@ -189,16 +190,19 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_
         yield new[:, 0]
 
 
-def quick_step(model, tokens, dtype=torch.float32):
-    """What reads one more token several times as quickly as the model on a CPU, see kernels/decode.py, or None.
+MOST_ROWS = 16  # sequences at once for which `quick_step` is the quicker way
 
-    tokens: how many are wanted. It is built only if that many would take longer otherwise.
+
+def quick_step(model, tokens, dtype=torch.float32):
+    """A function that gives the next logits several times faster than the model on a CPU, or None: kernels/decode.py.
+
+    tokens: how many will be sampled. It is compiled only if they would take more than 10 seconds without it.
     """
     if next(model.parameters()).device.type != "cpu":
         return None
     from kernels.decode import compiled_step
-    expected = tokens * (0.003 + 3e-10 * sum(p.numel() for p in model.parameters()))  # seconds without it
-    return compiled_step(model, dtype, may_build=expected > 10)
+    a_token = 0.003 + 3e-10 * sum(p.numel() for p in model.parameters())  # seconds, as measured with two sizes
+    return compiled_step(model, dtype, may_build=tokens * a_token > 10)
 
 
 def generate(model, idx, max_new_tokens, stop_token=None, **sampling):
@@ -618,10 +622,13 @@ def read_settings(argv):
 def set_context(model, s, checkpoint):
     """Lets an attention model read s.context tokens at once, or as many as a row of its training had."""
     longest = model.cfg.context_length
+    if model.max_len > longest:
+        if s.context:
+            raise UserError("--context is for models with attention; this one keeps a state, which has no end")
+        return
     if s.context > longest:
         raise UserError(f"--context={s.context} is longer than the model's context of {longest}")
-    if model.max_len <= longest:  # a state has no end
-        model.max_len = s.context or min(longest, checkpoint["train"].get("block_size", longest))
+    model.max_len = s.context or min(longest, checkpoint["train"].get("block_size", longest))
 
 
 def write_samples(model, tokenizer, prompt, s, sampling):
@@ -661,8 +668,10 @@ def main(argv):
     set_context(model, s, checkpoint)
     sampling = {rule: getattr(s, rule) for rule in RULES}
     sampling["generator"] = torch.Generator(device).manual_seed(s.seed)
-    wanted = s.num_samples * s.max_new_tokens * (10 if s.chat else 1)  # a chat has several replies
-    sampling["step"] = quick_step(model, wanted, getattr(torch, s.dtype))
+    wanted = 10 * s.max_new_tokens if s.chat else s.max_new_tokens  # a chat has several replies
+    sampling["step"] = None
+    if s.num_samples <= MOST_ROWS:
+        sampling["step"] = quick_step(model, wanted, getattr(torch, s.dtype))
     if s.dtype == "bfloat16" and sampling["step"] is None:
         model.bfloat16()
     if s.chat:

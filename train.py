@@ -49,7 +49,7 @@ class Settings:
     grad_checkpoint: bool = False  # keep only the blocks' inputs for the backward pass: less memory, a third more work
     max_steps: int = 600  # optimizer steps of the run
     epochs: float = 0.0  # in place of --max_steps: passes over the training data
-    minutes: float = 0.0  # in place of --max_steps: time for all of it; steps, batch and warm-up are chosen to fit
+    minutes: float = 0.0  # in place of --max_steps: time to train; steps, batch and evaluations are chosen to fit
     word_boost: float = 1.0  # weight in the loss of target tokens of more than one character; 1: off
 
     # optimizer
@@ -232,7 +232,7 @@ class Optimizers:
         vectors = [p for _, p, _ in groups["vector"]]
         self.n_matrices, self.n_other = len(matrices), len(decayed) + len(vectors)
         self.peak_matrix, self.peak_adamw = s.muon_lr, s.lr
-        # Newton-Schulz needs few digits, so that it computes in bf16 if the model does
+        # Newton-Schulz needs few digits, so it runs in bf16 if the model does
         self.matrix = MATRIX_OPTIMIZERS[self.name](matrices, s.weight_decay, dtype) if matrices else None
         self.adamw = AdamW([(decayed, s.weight_decay), (vectors, 0.0)])
 
@@ -261,7 +261,7 @@ class Optimizers:
 def wsd(step, s):
     """Warm-up, stable, decay (arXiv 2405.18392): 1, then linear to final_lr_fraction.
 
-    The step after the last one would have it, so that no step is wasted on a rate of 0.
+    final_lr_fraction would be reached one step after the last, so no step is wasted on a rate of 0.
     """
     decay_steps = s.decay_steps or round(s.decay_fraction * s.max_steps)
     left = min(1.0, (s.max_steps - step) / max(1, decay_steps))
@@ -575,6 +575,9 @@ class Trainer:
                             "use the data, and in fine-tuning the --base_data and --replay, that it was trained with")
         state.step, state.tokens, state.use_ema = start["step"], start["tokens"], start["use_ema"]
         self.task.loader.load_state_dict(start["loader"])
+        if not start["optimizer"]:
+            raise UserError(f"{self.plan.start_path} is a release, which has no optimizer's state: a run cannot go on "
+                            "with it, and --init_from alone starts a new one from its weights")
         trained_by = start["train"]["optimizer"]
         if trained_by != self.s.optimizer:
             raise UserError(f"the run's optimizer is {trained_by}, whose state is of no use to {self.s.optimizer}")
@@ -751,9 +754,12 @@ def train(plan, make_task=Pretraining):
     """Trains as `plan` says, see run.plan_run, and returns the exit status. make_task: a class like Pretraining."""
     world, s = machine.World(), plan.settings
     on = machine.pick_device(s.device, s.dtype, s.compile, s.deterministic, world.local_rank)
+    if s.eval_tasks or s.probes:
+        from evaluation import during
+        during.check(s)
     with world.joined(on.device), lasting_output():
         task = make_task(plan, world, on)
-        if s.minutes and (plan.kind == "new" or "minutes" in plan.given):
+        if s.minutes and (not s.resume or "minutes" in plan.given):
             print(minutes.settle(plan, task, world, on, Optimizers))
             task = make_task(plan, world, on)
         trainer = Trainer(plan, task, world, on)

@@ -58,7 +58,7 @@ class TokenCounts:
 
     @property
     def knows_unknown(self):
-        """Whether there can be text that no token stands for."""
+        """Whether the tokenizer may meet text that no token stands for."""
         return self.mark is not None
 
     def of(self, texts, n_bytes, ids):

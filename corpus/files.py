@@ -38,7 +38,7 @@ def suffix_of(path):
 
 
 def readable_files(path):
-    """The file, or the files below the folder that can be read, and how many of each kind cannot: (paths, Counter).
+    """The file, or the files below the folder that can be read, and how many of each kind are left out.
 
     The paths are in order. Hidden files and folders are not read. A .json file may be anything, so it is read only if
     it is named itself, or if the folder holds nothing else that can be read.
@@ -81,9 +81,9 @@ def files_below(folder):
 # ---------------------------------------------------------------------------------------------------- encodings
 
 MARK = "\udcff"
-MOSTLY = 0.3  # a file is refused if more of its bytes stand for no character; wrongly decoded Latin letters are fewer
+MOSTLY = 0.3  # a file is refused if more than this share of its bytes stands for no character; in Latin text it is less
 
-# Byte order marks; the first two bytes of the third are the fourth
+# Byte order marks. That of UTF-32-LE begins as that of UTF-16-LE, and is looked for first
 BOMS = [
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF32_LE, "utf-32"),
@@ -214,6 +214,11 @@ def json_items(path, f, text):
     while True:
         at = SPACE.match(text, at).end()
         if text[at:at + 1] == "]":
+            rest = text[at + 1:]
+            while rest and not rest.strip():
+                rest = f.read(PIECE)
+            if rest:
+                raise UserError(f"{path} holds more behind its array, which ends with item {n}")
             return
         try:
             begin = at

@@ -88,7 +88,7 @@ def parts(component):
 
 
 def spelled(token, spec):
-    """The UTF-8 bytes of text that a token of a tokenizer.json stands for, in the middle of a text."""
+    """How many UTF-8 bytes of text a token of a tokenizer.json stands for, in the middle of a text."""
     model, decoders = spec["model"], parts(spec["decoder"])
     if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token):
         return 1

@@ -1,4 +1,4 @@
-"""A budget of tokens is a sample: if it needs only a part of a set of many files, a portion is taken from each in turn.
+"""A budget of tokens is a sample: if it needs only a part of a set of many files, portions of at least 64 are taken.
 
 The files come in an order that a seed draws. in_turns() goes over them and can continue from any place.
 """
@@ -11,14 +11,14 @@ VISIT = 2 ** 20  # bytes of text to take from a file before it is worth while to
 
 
 class Wanted(NamedTuple):
-    """How much of a set is wanted, in bytes of its text: for a budget of tokens, nobody knows yet."""
+    """How many bytes of text a budget of tokens needs, at least and probably: the number is known after encoding."""
     least: int
     likely: int
 
     def first_portion(self, n_files):
         """Bytes to take first from each of n_files files, so that all come from many of them; math.inf for all text.
 
-        If they come from all files, it is each file's share of the least. What is missing then comes in a second round.
+        If every file is visited, each first gives its share of the least, and later rounds give the rest.
         """
         if not self.likely:
             return math.inf
@@ -37,7 +37,7 @@ def drawn_order(names, seed):
 
 
 def in_turns(names, portion, place, read):
-    """Yields texts from all over a set: a portion of each file in turn, and each time round one three times as large.
+    """Yields texts from all over a set: a portion of each file in turn, and in each further round three times as much.
 
     portion: bytes of the first portion; math.inf: one file after the other is read as a whole. read: (name, state) ->
     iterator of (text, state behind it), where the state is None at the beginning of a file. place: how far it is, as

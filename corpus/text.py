@@ -46,7 +46,7 @@ class TextSource:
     chat: bool = False  # the texts are chats: rows that chat_messages() reads, or Documents
 
     def reader(self, state=None, wanted=None):
-        """Goes over the texts, from `state` on. wanted: how much is, if not what the budget needs."""
+        """Goes over the texts, from `state` on. wanted: how much text is needed, if not what the budget says."""
         return Reader(self.documents, state)
 
     def local_files(self):
@@ -54,12 +54,12 @@ class TextSource:
         return []
 
     def stamp(self):
-        """When one of the local files was last changed, in nanoseconds: its contents, its name or its rights."""
+        """When a local file was last changed, its contents, name or rights, in nanoseconds."""
         times = [(stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, self.local_files())]
         return max(map(max, times), default=0)
 
     def files_read(self, state):
-        """The names of the files that were read until `state`, if it is a sample that comes from a part of them."""
+        """For a sample of some of the files: the names of those that were read until `state`. Else None."""
         return None
 
 
@@ -434,7 +434,7 @@ def local_source(word, column, known=(), encoding="", seed=0):
     for p in files:
         try:
             layouts[p] = file_layout(p, column, encoding)
-        except NoColumn as e:  # that there are chats as well as text says more
+        except NoColumn as e:  # a mix of chats and text is the more useful error, so this one waits
             problems.append(e)
     chats = [p for p, layout in layouts.items() if layout and layout.chat]
     texts = [p for p, layout in layouts.items() if layout and not layout.chat]

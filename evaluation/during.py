@@ -4,6 +4,14 @@ import torch
 from evaluation import harness, probes
 
 
+def check(s):
+    """Raises UserError if a task or the probes cannot be had: before a run and not at its first evaluation."""
+    if s.eval_tasks:
+        harness.check_tasks(s.eval_tasks.split(","), s.tasks_dir)
+    if s.probes:
+        probes.read_probes(s.probes)
+
+
 @torch.no_grad()
 def measure(trainer, winner, row):
     """Adds what was asked for to the row of an evaluation.

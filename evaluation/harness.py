@@ -341,6 +341,8 @@ def task_manager(folders, tasks_dir):
 
 def find_manager(names, tasks_dir):
     """The index that has all of the tasks. Raises UserError for a name that the harness does not know."""
+    if tasks_dir and not Path(tasks_dir).is_dir():
+        raise UserError(f"--tasks_dir={tasks_dir} is not a folder")
     folders = {name: FOLDERS.get(name, "blimp") for name in names if name in FOLDERS or name.startswith("blimp_")}
     manager = task_manager(tuple(sorted(set(folders.values()))), tasks_dir)
     if any(name not in manager.task_index and name not in folders for name in names):
@@ -449,6 +451,15 @@ def compiled_once():
         env.from_string = compile_template
 
 
+def check_tasks(names, tasks_dir=""):
+    """Raises UserError as run_tasks does for tasks that there are not, or that lack their data."""
+    adapter()
+    with undisturbed():
+        manager = find_manager(names, tasks_dir)
+        for name in names:
+            load_task(name, manager, tasks_dir)
+
+
 def run_tasks(lm, names, limit=0, tasks_dir=""):
     """Scores a `harness_model` on tasks of the harness: {"protocol": {...}, "tasks": {name: score}}.
 
@@ -458,8 +469,6 @@ def run_tasks(lm, names, limit=0, tasks_dir=""):
     file that is missing or broken, and if there is no network.
     """
     from lm_eval.evaluator import evaluate
-    if tasks_dir and not Path(tasks_dir).is_dir():
-        raise UserError(f"--tasks_dir={tasks_dir} is not a folder")
     is_training = lm.model.training
     lm.model.eval()
     try:

@@ -131,8 +131,8 @@ inline void products(const W *w, int64_t skip, const float *x, int64_t n, float 
             for (int c = 0; c < C; c++) sums[r][c] += value(w[r * skip + i]) * x[c * n + i];
 }
 
-// Calls use(row, b, sums) for rows of w (rows, n) and every b, R rows at a time, each `skip` numbers behind
-// the one before. The threads share the rows
+// Multiplies R rows of w, `skip` numbers apart, with each of the B activations, and calls use(row, b, sums). It does so
+// for all rows of w (rows, n), which the threads share
 template <int R, class W, class Use>
 inline void linear(const W *w, int64_t rows, int64_t skip, int64_t n, const float *x, int64_t B, Use use) {
 #pragma omp for schedule(static)
@@ -256,16 +256,16 @@ void run(const Model &m, const int64_t *tokens, int64_t B, int64_t position, int
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < B * heads; i++) {
                 const int64_t b = i / heads, h = i % heads;
-                float *x = &qkv[i * D];
+                float *head = &qkv[i * D];
                 if (h < m.H + m.K) {
                     const float *weight = h < m.H ? layer.q_norm : layer.k_norm;
-                    if (weight) rms_norm(x, weight, m.eps, D, x);
-                    rope(x, cos, sin, D);
+                    if (weight) rms_norm(head, weight, m.eps, D, head);
+                    rope(head, cos, sin, D);
                 }
                 if (h >= m.H) {
-                    const int64_t head = (h - m.H) % m.K;
                     float *cache = h < m.H + m.K ? layer.k : layer.v;
-                    std::memcpy(cache + ((b * m.K + head) * max_len + position) * D, x, D * sizeof(float));
+                    const int64_t row = (b * m.K + (h - m.H) % m.K) * max_len + position;
+                    std::memcpy(cache + row * D, head, D * sizeof(float));
                 }
             }
 #pragma omp for schedule(static)

@@ -1,9 +1,11 @@
 """evaluation/during.py: benchmarks and probes while training are recorded, and change nothing of the training."""
 import json
+import os
 
 import pytest
 
 import run
+from common import UserError
 from conftest import evaluations, run_train, same_tensors, timeless
 from report import draw_loss
 
@@ -51,6 +53,17 @@ def test_benchmarks_and_probes_are_recorded_and_the_training_is_the_same(blimp, 
     assert all(row["val_loss"] and row["probes"][0]["correct_token_rank"] >= 1 for row in evals)
     assert all(row["prompt"] == "def f(" and isinstance(row["continuation"], str) for row in said)
     assert not (workdir / "plain/eval_metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--eval_tasks=blimb"], "no task 'blimb' .did you mean"),
+    (["--eval_tasks=blimp", "--tasks_dir=nowhere"], "nowhere is not a folder"),
+    (["--probes=nothing.json"], "nothing.json"),
+])
+def test_what_cannot_be_measured_is_said_before_the_run_begins(flags, line, blimp):
+    with pytest.raises(UserError, match=line):
+        run_train("--data=pydocs-hybrid", "--out=none", *flags)
+    assert not os.path.exists("none")
 
 
 def test_a_resumed_run_has_each_probe_once_and_a_new_one_none_of_the_old(workdir):

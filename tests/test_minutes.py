@@ -9,8 +9,8 @@ import minutes
 import run
 import train
 from common import UserError
-from conftest import SMALL, run_train, step_rows
-from minutes import Pace, choice
+from conftest import SMALL, step_rows, together
+from minutes import Costs, choice
 
 SETTINGS = replace(train.Settings(), minutes=10.0, batch_tokens=2 ** 19, block_size=1024, micro_batch=8,
                    warmup_steps=50)
@@ -21,12 +21,14 @@ SETTINGS = replace(train.Settings(), minutes=10.0, batch_tokens=2 ** 19, block_s
        rows=st.integers(1, 16), processes=st.sampled_from([1, 2, 8]), extra=st.floats(0, 0.5),
        sources=st.integers(1, 5))
 def test_what_is_chosen_fits_into_the_time_and_fills_it(time, micro, update, spent, rows, processes, extra, sources):
-    s, pace = replace(SETTINGS, minutes=time), Pace(micro, update, spent)
+    s, costs = replace(SETTINGS, minutes=time), Costs(micro, update, spent)
     try:
-        found = choice(s, (), pace, rows, processes, extra, sources)
+        found = choice(s, (), costs, rows, processes, extra, sources)
     except UserError as e:
-        least = replace(s, batch_tokens=max(minutes.LEAST_TOKENS, processes * s.block_size))
-        a_step = micro * (1 + extra) * (least.batch_tokens / s.block_size) / rows / processes + update
+        least = 512  # rows of the recipe
+        while least % (2 * processes * rows) == 0 and least * s.block_size >= 2 * minutes.LEAST_TOKENS:
+            least //= 2
+        a_step = micro * (1 + extra) * least / rows / processes + update
         assert spent + a_step > 0.9 * 60 * time and "is not enough for one step" in str(e)
         return
     a_step = micro * (1 + extra) * (found.batch_tokens / s.block_size) / rows / processes + update
@@ -45,7 +47,7 @@ def test_what_is_chosen_fits_into_the_time_and_fills_it(time, micro, update, spe
 
 
 def test_flags_that_were_typed_stay():
-    found = choice(SETTINGS, {"batch_tokens", "warmup_steps", "eval_every"}, Pace(1.0, 0.1, 0.0), 8)
+    found = choice(SETTINGS, {"batch_tokens", "warmup_steps", "eval_every"}, Costs(1.0, 0.1, 0.0), 8)
     assert (found.batch_tokens, found.warmup_steps) == (2 ** 19, 50) and found.eval_every == SETTINGS.eval_every
     assert found.max_steps == int(600 * (1 - minutes.RESERVE) / (64 * 1.0 + 0.1))
 
@@ -68,6 +70,22 @@ def test_a_run_of_a_few_seconds_ends_with_the_steps_it_chose(corpora, tmp_path, 
         train.main(["--resume", f"--out={out}", "--minutes=1"])
 
 
+def test_two_processes_choose_the_same(corpora, tmp_path, monkeypatch):
+    monkeypatch.chdir(corpora)
+    flags = [flag for flag in SMALL if not flag.startswith(("--max_steps", "--eval_", "--final", "--save"))]
+    for status, _, err in together(2, "-c", QUICKLY, *flags, "--vocab_size=600", "--data=pydocs-hybrid",
+                                   "--minutes=0.05", f"--out={tmp_path / 'two'}"):
+        assert status == 0, err
+    assert len(step_rows(tmp_path / "two")) == run.recorded_settings(tmp_path / "two")["max_steps"] > 0
+
+
+QUICKLY = """
+import sys, minutes, train
+minutes.MEASURE_SECONDS = 0.1
+train.main(sys.argv[1:])
+"""
+
+
 @pytest.mark.parametrize("flags, line", [
     (["--minutes=1", "--max_steps=7"], "leave out --max_steps"),
     (["--minutes=1", "--epochs=2"], "leave out --epochs"),
@@ -83,4 +101,4 @@ def test_a_time_that_makes_no_sense_is_one_line(flags, line, corpora, tmp_path, 
 
 
 def test_the_number_of_steps_is_whole_and_finite():
-    assert math.isfinite(choice(SETTINGS, (), Pace(1e-4, 0.0, 0.0), 8).max_steps)
+    assert math.isfinite(choice(SETTINGS, (), Costs(1e-4, 0.0, 0.0), 8).max_steps)

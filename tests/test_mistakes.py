@@ -225,6 +225,9 @@ MISTAKES = {
         train, ["--resume", "--out=run", "--data=mine", "--max_steps=20"], other_data,
         "has changed since the checkpoint"),
     "decay without a start": (train, ["--decay_only", "--decay_steps=5"], nothing, "--decay_only needs --init_from"),
+    "decay of a release": (
+        train, ["--init_from=run/best.pt", "--decay_only", "--decay_steps=5", "--out=tail"], edit_checkpoint(optimizer={}),
+        "run/best.pt is a release, which has no optimizer's state"),
     "decay without a length": (
         train, ["--decay_only", "--init_from=run/ckpt.pt"], nothing, "--decay_only needs --decay_steps"),
     "measuring with the training tool": (
@@ -315,6 +318,12 @@ MISTAKES = {
     "no such column": (
         prepare, ["rows.jsonl", "--column=body"], nothing, "no column 'body', it has 'title', 'text'"),
     "half a gzip file": (prepare, ["half.jsonl.gz"], nothing, "half.jsonl.gz is not a whole gzip file"),
+    "names beside --show": (prepare, ["pydocs", "--show=data/mine"], nothing, "leave out pydocs"),
+    "a column of pydocs": (prepare, ["pydocs", "--column=text"], nothing, "--column is for files of yours"),
+    "a copy of pydocs": (prepare, ["pydocs", "--source_dir=."], nothing, "--source_dir is for data sets of the Hugging"),
+    "more behind an array": (
+        prepare, ["two.json"], lambda d: (d / "two.json").write_text('[{"text": "a"}]\n[{"text": "b"}]'),
+        "two.json holds more behind its array, which ends with item 1"),
     "no parquet": (prepare, ["fake.parquet"], nothing, "fake.parquet cannot be read as parquet"),
     "one document for two splits": (prepare, ["rows.jsonl"], nothing, "rows holds only one document of text"),
     "chats among texts": (
