@@ -537,7 +537,7 @@ BENCHMARKS = dict(memory=memory, prepare=preparing, sample=sampling, decode=deco
 
 
 def main(argv):
-    description = " ".join(__doc__.split("\n\n")[0].split())
+    description = " ".join((__doc__ or "").split("\n\n")[0].split())
     given, words = parse_flags(argv, Settings(), description=description, positional=("WHAT", ", ".join(BENCHMARKS)))
     if len(words) != 1 or words[0] not in BENCHMARKS:
         instead = f", not {' '.join(words)}" if words else ""

@@ -13,6 +13,7 @@ import io
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -48,6 +49,11 @@ def yes_or_no(text):
     if text.lower() not in BOOLEANS:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return BOOLEANS[text.lower()]
+
+
+def quoted(value):
+    """The value as a shell takes it for one word, for commands that are printed to be pasted."""
+    return shlex.quote(str(value))
 
 
 def nearest(word, words):
@@ -113,7 +119,7 @@ def parse_flags(argv, *settings, description="", positional=None):
                 flags.add(field.name)
                 add_flag(parser, field.name, getattr(instance, field.name), notes.get(field.name, ""))
 
-    namespace, unknown = parser.parse_known_args(argv)
+    namespace, unknown = parser.parse_known_args(list(map(with_home, argv)))
     for word in unknown:
         if word.startswith("-"):
             flag = word.lstrip("-").split("=")[0]
@@ -125,10 +131,22 @@ def parse_flags(argv, *settings, description="", positional=None):
     return given, [*words, *unknown]  # argparse does not collect words that follow a flag, so they are in `unknown`
 
 
+# flags whose values are paths, or lists of paths
+PATHS = ("base_data", "bundle", "ckpt", "data", "import_from", "init_from", "out", "out_dir", "probes", "resume",
+         "show", "source_dir", "tasks_dir", "tokenizer", "verify")
+
+
+def with_home(word):
+    """--out=~/runs with the user's home folder in place of ~, which a shell leaves as it is behind an equals sign."""
+    if not re.match(rf"--({'|'.join(PATHS)})=", word):
+        return word
+    return re.sub(r"(?<=[=,])~(?=/|$)", lambda _: os.path.expanduser("~"), word)
+
+
 def flag_value(argv, name):
     """The value of --name in argv, or None. It is for flags that decide which other flags there are to parse."""
     value = None
-    for i, word in enumerate(argv):
+    for i, word in enumerate(map(with_home, argv)):
         if word.startswith(f"--{name}="):
             value = word.split("=", 1)[1]
         elif word == f"--{name}":
@@ -142,6 +160,10 @@ def flag_value(argv, name):
 def run_tool(main):
     """Runs main(argv) and exits. A user's mistake becomes one line on standard error and exit status 2."""
     tool = Path(sys.argv[0]).name
+    # a stream that was closed is one that nobody reads
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
     # what a terminal cannot show is escaped, and what is read may have any bytes
     for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace"), (sys.stdin, "replace")):
         if isinstance(stream, io.TextIOWrapper):
@@ -183,10 +205,12 @@ def columns(rows):
 
 
 class LastingOutput:
-    """Standard output whose reader may go away, a terminal or the other end of a pipe. The program goes on without it.
+    """Standard output that may be lost: its reader goes away, a terminal or the other end of a pipe, or the disk of a
+    log is full. The program goes on without it.
 
-    It stands in the place of sys.stdout. What is written after its reader has gone is lost.
+    It stands in the place of sys.stdout. What is written afterwards is lost.
     """
+    LOST = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
     def __init__(self, stream):
         self.stream = stream
@@ -207,7 +231,7 @@ class LastingOutput:
         try:
             yield
         except OSError as e:
-            if e.errno not in (errno.EPIPE, errno.EIO):
+            if e.errno not in self.LOST:
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
@@ -273,8 +297,13 @@ def lock(path):
 def replacing(path):
     """A file to write to, which then takes the place of `path`. A crash leaves the old or the new one whole."""
     part = Path(path).with_name(Path(path).name + ".part")
-    with open(part, "wb") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())  # without it the rename can reach the disk before the contents
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())  # without it the rename can reach the disk before the contents
+        os.replace(part, path)
+    except OSError:  # a full disk needs the room
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise

@@ -262,7 +262,7 @@ def work(measured):
 
 
 def main(argv):
-    description = " ".join(__doc__.split("\n\n")[0].split())
+    description = " ".join((__doc__ or "").split("\n\n")[0].split())
     given, words = parse_flags(argv, Settings(), description=description,
                                positional=("CHECKPOINT", "more checkpoints, behind --compare"))
     s, world = Settings(**given), machine.World()

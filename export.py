@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import run
-from common import Progress, UserError, parse_flags, run_tool
+from common import Progress, UserError, parse_flags, quoted, run_tool
 from release import card, gguf_format, hub, importing, llama_cpp, transformers_format
 from release.contents import DTYPES, open_release, read_json
 
@@ -80,7 +80,8 @@ def write_files(folder, release, s):
     if s.gguf:
         more, seen = write_gguf(folder, release, s.gguf_type.split(","))
         files |= more
-    (folder / "README.md").write_text(card.model_card(release, files, seen), encoding="utf-8")
+    text = card.model_card(release, files, seen)  # paths in it may hold bytes that are no characters
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_checkpoint(folder, release):
@@ -233,7 +234,7 @@ def check_free(out):
 
 
 def main(argv):
-    given, _ = parse_flags(argv, Settings(), description=" ".join(__doc__.split("\n\n")[0].split()))
+    given, _ = parse_flags(argv, Settings(), description=" ".join((__doc__ or "").split("\n\n")[0].split()))
     s = Settings(**given)
     check_settings(s, set(given))
     if s.import_from:
@@ -267,8 +268,8 @@ def import_model(s):
     n_params = sum(value.numel() for value in checkpoint["model"].values())
     print(f"wrote {out}: {n_params / 1e6:,.2f}M parameters ({module.__name__}.py), "
           f"context {checkpoint['cfg']['context_length']:,}\n"
-          f"next: python prepare.py TEXT.txt --tokenizer={out} --name=mine && "
-          f"python train.py --init_from={out} --data=mine --out=out/mine")
+          f"next: python prepare.py TEXT.txt --tokenizer={quoted(out)} --name=mine && "
+          f"python train.py --init_from={quoted(out)} --data=mine --out=out/mine")
     return 0
 
 

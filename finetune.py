@@ -553,7 +553,7 @@ def default_out(model, kind):
 
 def main(argv):
     with machine.World().one_voice():
-        description = " ".join(__doc__.split("\n\n")[0].split())
+        description = " ".join((__doc__ or "").split("\n\n")[0].split())
         choices = train.choices() | dict(loss_on=("responses", "all"))
         plan = run.plan_run(argv, Settings, choices, default_out, description, adapt)
         return train.train(plan, Pretraining if plan.settings.loss_on == "all" else FineTuning)

@@ -347,8 +347,8 @@ class Record:
     def __init__(self, folder, asked):
         self.path = folder / "progress.json"
         try:
-            self.data = json.loads(self.path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            self.data = dict(json.loads(self.path.read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError, TypeError):
             self.data = {}
         self.resumed = self.data.get("asked") == asked
         if not self.resumed:
@@ -685,7 +685,7 @@ def next_command(folder, meta, s):
 def main(argv):
     what = (f"{', '.join(EMBEDDED)}, a data set or mix of --list, ORG/NAME for any other data set of the Hub, or a "
             "file or folder of yours; @language/kind may follow the last two, and :TOKENS, a budget, all but mixes")
-    given, names = parse_flags(argv, Settings(), description=__doc__.split("\n")[0], positional=("NAME", what))
+    given, names = parse_flags(argv, Settings(), description=(__doc__ or "").split("\n")[0], positional=("NAME", what))
     s = Settings(**given)
     if s.list:
         if len(argv) > 1:

@@ -210,7 +210,7 @@ EXPERIMENTS = dict(tricks=tricks)
 
 
 def main(argv):
-    description = " ".join(__doc__.split("\n\n")[0].split())
+    description = " ".join((__doc__ or "").split("\n\n")[0].split())
     given, words = parse_flags(argv, Settings(), description=description, positional=("WHAT", " or ".join(EXPERIMENTS)))
     if len(words) != 1 or words[0] not in EXPERIMENTS:
         instead = f", not {' '.join(words)}" if words else ""

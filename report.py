@@ -6,9 +6,10 @@ those of the raw and the averaged weights, {"raw": result, "ema": result}.
 """
 import lzma
 import math
+import os
 from pathlib import Path
 
-from common import UserError, clock, columns, replacing
+from common import UserError, clock, columns, quoted, replacing
 
 # ---------------------------------------------------------------------------------------------------- the log
 
@@ -118,9 +119,9 @@ def last_line(trainer):
     if not task.is_text:
         flags = " --chat"
     elif trainer.s.sample_prompt:
-        flags = f' --prompt="{trainer.s.sample_prompt}"'
+        flags = f" --prompt={quoted(trainer.s.sample_prompt)}"
     return (f"wrote {folder.path}: {' '.join(folder.files())}        "
-            f"next: python sample.py --ckpt={folder.path / 'best.pt'}{flags}")
+            f"next: python sample.py --ckpt={quoted(folder.path / 'best.pt')}{flags}")
 
 
 def divergence(trainer, loss, grad_norm):
@@ -230,13 +231,13 @@ def draw_loss(rows, path, title, xz=None):
     it, the bits per byte of the base data and the relevance accuracy; benchmarks stand there too. Without matplotlib
     one line says so.
     """
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook may have left one that is not here
     try:
         import matplotlib
     except ImportError:
         print(f"no {path}: it is drawn by matplotlib, which is not installed")
         Path(path).unlink(missing_ok=True)
         return
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     # what there is to draw

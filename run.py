@@ -15,6 +15,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -22,7 +23,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import prepare
-from common import BOOLEANS, Progress, UserError, flag_value, lock, mended, nearest, parse_flags, replacing, yes_or_no
+from common import (
+    BOOLEANS, Progress, UserError, flag_value, lock, mended, nearest, parse_flags, quoted, replacing, yes_or_no,
+)
 from corpus.folder import base_name, check_tokens, corpus_name, read_meta
 from corpus.loader import open_sources
 from corpus.pydocs import EMBEDDED
@@ -32,19 +35,34 @@ from corpus.tokenizer import DEFAULT_VOCAB, TRAINERS, load_tokenizer
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 FORMAT = 1
-KEYS = ("format", "step", "tokens", "model_name", "cfg", "train", "model", "ema", "use_ema", "optimizer", "rng",
-        "loader", "tokenizer", "metrics")
+# what a checkpoint holds
+KEYS = dict(format=int, step=int, tokens=int, model_name=str, cfg=dict, train=dict, model=dict, ema=dict, use_ema=bool,
+            optimizer=object, rng=object, loader=object, tokenizer=str, metrics=dict)
+
+
+def architecture(file):
+    """The module of an architecture file. UserError if it cannot be imported, or is none."""
+    try:
+        module = importlib.import_module(file)
+    except Exception as e:  # whatever somebody's file does
+        raise UserError(f"{file}.py cannot be imported ({type(e).__name__}: {e})") from None
+    if not isinstance(module.PRESETS, dict) or not hasattr(module, "Config") or not hasattr(module, "Model"):
+        raise UserError(f"{file}.py is no architecture: it needs Config, Model and PRESETS, a dict")
+    return module
 
 
 def find_preset(name):
     """Preset name -> (architecture module, config, recipe): `i3-80m` is in i3.py. UserError lists the presets."""
-    stem, here = name.split("-")[0], Path(__file__).parent
-    files = [path.stem for path in sorted(here.glob("[!.]*.py")) if path.is_file()  # editors leave others beside them
-             and re.search(rb"^PRESETS\b", path.read_bytes(), re.M)]
+    stem, here = str(name).split("-")[0], Path(__file__).parent
+    files = [path.stem for path in sorted(here.glob("*.py"))  # editors leave others beside them
+             if path.stem.isidentifier() and path.is_file() and re.search(rb"^PRESETS\b", path.read_bytes(), re.M)]
     if stem not in files:
-        presets = [preset for file in files for preset in importlib.import_module(file).PRESETS]
-        raise UserError(f"there is no model {name!r}{nearest(name, presets)}; there are {', '.join(presets)}")
-    module = importlib.import_module(stem)
+        presets = []
+        for file in files:
+            with contextlib.suppress(UserError):
+                presets += architecture(file).PRESETS
+        raise UserError(f"there is no model {name!r}{nearest(str(name), presets)}; there are {', '.join(presets)}")
+    module = architecture(stem)
     if name not in module.PRESETS:
         raise UserError(f"{stem}.py has no preset {name!r}{nearest(name, module.PRESETS)}; "
                         f"it has {', '.join(module.PRESETS)}")
@@ -64,7 +82,9 @@ def save_checkpoint(path, checkpoint):
 def read_checkpoint(path):
     """The checkpoint's dict, tensors on the CPU. UserError if it is missing, damaged, or not one of ours."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # what torch thinks of other files is not the user's concern
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except IsADirectoryError:
@@ -80,6 +100,9 @@ def read_checkpoint(path):
     if checkpoint["format"] != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this train.py: "
                         f"its format is {checkpoint['format']!r}, not {FORMAT}")
+    wrong = [key for key in KEYS if not isinstance(checkpoint[key], KEYS[key])]
+    if wrong:
+        raise UserError(f"{path} is damaged: {', '.join(wrong[:4])} cannot be what it holds")
     return checkpoint
 
 
@@ -196,8 +219,8 @@ class Plan:
     def going_on(self):
         """The flags that go on with the recorded run."""
         if self.kind == "decay":
-            return f"--init_from={self.start_path} --decay_only"
-        return f"--resume --out={self.settings.out}"
+            return f"--init_from={quoted(self.start_path)} --decay_only"
+        return f"--resume --out={quoted(self.settings.out)}"
 
 
 # settings that finetune.py alone has
@@ -213,7 +236,9 @@ def is_fine_tuning(settings):
 def recorded_settings(folder):
     """The settings that config.json of a run's folder has; none if it is missing, damaged, or of something else."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["train"])
+        record = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        if isinstance(record["model"], str) and isinstance(record["cfg"], dict):
+            return dict(record["train"])
     return {}
 
 
@@ -245,8 +270,14 @@ def check_flags(argv):
 
 def known_settings(Settings, values):
     """Settings from a dict that another version or the other tool may have written, without what is unknown here."""
-    names = {field.name for field in fields(Settings)}
-    return Settings(**{name: value for name, value in values.items() if name in names})
+    known = {}
+    for field in fields(Settings):
+        if field.name in values:
+            value, default = known.setdefault(field.name, values[field.name]), field.default
+            numbers = isinstance(default, float) and type(value) is int
+            if default is not None and type(value) is not type(default) and not numbers:
+                raise TypeError(f"{field.name} is {value!r}")
+    return Settings(**known)
 
 
 def latest_run(fine_tuning):
@@ -273,6 +304,9 @@ def plain_resume(argv, Settings):
         folder = folder.parent
     elif folder.suffix == ".pt":
         raise UserError(f"--resume goes on with a run's ckpt.pt; --init_from={value} starts a new run from this one")
+    out = flag_value(argv, "out")
+    if out is not None and Path(out) != folder:
+        raise UserError(f"--resume={value} and --out={out} name two runs")
     rest = [word for i, word in enumerate(argv)
             if not word.startswith("--resume") and not (i and argv[i - 1] == "--resume" and word == value)]
     return [*rest, "--resume", f"--out={folder}"]
@@ -283,7 +317,10 @@ def recorded_run(argv, Settings, default_out):
     model = flag_value(argv, "model") or Settings.model
     out = Path(flag_value(argv, "out") or default_out(model, "resumed"))
     if not (out / "config.json").exists():
-        raise UserError(f"there is no run to resume in {out}; --out names its folder")
+        instead = "--out names its folder"
+        if (out / "ckpt.pt").is_file():
+            instead = f"it lacks config.json; --init_from={quoted(out / 'ckpt.pt')} starts a new run from its weights"
+        raise UserError(f"there is no run to resume in {out}; {instead}")
     try:
         record = json.loads((out / "config.json").read_text(encoding="utf-8"))
         name, cfg, settings = record["model"], record["cfg"], known_settings(Settings, record["train"])
@@ -452,6 +489,11 @@ def tokenizer_files(text, owner):
     return files or [Path(owner)]
 
 
+def is_prepared(name):
+    """Whether this is a prepared folder, or the name of one under data/, whatever characters it has."""
+    return any((folder / "meta.json").exists() for folder in (Path(name), Path("data") / name))
+
+
 def find_folder(name, encoders, text):
     """The prepared folder that a name in --data means, or None: a path, a folder under data/, or data/NAME-TOKENIZER.
 
@@ -482,9 +524,9 @@ def find_folder(name, encoders, text):
 def missing_data(name, encoder, vocab_size):
     """The error for a name in --data that is not prepared: the command to type, and what there is instead."""
     path = next((p for p in (name, *(name + end for end in SUFFIXES)) if os.path.exists(p)), name)
-    command = f"python prepare.py {path}"
+    command = f"python prepare.py {quoted(path or 'NAME')}"
     if encoder != prepare.Settings.tokenizer:
-        command += f" --tokenizer={encoder}"
+        command += f" --tokenizer={quoted(encoder)}"
     if DEFAULT_VOCAB.get(encoder, vocab_size) != vocab_size:
         command += f" --vocab_size={vocab_size}"
     if os.path.exists(name):
@@ -510,9 +552,9 @@ def find_data(spec, tokenizer, vocab_size, world, text=None, owner="", whose="th
     with the command to type. So is data that does not fit the tokenizer or the vocabulary.
     """
     folders = []
-    for item in spec.split(","):
+    for item in [spec] if is_prepared(spec) else spec.split(","):
         name, weight = item, "1"
-        if re.fullmatch(r".+:[0-9.]+", item):
+        if re.fullmatch(r".+:(\d+\.?\d*|\.\d+)", item) and not is_prepared(item):
             name, _, weight = item.rpartition(":")
 
         # which folder is it?
@@ -536,7 +578,7 @@ def find_data(spec, tokenizer, vocab_size, world, text=None, owner="", whose="th
             text, owner, whose = (folder / "tokenizer.json").read_text(encoding="utf-8"), folder, f"{folder}'s"
         if (folder / "tokenizer.json").read_text(encoding="utf-8") != text:
             raise UserError(f"{folder} was not encoded with {whose} tokenizer; prepare its text with "
-                            f"--tokenizer={tokenizer_files(text, owner)[0]}")
+                            f"--tokenizer={quoted(tokenizer_files(text, owner)[0])}")
         if meta["vocab_size"] > vocab_size:
             raise UserError(f"{folder} has a vocabulary of {meta['vocab_size']:,} tokens, the model of {vocab_size:,}: "
                             f"prepare it with --vocab_size={vocab_size}, or give the model "
@@ -555,12 +597,14 @@ LOGS = ("metrics.jsonl", "eval_metrics.jsonl", "probe_generations.jsonl")
 
 
 def read_rows(path):
-    """The rows of a log. A last line that a crash cut short is left out."""
+    """The rows of a log. A line that is no row, such as a last one that a crash cut short, is left out."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
     return rows
 
 
@@ -573,7 +617,8 @@ def own_files(folder):
     """The files of a run that a folder holds, those that a crash left half written as well."""
     if not Path(folder).is_dir():
         return []
-    return [path for path in sorted(Path(folder).iterdir()) if OWN.fullmatch(path.name.removesuffix(".part"))]
+    return [path for path in sorted(Path(folder).iterdir())
+            if OWN.fullmatch(path.name.removesuffix(".part")) and (path.is_symlink() or not path.is_dir())]
 
 
 def check_folder(s):
@@ -583,8 +628,8 @@ def check_folder(s):
         raise UserError(f"{out} is a file; --out names a folder")
     if recorded_settings(out):
         if not (s.resume or s.overwrite):
-            raise UserError(f"{out} holds a run: --resume --out={out} goes on with it, --out names another folder, "
-                            "--overwrite deletes it")
+            raise UserError(f"{out} holds a run: --resume --out={quoted(out)} goes on with it, --out names another "
+                            "folder, --overwrite deletes it")
         return
     foreign = sorted(path.name for path in out.glob("*") if path.name not in (".lock", ".DS_Store"))
     if foreign:

@@ -47,7 +47,7 @@ class Settings:
     prompt: str = ""  # text to continue; empty: piped standard input, else a new document; --chat: the first message
     chat: bool = False  # a conversation at the terminal or through a pipe
     system: str = ""  # with --chat: instructions before the first message
-    num_samples: int = 1  # continuations of the prompt
+    num_samples: int = 1  # continuations of the prompt, 10,000 at most
     max_new_tokens: int = 256  # length of each
     temperature: float = 0.8  # divides the logits; 0 always takes the likeliest token
     top_k: int = 0  # keep the k likeliest tokens; 0: all
@@ -589,7 +589,7 @@ def recommended_rules(ckpt):
 
 def read_settings(argv):
     """(Settings, names of the flags that were typed). Raises UserError for what cannot be meant."""
-    description = " ".join(__doc__.split("\n\n")[0].split())
+    description = " ".join((__doc__ or "").split("\n\n")[0].split())
     given, _ = parse_flags(argv, Settings(), description=description)
     s = Settings(**given)
     if not s.ckpt:
@@ -610,7 +610,7 @@ def read_settings(argv):
         raise UserError(f"--dtype={s.dtype} is neither float32 nor bfloat16")
     makes_sense = dict(
         seed=abs(s.seed) < 2 ** 63, context=s.context >= 0 and s.context != 1,
-        num_samples=s.num_samples > 0, max_new_tokens=s.max_new_tokens > 0,
+        num_samples=0 < s.num_samples <= 10_000, max_new_tokens=s.max_new_tokens > 0,
         temperature=s.temperature >= 0, top_k=s.top_k >= 0, top_p=0 < s.top_p <= 1, min_p=0 <= s.min_p <= 1,
         repetition_penalty=s.repetition_penalty > 0, no_repeat_ngram_size=s.no_repeat_ngram_size >= 0)
     for name, good in makes_sense.items():

@@ -24,7 +24,7 @@ import machine
 import minutes
 import report
 import run
-from common import UserError, lasting_output, run_tool
+from common import UserError, lasting_output, quoted, run_tool
 from corpus.loader import Loader, bytes_per_token, fill_rows
 from corpus.tokenizer import bos_eos, load_tokenizer
 
@@ -771,7 +771,7 @@ def train(plan, make_task=Pretraining):
         else:
             trainer.progress.done(
                 f"stopped at step {trainer.state.step:,} of {trainer.s.max_steps:,}, saved {Path(s.out) / 'ckpt.pt'}"
-                f"        next: python {task.tool} --resume --out={s.out}")
+                f"        next: python {task.tool} --resume --out={quoted(s.out)}")
         world.barrier()
     return 0
 
@@ -791,7 +791,7 @@ def default_out(model, kind):
 
 def main(argv):
     with machine.World().one_voice():
-        description = " ".join(__doc__.split("\n\n")[0].split())
+        description = " ".join((__doc__ or "").split("\n\n")[0].split())
         plan = run.plan_run(argv, Settings, choices(), default_out, description)
         return train(plan)
 

@@ -113,7 +113,10 @@ def role_and_text(message):
     role = ROLE_NAMES.get(name.lower()) if isinstance(name, str) else None
     if role == "assistant" and message.get("weight") == 0:
         role = SHOWN
-    return role, message.get(first_of(("content", "value"), message))
+    content = message.get(first_of(("content", "value"), message))
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    return role, content
 
 
 def instruction_turns(line):

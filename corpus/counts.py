@@ -22,6 +22,15 @@ def adds_up(tokenizer):
     return all(part["type"] in ("ByteLevel", "Fuse") for part in parts(spec["decoder"])) and bool(spec["decoder"])
 
 
+def drops(tokenizer):
+    """Whether it drops some characters of a text, other than spaces, before it looks for tokens."""
+    spec = json.loads(tokenizer.to_str())
+    if any(part.get("behavior") == "Removed" for part in parts(spec["pre_tokenizer"])):
+        return True
+    return any(part["type"] in ("BertNormalizer", "Nmt", "Precompiled") or part.get("content") == ""
+               for part in parts(spec["normalizer"]))
+
+
 def leaves_out(tokenizer):
     """Whether it leaves out what it cannot spell, as a BPE does that has neither all bytes nor an unknown token."""
     spec = json.loads(tokenizer.to_str())
@@ -48,7 +57,8 @@ class TokenCounts:
 
     def __init__(self, tokenizer):
         self.tokenizer, self.unknown = tokenizer, unknown_id(tokenizer)
-        self.adds_up, self.leaves_out = adds_up(tokenizer), leaves_out(tokenizer)
+        self.leaves_out, self.drops = leaves_out(tokenizer), drops(tokenizer)
+        self.adds_up = adds_up(tokenizer) and not self.leaves_out and not self.drops
         self.token_bytes = token_byte_counts(tokenizer)
 
         # which tokenizer shows where unknown text is, and by which token
@@ -59,7 +69,7 @@ class TokenCounts:
     @property
     def knows_unknown(self):
         """Whether the tokenizer may meet text that no token stands for."""
-        return self.mark is not None
+        return self.mark is not None or self.drops
 
     def of(self, texts, n_bytes, ids):
         """{"unknown", "bytes"...} of a document. texts: its text, or those of a chat. n_bytes: their UTF-8 bytes. ids:
@@ -68,14 +78,14 @@ class TokenCounts:
         unknown = 0
         if self.unknown is not None:
             unknown = int(np.count_nonzero(ids == self.unknown))
-        if self.adds_up and not self.leaves_out:
+        if self.adds_up:
             normalizer = self.tokenizer.normalizer
             if normalizer is not None:
                 n_bytes = sum(len(normalizer.normalize_str(piece).encode()) for piece in pieces(texts))
             return dict(unknown=unknown, bytes=n_bytes)
 
         unknown_bytes = 0
-        if unknown or self.leaves_out:
+        if unknown or self.leaves_out or self.drops:
             unknown, unknown_bytes = self.unknown_text(texts)
         return dict(unknown=unknown, bytes=n_bytes, unknown_bytes=unknown_bytes,
                     token_bytes=int(self.token_bytes[ids].sum()))
@@ -85,6 +95,10 @@ class TokenCounts:
         n, n_bytes = 0, 0
         for piece in pieces(texts):
             encoding = self.witness.encode(piece, add_special_tokens=False)
+            if self.drops:
+                for gap in between(encoding.offsets, piece):
+                    n += 1
+                    n_bytes += len(gap.encode())
             reached = 0  # several tokens may be parts of one character
             for i in np.flatnonzero(np.array(encoding.ids) == self.mark).tolist():
                 begin, end = encoding.offsets[i]
@@ -92,6 +106,15 @@ class TokenCounts:
                 n_bytes += len(piece[max(begin, reached):end].encode())
                 reached = max(reached, end)
         return n, n_bytes
+
+
+def between(offsets, text):
+    """The parts of a text that no token stands for, without the spaces in them."""
+    reached = 0
+    for begin, end in [*sorted(offsets), (len(text), len(text))]:
+        if gap := "".join(text[reached:begin].split()):
+            yield gap
+        reached = max(reached, end)
 
 
 def pieces(texts):

@@ -72,7 +72,7 @@ def read_tokenizer(source):
             name = f"the tokenizer in {source}"
             tokenizer = Tokenizer.from_str(tokenizer_text(source))
         else:
-            tokenizer = Tokenizer.from_file(source)
+            tokenizer = Tokenizer.from_str(Path(source).read_text(encoding="utf-8"))
     except UserError:
         raise
     except Exception as e:  # the library raises plain Exception for everything

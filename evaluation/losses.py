@@ -5,6 +5,7 @@ that reaches it, so that it has at least T - stride tokens before it (except nea
 stride costs more and gives a lower loss. With a stride of T it is what train.py measures.
 """
 import math
+import os
 import time
 
 import numpy as np
@@ -115,8 +116,7 @@ def by_position(model, sources, on, T, n_rows, frame=None, tokens=0):
 
 def draw_positions(losses, sources, path, trained, title):
     """Draws the loss over the position. losses: see `by_position`; trained: positions that training knew."""
-    import matplotlib
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook may have left one that is not here
     import matplotlib.pyplot as plt
 
     # a point for each eighth of a doubling, as single positions scatter

@@ -250,7 +250,7 @@ NO_CHATS = {
     "tool": (said((U, "a"), (A, "b"), ("tool", "c"), (A, "d")), "role other than"),
     "no role": ({"messages": [{"content": "a"}]}, "role other than"),
     "no content": ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, "not text"),
-    "parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "not text"),
+    "a picture": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}]}, "not text"),
     "reply first": (said((A, "a"), (U, "b"), (A, "c")), "begins with a reply"),
     "reply behind the system's": (said((S, "a"), (A, "b")), "begins with a reply"),
     "late system": (said((U, "a"), (S, "b"), (A, "c")), "system message inside"),

@@ -150,7 +150,7 @@ def test_resume_without_out_means_the_folder_that_a_run_of_this_model_goes_to(bo
 
 def test_checkpoints_hold_plain_values_and_the_documented_keys(trained):
     checkpoint = torch.load(trained / "ckpt.pt", weights_only=True)
-    assert tuple(checkpoint) == run.KEYS
+    assert tuple(checkpoint) == tuple(run.KEYS)
     assert checkpoint["step"] == 12 and checkpoint["tokens"] == 12 * 512 and checkpoint["model_name"] == "tinymemory"
     assert set(checkpoint["train"]) == {f.name for f in fields(train.Settings)}
 

@@ -592,7 +592,7 @@ def test_without_a_name_the_latest_run_is_sampled_and_the_latest_fine_tuned_one_
         folder.mkdir(parents=True)
         shutil.copy(trained / "best.pt", folder)
         settings = {} if loss_on is None else dict(loss_on=loss_on)
-        (folder / "config.json").write_text(json.dumps(dict(model="tinymemory", train=settings)))
+        (folder / "config.json").write_text(json.dumps(dict(model="tinymemory", cfg={}, train=settings)))
         os.utime(folder / "best.pt", (3600 * hour, 3600 * hour))
     assert sample.latest_best(chat=False) == "out/two/best.pt" and sample.latest_best(chat=True) == "out/chats/best.pt"
     os.utime("out/one/best.pt")
