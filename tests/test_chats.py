@@ -240,6 +240,12 @@ ROWS = {
         "<s> [INST]a[/INST]b</s>",
         [(U, "a"), (A, "b")]),
 }
+def test_a_message_in_parts_of_text_is_their_text():
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "it?"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": [parts[0]]}]}
+    assert chat_messages(row) == [("user", "What is it?"), ("assistant", "What is ")]
+
+
 NO_CHATS = {
     "other role": (said(("narrator", "a"), ("gpt", "b")), "role other than system, user and assistant"),
     "a role that is no word": (said(([U], "a"), (5, "b")), "role other than"),

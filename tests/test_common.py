@@ -240,3 +240,43 @@ def test_a_lock_is_one_process_at_a_time_and_goes_with_it(tmp_path):
     assert first is not None and lock(tmp_path / ".lock") is None
     first.close()
     assert lock(tmp_path / ".lock") is not None
+
+
+# ---------------------------------------------------------------------------------------------------- edges
+
+@dataclasses.dataclass
+class Paths:
+    out: str = ""  # where to
+    data: str = ""  # from where
+    title: str = ""  # what it is called
+
+
+def test_a_tilde_in_a_path_is_the_home_folder_and_in_a_text_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    argv = ["--out=~/runs", "--data=~/a:2,b~,~", "--title=~/x"]
+    assert parse_flags(argv, Paths())[0] == dict(out="/home/me/runs", data="/home/me/a:2,b~,/home/me", title="~/x")
+    assert flag_value(argv, "out") == "/home/me/runs" and flag_value(argv, "title") == "~/x"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_a_closed_stream_is_one_that_nobody_reads(closed):
+    code = ("import sys; from common import run_tool; "
+            "run_tool(lambda argv: print(1, sys.stdin.read()) or sys.stderr.write('x') and 0)")
+    done = subprocess.run(f'"{sys.executable}" -c "{code}" {closed}', shell=True, cwd=ROOT, capture_output=True,
+                          stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no disk that is always full")
+def test_a_log_on_a_full_disk_is_lost_and_the_program_goes_on():
+    out = LastingOutput(open("/dev/full", "w"))
+    for _ in range(3):
+        print("lost", file=out, flush=True)
+
+
+def test_a_file_that_cannot_be_finished_leaves_no_part(tmp_path):
+    (tmp_path / "x").write_text("old")
+    with pytest.raises(OSError), replacing(tmp_path / "x") as f:
+        f.write(b"half of it")
+        raise OSError(errno.ENOSPC, "full")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "old"

@@ -131,6 +131,33 @@ def foreign(request, tmp_path_factory):
     return request.param, path, tokenizer, fast_encoder(tokenizer), TokenCounts(tokenizer)
 
 
+# ---------------------------------------------------------------------------------------------------- dropped text
+
+def without_vowels():
+    tokenizer = roberta()
+    tokenizer.normalizer = normalizers.Replace(Regex("[aeiou]"), "")
+    return tokenizer
+
+
+def without_digits():
+    cut = pre_tokenizers.Split(Regex(r"\d+"), "removed")
+    words = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return bpe(decoders.ByteLevel(), words, EVERY_BYTE)
+
+
+@pytest.mark.parametrize("make, text, n, n_bytes", [
+    (without_vowels, "the house", 3, 4), (without_vowels, "shh", 0, 0), (without_vowels, "aeiou", 1, 5),
+    (without_digits, "12 houses, 345", 2, 5), (without_digits, "none", 0, 0), (wordpiece, "\0 house", 1, 1),
+])
+def test_text_that_a_tokenizer_drops_is_counted_as_unknown(make, text, n, n_bytes):
+    tokenizer = load_tokenizer(make().to_str())
+    counts, n_text = TokenCounts(tokenizer), len(text.encode())
+    ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+    found = counts.of([text], n_text, ids)
+    assert counts.knows_unknown and not counts.adds_up
+    assert (found["unknown"], found["unknown_bytes"], found["bytes"]) == (n, n_bytes, n_text)
+
+
 # ---------------------------------------------------------------------------------------------------- text
 
 @properties

@@ -3,9 +3,11 @@ import json
 import os
 import shutil
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, strategies as st
 
 import common
 import finetune
@@ -14,7 +16,7 @@ import run
 import sample
 import train
 from common import UserError
-from conftest import ALONE, SMALL, pretraining_plan, run_train, same_tensors, tuning_plan
+from conftest import ALONE, ROOT, SMALL, pretraining_plan, run_train, same_tensors, tuning_plan
 from made_up import made_up_chats
 
 TUNE = ["--block_size=64", "--batch_tokens=512", "--max_steps=1", "--eval_tokens=256", "--final_eval_tokens=256",
@@ -383,3 +385,106 @@ def test_an_unknown_choice_of_kernels_is_one_line(monkeypatch):
     model = module.Model(replace(cfg, n_layer=1, d_model=32, vocab_size=40))
     with pytest.raises(UserError, match="KERNELS=gpu is not one of auto, reference, cpu, cuda"):
         run.on_device(model, "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------- edges
+
+@pytest.mark.parametrize("name", ["a,b", "x:2", "a b:1.5,c", "é'\"$(x)"])
+def test_a_prepared_folder_is_found_whatever_characters_its_name_has(name, workdir):
+    shutil.copytree("data/two-hybrid", f"data/{name}")
+    for spec in (name, f"data/{name}"):
+        assert [source.name for source in run.find_data(spec, "hybrid", 600, ALONE)[0]] == ["one", "two"]
+    shutil.rmtree(f"data/{name}")
+
+
+@pytest.mark.parametrize("weight", ["1..2", ".", "..", "1.2.3"])
+def test_a_weight_that_is_no_number_is_a_part_of_the_name(weight, workdir):
+    with pytest.raises(UserError, match="there is no prepared data"):
+        run.find_data(f"two-hybrid:{weight}", "hybrid", 600, ALONE)
+
+
+FILES = {
+    "broken": "PRESETS = {", "needs": "import nowhere_at_all\nPRESETS = {}", "five": "PRESETS = 5",
+    "my copy": "PRESETS = {", "ivme.bak": "PRESETS = {",
+}
+
+
+def test_other_files_beside_the_architectures_stop_nothing(tmp_path, monkeypatch):
+    for stem, text in FILES.items():
+        (tmp_path / f"{stem}.py").write_text(text)
+    shutil.copy(ROOT / "ivme.py", tmp_path)
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert run.find_preset("ivme")[0].__name__ == "ivme"
+    with pytest.raises(UserError, match="there is no model 'ivmi' .did you mean ivme..; there are ivme$"):
+        run.find_preset("ivmi")
+    lines = dict(broken="SyntaxError", needs="ModuleNotFoundError", five="five.py is no architecture")
+    for stem, line in lines.items():
+        with pytest.raises(UserError, match=line):
+            run.find_preset(stem)
+    with pytest.raises(UserError, match="there is no model 5"):
+        run.find_preset(5)
+
+
+def test_the_record_of_another_program_is_no_run(tmp_path):
+    for record in ({"train": {"a": 1}, "model_type": "llama"}, [], 5, {"model": 5, "cfg": {}, "train": {}}):
+        (tmp_path / "config.json").write_text(json.dumps(record))
+        assert run.recorded_settings(tmp_path) == {}
+
+
+@given(values=st.dictionaries(st.sampled_from([f.name for f in fields(train.Settings)]),
+                              st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)))
+def test_recorded_settings_have_the_types_of_settings_or_are_damaged(values):
+    try:
+        s = run.known_settings(train.Settings, values)
+    except TypeError:
+        return
+    assert all(type(getattr(s, f.name)) in (type(f.default), int) or f.default is None for f in fields(s))
+
+
+def test_lines_that_are_no_rows_are_left_out(tmp_path):
+    lines = [b'{"step": 1}', b"[1]", b'"x"', b"null", b'{"a": 1}', b"\xff\xfe", b'{"step": 2, "x": "\xff"}', b'{"st']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert [row["step"] for row in run.read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_overwriting_leaves_folders_where_they_are(trained, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    (out / "best.pt.part").mkdir()
+    names = [path.name for path in run.own_files(out)]
+    assert "best.pt" in names and "best.pt.part" not in names
+
+
+def test_resuming_two_runs_at_once_is_one_line(workdir):
+    with pytest.raises(UserError, match="--resume=q and --out=other name two runs"):
+        pretraining_plan("--resume=q", "--out=other")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("model", 5), ("model_name", 5), ("train", None), ("cfg", []), ("step", "1"), ("tokenizer", b"x")])
+def test_a_checkpoint_of_other_types_is_one_line(key, value, trained, tmp_path):
+    checkpoint = run.read_checkpoint(trained / "best.pt")
+    checkpoint[key] = value
+    torch.save(checkpoint, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=f"x.pt is damaged: {key} cannot be what it holds"):
+        run.read_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_decay_that_was_killed_before_its_first_checkpoint_is_resumed_as_a_decay(trained, workdir):
+    flags = [f"--init_from={trained}/ckpt.pt", "--decay_only", "--decay_steps=4", "--save_every=0", "--out=tail"]
+    train.main(flags)
+    whole = run.read_checkpoint("tail/ckpt.pt")
+    for path in Path("tail").glob("*.pt"):
+        path.unlink()
+    train.main(["--resume", "--out=tail"])
+    again = run.read_checkpoint("tail/ckpt.pt")
+    assert again["step"] == whole["step"] == 16 and same_tensors(again["model"], whole["model"])
+
+
+def test_the_latest_run_may_have_no_log_yet(workdir):
+    for out in ("out/a", "out/b"):
+        run_train("--data=pydocs-hybrid", f"--out={out}", "--max_steps=2")
+    Path("out/b/metrics.jsonl").unlink()
+    os.utime("out/b/config.json", (2 ** 33, 2 ** 33))
+    assert run.latest_run(False) == Path("out/b")
