@@ -19,6 +19,7 @@ from pathlib import Path
 
 import run
 from common import Progress, UserError, parse_flags, quoted, run_tool
+from corpus.folder import alone
 from release import card, gguf_format, hub, importing, llama_cpp, transformers_format
 from release.contents import DTYPES, open_release, read_json
 
@@ -43,6 +44,12 @@ class Settings:
 
 def make_release(release, out, s):
     """Writes the release into the folder `out`, which must not be there yet."""
+    with alone(out, "export.py"):
+        check_free(out)
+        write_folder(release, out, s)
+
+
+def write_folder(release, out, s):
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of an attempt that was killed
     try:

@@ -160,7 +160,7 @@ class Tricks:
         flags = self.flags(kind, seed)
         about = dict(kind=kind, seed=seed, questions=self.s.questions, flags=flags, recipe=self.recipe,
                      parent=self.stamp, data=[source.fingerprint for source in (*self.sources, *self.base)])
-        for row in run.read_rows(self.out / "results.jsonl"):
+        for row in run.read_rows(self.out / "results.jsonl", "about", dict):
             if row["about"] == about:
                 return row["measures"]
 

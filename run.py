@@ -122,9 +122,19 @@ def load_checkpoint(path, device="cpu", ema=None):
     return on_device(model, device).eval(), load_tokenizer(checkpoint["tokenizer"]), checkpoint
 
 
+def check_types(kind, values):
+    """TypeError if a value of a dict has another type than the default of its field in the dataclass `kind`."""
+    for field in fields(kind):
+        value, default = values.get(field.name, field.default), field.default
+        is_whole = isinstance(default, float) and type(value) is int
+        if default is not None and type(value) is not type(default) and not is_whole:
+            raise TypeError(f"{field.name} is {value!r}")
+
+
 def config_of(module, values, path):
     """The config in a checkpoint or a run's record. UserError if the architecture file has other fields by now."""
     try:
+        check_types(module.Config, values)
         return module.Config(**values)
     except TypeError as e:
         raise UserError(f"{path} does not fit {module.__name__}.py as it is now: {e}") from None
@@ -270,13 +280,9 @@ def check_flags(argv):
 
 def known_settings(Settings, values):
     """Settings from a dict that another version or the other tool may have written, without what is unknown here."""
-    known = {}
-    for field in fields(Settings):
-        if field.name in values:
-            value, default = known.setdefault(field.name, values[field.name]), field.default
-            numbers = isinstance(default, float) and type(value) is int
-            if default is not None and type(value) is not type(default) and not numbers:
-                raise TypeError(f"{field.name} is {value!r}")
+    names = {field.name for field in fields(Settings)}
+    known = {name: value for name, value in values.items() if name in names}
+    check_types(Settings, known)
     return Settings(**known)
 
 
@@ -596,14 +602,14 @@ def find_data(spec, tokenizer, vocab_size, world, text=None, owner="", whose="th
 LOGS = ("metrics.jsonl", "eval_metrics.jsonl", "probe_generations.jsonl")
 
 
-def read_rows(path):
-    """The rows of a log. A line that is no row, such as a last one that a crash cut short, is left out."""
+def read_rows(path, key="step", kind=int):
+    """The rows of a log. A line that is no row with such a key, for example a last one that is cut, is left out."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                if isinstance(row, dict) and type(row.get(key)) is kind:
                     rows.append(row)
     return rows
 

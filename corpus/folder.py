@@ -225,7 +225,7 @@ def own_files(part):
 
 
 @contextlib.contextmanager
-def alone(folder):
+def alone(folder, tool="prepare.py"):
     """Inside, no other process makes this folder: it waits until another one that does is done."""
     new = [parent for parent in folder.parents if not parent.exists()]
     path = folder.with_name(f".{folder.name}.lock")
@@ -237,7 +237,7 @@ def alone(folder):
             if file is not None and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
         if not told:
-            Progress().done(f"waiting      another prepare.py is making {folder}")
+            Progress().done(f"waiting      another {tool} is making {folder}")
             told = True
         time.sleep(0.1)
     try:

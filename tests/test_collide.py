@@ -1,5 +1,5 @@
-"""Several prepare.py that make the same folder, started at any distance in time and killed at any moment: a folder that
-is there is whole and right, and nobody else's file is touched."""
+"""Several processes that make the same folder, started at any distance in time and killed at any moment: a folder that
+is there is whole and right, a run that is resumed is exact, and nobody else's file is touched."""
 import os
 import random
 import signal
@@ -10,9 +10,10 @@ import pytest
 
 import prepare
 from common import UserError
-from conftest import ROOT, command
+from conftest import ROOT, SMALL, command, same_tensors, timeless
 from corpus.folder import alone, read_meta
-from corpus_helpers import document, run, snapshot, write_jsonl
+from corpus_helpers import document, run, snapshot, write_jsonl, write_rows
+from run import read_checkpoint
 
 # As slow as a large text would be: a pause before each batch is encoded
 SLOW = """
@@ -170,3 +171,78 @@ def test_where_no_folder_can_be_made_one_line_says_so(words, tmp_path, monkeypat
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and err.count("\n") == 1 and "Traceback" not in err
     assert prepare.Settings.out_dir == "data" and Path("data").read_text() == "a file"
+
+
+# ---------------------------------------------------------------------------------------------------- runs and exports
+
+def killed_at_random(commands, kills, rng, finished=lambda: False):
+    """Starts two processes at a time and kills them at random moments, until so many were killed.
+
+    commands: () -> the words of one. finished: called when both have ended; whatever it does, it goes on. A process
+    that was not killed must succeed, or say in one line why it may not.
+    """
+    killed = 0
+    while killed < kills:
+        processes = []
+        for _ in range(2):
+            processes.append(command(*commands()))
+            time.sleep(rng.random() * 0.5)
+        for process in processes:
+            time.sleep(rng.random() * 1.5)
+            killed += process.poll() is None
+            process.kill()
+        for process in processes:
+            _, err = process.communicate(timeout=60)
+            assert process.returncode in (0, -signal.SIGKILL) or process.returncode == 2 and err.count("\n") == 1, err
+        finished()
+
+
+def train_or_resume(tool, flags, out):
+    """A run that is begun, or gone on with if it is there."""
+    if (Path(out) / "config.json").exists():
+        return [ROOT / tool, "--resume", f"--out={out}"]
+    return [ROOT / tool, *flags, f"--out={out}"]
+
+
+def assert_exact(whole, killed):
+    a, b = (read_checkpoint(Path(out) / "ckpt.pt") for out in (whole, killed))
+    for key in ("step", "tokens", "model", "ema", "optimizer", "loader", "rng"):
+        assert same_tensors(a[key], b[key]), key
+    assert timeless(whole) == timeless(killed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["train.py", "finetune.py"])
+def test_runs_and_tunings_of_one_name_killed_at_random_are_exact_in_the_end(tool, workdir, trained):
+    flags = [*SMALL, "--vocab_size=600", "--data=pydocs-hybrid", "--max_steps=60", "--save_every=4", "--eval_every=12"]
+    if tool == "finetune.py":
+        chats = [dict(prompt=document(i)[:60], completion=document(i + 50)[:60]) for i in range(120)]
+        run([write_rows("chats.jsonl", chats)], Path("data"), name="mine", tokenizer="data/pydocs-hybrid/tokenizer.json",
+            val_fraction=0.2, vocab_size=0)
+        flags = [f"--init_from={trained}/best.pt", "--data=mine", "--max_steps=60", "--save_every=4", "--eval_every=12",
+                 "--block_size=64", "--batch_tokens=512", "--sample_tokens=0", "--dtype=float32", "--device=cpu",
+                 "--compile=off", "--log_every=1"]
+    assert command(ROOT / tool, *flags, "--out=whole").wait(timeout=120) == 0
+    killed_at_random(lambda: train_or_resume(tool, flags, "killed"), 12, random.Random(0))
+    while not (Path("killed/ckpt.pt").exists() and read_checkpoint("killed/ckpt.pt")["step"] == 60):
+        process = command(*train_or_resume(tool, flags, "killed"))
+        assert process.wait(timeout=120) == 0, process.communicate()
+    assert_exact("whole", "killed")
+
+
+@pytest.mark.slow
+def test_exports_of_one_name_killed_at_random_are_whole_or_not_there(workdir, trained):
+    words = [ROOT / "export.py", f"--ckpt={trained}/best.pt"]
+    assert command(*words, "--out=good").wait(timeout=120) == 0
+    good = snapshot(Path("good"))
+
+    def check():
+        if Path("release").exists():
+            assert snapshot(Path("release")) == good
+            for path in Path("release").iterdir():
+                path.unlink()
+            Path("release").rmdir()
+
+    killed_at_random(lambda: [*words, "--out=release"], 12, random.Random(0), check)
+    assert command(*words, "--out=release").wait(timeout=120) == 0
+    check()

@@ -1,4 +1,4 @@
-"""Whatever a file holds that prepare.py reads, the end is success or one line that says what is wrong."""
+"""Whatever a file holds that a tool reads, the end is success or one line that says what is wrong."""
 import contextlib
 import copy
 import gzip
@@ -9,9 +9,12 @@ import random
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+import run as run_files
 from common import UserError
+from conftest import pretraining_plan
 from corpus.counts import TokenCounts
 from corpus.describe import show
 from corpus.folder import check_tokens, read_meta
@@ -244,3 +247,56 @@ def test_any_tokenizer_json_is_used_or_refused_in_one_line():
 @pytest.mark.slow
 def test_thousands_of_tokenizer_json_are_used_or_refused_in_one_line():
     try_tokenizers(3000, [document(i) for i in range(30)])
+
+
+# ---------------------------------------------------------------------------------------------------- a run's files
+
+def try_runs(n, folder, out):
+    """Spoils one file of a run and lets all that reads it have it; how often each of them succeeded."""
+    whole = {name: (folder / name).read_bytes() for name in ("config.json", "metrics.jsonl", "best.pt", "tokenizer.json")}
+    checkpoint = torch.load(folder / "best.pt", weights_only=True)
+    good = 0
+    for seed in range(n):
+        rng = random.Random(f"run {seed}")
+        for name, data in whole.items():
+            (out / name).write_bytes(data)
+        name = rng.choice(["config.json", "metrics.jsonl", "best.pt"])
+        if name == "best.pt" and rng.random() < 0.8:
+            spoil_checkpoint(checkpoint, out / name, rng)
+        elif name == "config.json" and rng.random() < 0.8:
+            (out / name).write_text(json.dumps(spoilt_json(json.loads(whole[name]), rng)))
+        elif name == "metrics.jsonl" and rng.random() < 0.8:
+            rows = spoilt_json([json.loads(line) for line in whole[name].splitlines()], rng)
+            (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            (out / name).write_bytes(spoilt_bytes(whole[name], rng))
+        good += ends_well(run_files.recorded_settings, out) and ends_well(run_files.read_rows, out / "metrics.jsonl")
+        good += ends_well(run_files.load_checkpoint, out / "best.pt")
+        good += ends_well(pretraining_plan, "--resume", f"--out={out}")
+        good += ends_well(pretraining_plan, f"--init_from={out / 'best.pt'}", "--out=none", "--data=x")
+    return good
+
+
+def spoil_checkpoint(checkpoint, path, rng):
+    """A checkpoint with an odd value, at the top or in its plain parts."""
+    checkpoint = dict(checkpoint)
+    key = rng.choice(list(checkpoint))
+    if key in ("cfg", "train", "metrics", "loader") and rng.random() < 0.7:
+        checkpoint[key] = spoilt_json(checkpoint[key], rng)
+    elif key == "model" and rng.random() < 0.7:
+        checkpoint[key] = dict(checkpoint[key])
+        checkpoint[key][rng.choice(list(checkpoint[key]))] = copy.deepcopy(rng.choice([*ODD, torch.zeros(3)]))
+    elif rng.random() < 0.3:
+        del checkpoint[key]
+    else:
+        checkpoint[key] = copy.deepcopy(rng.choice(ODD))
+    torch.save(checkpoint, path)
+
+
+def test_any_file_of_a_run_is_read_or_refused_in_one_line(trained, tmp_path):
+    assert 40 < try_runs(40, trained, tmp_path) < 160
+
+
+@pytest.mark.slow
+def test_thousands_of_files_of_runs_are_read_or_refused_in_one_line(trained, tmp_path):
+    try_runs(1000, trained, tmp_path)
