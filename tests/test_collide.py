@@ -175,20 +175,20 @@ def test_where_no_folder_can_be_made_one_line_says_so(words, tmp_path, monkeypat
 
 # ---------------------------------------------------------------------------------------------------- runs and exports
 
-def killed_at_random(commands, kills, rng, finished=lambda: False):
+def killed_at_random(commands, kills, rng, seconds, finished=lambda: False):
     """Starts two processes at a time and kills them at random moments, until so many were killed.
 
-    commands: () -> the words of one. finished: called when both have ended; whatever it does, it goes on. A process
-    that was not killed must succeed, or say in one line why it may not.
+    commands: () -> the words of one. seconds: how long one lives at most. finished: called when both have ended. A
+    process that was not killed must succeed, or say in one line why it may not.
     """
     killed = 0
     while killed < kills:
         processes = []
         for _ in range(2):
             processes.append(command(*commands()))
-            time.sleep(rng.random() * 0.5)
+            time.sleep(rng.random() * seconds / 3)
         for process in processes:
-            time.sleep(rng.random() * 1.5)
+            time.sleep(rng.random() * seconds)
             killed += process.poll() is None
             process.kill()
         for process in processes:
@@ -223,7 +223,7 @@ def test_runs_and_tunings_of_one_name_killed_at_random_are_exact_in_the_end(tool
                  "--block_size=64", "--batch_tokens=512", "--sample_tokens=0", "--dtype=float32", "--device=cpu",
                  "--compile=off", "--log_every=1"]
     assert command(ROOT / tool, *flags, "--out=whole").wait(timeout=120) == 0
-    killed_at_random(lambda: train_or_resume(tool, flags, "killed"), 12, random.Random(0))
+    killed_at_random(lambda: train_or_resume(tool, flags, "killed"), 12, random.Random(0), seconds=1.5)
     while not (Path("killed/ckpt.pt").exists() and read_checkpoint("killed/ckpt.pt")["step"] == 60):
         process = command(*train_or_resume(tool, flags, "killed"))
         assert process.wait(timeout=120) == 0, process.communicate()
@@ -243,6 +243,6 @@ def test_exports_of_one_name_killed_at_random_are_whole_or_not_there(workdir, tr
                 path.unlink()
             Path("release").rmdir()
 
-    killed_at_random(lambda: [*words, "--out=release"], 12, random.Random(0), check)
+    killed_at_random(lambda: [*words, "--out=release"], 12, random.Random(0), 0.4, check)
     assert command(*words, "--out=release").wait(timeout=120) == 0
     check()
