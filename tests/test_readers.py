@@ -298,5 +298,5 @@ def test_any_file_of_a_run_is_read_or_refused_in_one_line(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_thousands_of_files_of_runs_are_read_or_refused_in_one_line(trained, tmp_path):
-    try_runs(1000, trained, tmp_path)
+def test_hundreds_of_files_of_runs_are_read_or_refused_in_one_line(trained, tmp_path):
+    try_runs(700, trained, tmp_path)
