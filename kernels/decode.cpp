@@ -59,18 +59,19 @@ inline floats load(const bf16 *w) {
     return (floats)(__builtin_convertvector(h, words) << 16);
 }
 
-// e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial of the rest
+// e^x for x <= 0: 2^n times 2^f, with a polynomial that interpolates (2^f - 1) / f at Chebyshev's points of [0, 1].
+// Its relative error is 1.2e-7 down to x = -1, 1e-6 down to -16, 4e-6 down to -87
 inline floats exp_of(floats x) {
     floats t = x * 1.44269504f;
     t = t > -126.0f ? t : floats{} - 126.0f;
     ints n = __builtin_convertvector(t, ints);  // towards zero
     n += __builtin_convertvector(n, floats) > t;  // a comparison gives 0 or -1
     const floats f = t - __builtin_convertvector(n, floats);
-    floats p = f * 1.53533e-4f + 1.33989e-3f;
-    p = p * f + 9.61844e-3f;
-    p = p * f + 5.55033e-2f;
-    p = p * f + 2.40226e-1f;
-    p = p * f + 6.93147e-1f;
+    floats p = f * 2.08179146e-4f + 1.26921665e-3f;
+    p = p * f + 9.65219550e-3f;
+    p = p * f + 5.54960221e-2f;
+    p = p * f + 2.40227208e-1f;
+    p = p * f + 6.93147182e-1f;
     p = p * f + 1.0f;
     return p * (floats)((n + 127) << 23);
 }
@@ -250,7 +251,7 @@ void run(const Model &m, const int64_t *tokens, int64_t B, int64_t position, int
             const Layer &layer = m.layers[l];
             norm_all(layer.attn_norm);
             linear(static_cast<const W *>(layer.qkv), heads * D, d, normed.data(), B,
-                      [&](int64_t row, int64_t b, float sum) { qkv[b * heads * D + row] = sum; });
+                   [&](int64_t row, int64_t b, float sum) { qkv[b * heads * D + row] = sum; });
 
             // queries and keys are normed and rotated; keys and values go into the cache
 #pragma omp for schedule(static)
@@ -274,7 +275,7 @@ void run(const Model &m, const int64_t *tokens, int64_t B, int64_t position, int
                 attend(&qkv[(b * heads + h) * D], layer.k + head, layer.v + head, S, D, scores.data(), &y[i * D]);
             }
             linear(static_cast<const W *>(layer.out), d, m.H * D, y.data(), B,
-                      [&](int64_t row, int64_t b, float sum) { x[b * d + row] += sum; });
+                   [&](int64_t row, int64_t b, float sum) { x[b * d + row] += sum; });
 
             norm_all(layer.ffn_norm);
             linear<2>(static_cast<const W *>(layer.gate_up), F, F * d, d, normed.data(), B,
@@ -282,7 +283,7 @@ void run(const Model &m, const int64_t *tokens, int64_t B, int64_t position, int
                           hidden[b * F + row] = y[0] / (1 + std::exp(-y[0])) * y[1];
                       });
             linear(static_cast<const W *>(layer.down), d, F, hidden.data(), B,
-                      [&](int64_t row, int64_t b, float sum) { x[b * d + row] += sum; });
+                   [&](int64_t row, int64_t b, float sum) { x[b * d + row] += sum; });
         }
         norm_all(m.norm);
         linear(embed, m.V, d, normed.data(), B,

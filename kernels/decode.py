@@ -16,17 +16,17 @@ import torch
 
 from . import build
 
-FLOATS = ctypes.c_void_p
+ADDRESS = ctypes.c_void_p  # of a tensor's numbers
 
 
 class Layer(ctypes.Structure):
-    _fields_ = [(name, FLOATS) for name in ("attn_norm", "q_norm", "k_norm", "ffn_norm", "qkv", "out", "gate_up",
+    _fields_ = [(name, ADDRESS) for name in ("attn_norm", "q_norm", "k_norm", "ffn_norm", "qkv", "out", "gate_up",
                                             "down", "k", "v")]
 
 
 class Model(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_int64) for name in ("n_layer", "d", "H", "K", "D", "F", "V", "is_bf16")),
-                ("eps", ctypes.c_float), *((name, FLOATS) for name in ("embed", "norm", "cos", "sin")),
+                ("eps", ctypes.c_float), *((name, ADDRESS) for name in ("embed", "norm", "cos", "sin")),
                 ("layers", ctypes.POINTER(Layer))]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import finetune
 import machine
@@ -25,6 +26,10 @@ from made_up import made_up_text
 ROOT = Path(train.__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # such small models are slower on two, and two test processes share the machine
 torch.set_num_threads(1)
+
+# a test is right or wrong, however busy the machine is
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 # a model that trains in milliseconds, and a run of it; tests add or override flags
 SMALL = ["--n_layer=2", "--d_model=32", "--n_head=2", "--d_ff=48", "--context_length=128", "--block_size=64",

@@ -132,7 +132,8 @@ def test_english_and_italian_are_told_apart_and_other_languages_are_neither(iden
 
 
 def test_any_languages_can_be_learned():
-    texts = dict(de="Der alte Mann geht über die Straße und sieht das Haus.", ru="Старик идёт через дорогу и видит дом.")
+    texts = dict(de="Der alte Mann geht über die Straße und sieht das Haus.",
+                 ru="Старик идёт через дорогу и видит дом.")
     identifier = LanguageIdentifier(texts)
     assert identifier.identify("Das Haus und die Straße") == "de" and identifier.identify("старик видит дом") == "ru"
     only = LanguageIdentifier({"de": texts["de"], "und": "12 + 3"})  # there are no letters to learn from

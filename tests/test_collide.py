@@ -217,8 +217,8 @@ def test_runs_and_tunings_of_one_name_killed_at_random_are_exact_in_the_end(tool
     flags = [*SMALL, "--vocab_size=600", "--data=pydocs-hybrid", "--max_steps=60", "--save_every=4", "--eval_every=12"]
     if tool == "finetune.py":
         chats = [dict(prompt=document(i)[:60], completion=document(i + 50)[:60]) for i in range(120)]
-        run([write_rows("chats.jsonl", chats)], Path("data"), name="mine", tokenizer="data/pydocs-hybrid/tokenizer.json",
-            val_fraction=0.2, vocab_size=0)
+        run([write_rows("chats.jsonl", chats)], Path("data"), name="mine", val_fraction=0.2, vocab_size=0,
+            tokenizer="data/pydocs-hybrid/tokenizer.json")
         flags = [f"--init_from={trained}/best.pt", "--data=mine", "--max_steps=60", "--save_every=4", "--eval_every=12",
                  "--block_size=64", "--batch_tokens=512", "--sample_tokens=0", "--dtype=float32", "--device=cpu",
                  "--compile=off", "--log_every=1"]

@@ -23,11 +23,13 @@ from common import run_tool
 
 TOOLS = dict(train=train, finetune=finetune, prepare=prepare, sample=sample, eval=eval, export=export,
              bench=bench, race=race)
-WORDS = ["", " ", "-", "--", "~", ".", "..", "/", "None", "none", "nan", "inf", "-inf", "1e999", "1e-999", "0x10", "1_0",
-         "٣", "½", "1.5", "-0", "0", "1", "-1", "2", "7", "64", "300", "4096", "99999999999999999999", "-" + "9" * 30, "1K",
-         "true", "false", "auto", "latest", "data", "run", "run/best.pt", "run/ckpt.pt", "run/config.json", "book.txt",
-         "nothing/there", "a,b", ",", ":", "mine:0", "mine:-1", "mine:1e9", "mine,mine", "ivme", "i3-80m", "tinymemory-sft",
-         "muon", "cosine", "document", "cuda:99", "float16", "é€\udcff", "\x00", "a\nb", "*", "{}", "[]", "a" * 300]
+WORDS = ["", " ", "-", "--", "~", ".", "..", "/", "None", "none", "nan", "inf", "-inf", "1e999", "1e-999", "0x10",
+         "1_0", "٣", "½", "1.5", "-0", "0", "1", "-1", "2", "7", "64", "300", "4096", "99999999999999999999",
+         "-" + "9" * 30, "1K", "true", "false", "auto", "latest", "data", "run", "run/best.pt",
+         "run/ckpt.pt", "run/config.json", "book.txt",
+         "nothing/there", "a,b", ",", ":", "mine:0", "mine:-1", "mine:1e9", "mine,mine", "ivme",
+         "i3-80m", "tinymemory-sft", "muon", "cosine", "document", "cuda:99", "float16", "é€\udcff", "\x00", "a\nb",
+         "*", "{}", "[]", "a" * 300]
 VALUES = st.sampled_from(WORDS) | st.integers().map(str) | st.floats().map(str) | st.text(max_size=6)
 SHAPES = {field.name for module in (gpt2preln, i3, ivme, tinymemory) for field in dataclasses.fields(module.Config)}
 

@@ -282,8 +282,11 @@ def test_streamed_text_is_what_decoding_all_tokens_at_once_gives(numbers, foreig
     assert streamed(tokenizer, ids) == tokenizer.decode(ids)
 
 
+CHARACTERS = ["a", " ", "é", "你", "\U0001f600", "\U0001f468\u200d\U0001f469", "\ufffd"]
+
+
 @properties
-@given(data=st.lists(st.sampled_from(["a", " ", "é", "你", "\U0001f600", "\U0001f468\u200d\U0001f469", "\ufffd"]).map(str.encode)
+@given(data=st.lists(st.sampled_from(CHARACTERS).map(str.encode)
                      | st.sampled_from([b"\x80", b"\xc3", b"\xe2", b"\xf0", b"\xff"]), max_size=40).map(b"".join))
 @example(data=b"\xf0\x9f\x98" + "\U0001f600".encode())
 def test_bytes_that_fit_nowhere_are_streamed_as_they_are_decoded(data):
@@ -294,7 +297,8 @@ def test_bytes_that_fit_nowhere_are_streamed_as_they_are_decoded(data):
 
 
 @properties
-@given(prompt=st.sampled_from(["house", "house sea", "the ", ""]), words=st.lists(st.sampled_from(["sea", "house", "12"])))
+@given(prompt=st.sampled_from(["house", "house sea", "the ", ""]),
+       words=st.lists(st.sampled_from(["sea", "house", "12"])))
 def test_what_follows_a_prompt_keeps_the_space_between_them(prompt, words, foreign):
     _, _, tokenizer, encode, _ = foreign
     before, ids = encode([prompt])[0].tolist(), encode([" ".join([prompt.strip(), *words])])[0].tolist()
@@ -342,7 +346,8 @@ UNUSABLE = {
     "word pieces": (lambda: framed(Tokenizer(models.WordPiece({"a": 0}, unk_token="<u>"))), "lacks the token '<u>'"),
     "merges": (lambda: framed(Tokenizer(models.BPE({"a": 0}, [], unk_token="<u>"))), "lacks the token '<u>'"),
     "unigram": (lambda: framed(Tokenizer(models.Unigram([("a", -1.0)]))), "names no token for text outside"),
-    "ids": (lambda: framed(Tokenizer(models.WordLevel({"<unk>": 0, "a": 777}, unk_token="<unk>"))), "has ids above 16,777,2"),
+    "ids": (lambda: framed(Tokenizer(models.WordLevel({"<unk>": 0, "a": 777}, unk_token="<unk>"))),
+            "has ids above 16,777,2"),
 }
 
 

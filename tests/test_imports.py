@@ -140,7 +140,8 @@ def test_large_packages_are_imported_only_by_the_function_that_needs_them(name):
 
 # ---------------------------------------------------------------------------------------------------- shape
 
-CODE = [*FILES.values(), *(path for end in ("cpp", "cu", "h") for path in ROOT.glob(f"kernels/*.{end}"))]
+CODE = [*FILES.values(), *sorted(ROOT.glob("tests/*.py")),
+        *(path for end in ("cpp", "cu", "h") for path in ROOT.glob(f"kernels/*.{end}"))]
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))

@@ -247,6 +247,7 @@ def test_bytes_per_token_are_scaled_to_what_meta_json_counted():
     """Of all sources together; those that need no scale do not count."""
     tokenizer = load_tokenizer(train_hybrid(["a few words"], 280).to_str())
     sources = [FakeSource([1, 2]), FakeSource([3])]
-    sources[0].entries = [dict(bytes=120, unknown_bytes=20, token_bytes=80), dict(bytes=30, unknown_bytes=0, token_bytes=20)]
+    sources[0].entries = [dict(bytes=120, unknown_bytes=20, token_bytes=80),
+                          dict(bytes=30, unknown_bytes=0, token_bytes=20)]
     sources[1].entries = [dict(bytes=7), dict(bytes=9)]
     assert np.allclose(bytes_per_token(tokenizer, sources), token_byte_counts(tokenizer) * 1.3)

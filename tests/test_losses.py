@@ -1,4 +1,4 @@
-"""evaluation/losses.py: strided windows count every target once, and the losses are those of a loop over the targets."""
+"""evaluation/losses.py: strided windows count every target once, and the losses are those of a loop over them."""
 import math
 
 import pytest
@@ -76,8 +76,9 @@ def test_losses_are_those_of_a_loop_over_the_targets(model, sources, frame):
     # each source has the same share of the mixed loss, however short it is
     assert result["loss"]["mixed"] == pytest.approx(sum(means) / 2, abs=1e-5)
     assert result["bits_per_byte"]["mixed"] == pytest.approx(sum(means) / math.log(2) / sum(per_byte), abs=1e-5)
-    assert result["loss"]["language"] == {"en": result["loss"]["source"]["long"], "it": result["loss"]["source"]["short"]}
-    assert result["loss"]["kind"] == {"books": result["loss"]["source"]["short"], "code": result["loss"]["source"]["long"]}
+    loss, of_source = result["loss"], result["loss"]["source"]
+    assert loss["language"] == {"en": of_source["long"], "it": of_source["short"]}
+    assert loss["kind"] == {"books": of_source["short"], "code": of_source["long"]}
 
 
 @pytest.mark.parametrize("frame", [None, (BOS, EOS)], ids=["stream", "documents"])

@@ -16,7 +16,7 @@ SETTINGS = replace(train.Settings(), minutes=10.0, batch_tokens=2 ** 19, block_s
                    warmup_steps=50)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(time=st.floats(0.01, 600), micro=st.floats(1e-4, 60), update=st.floats(0, 5), spent=st.floats(0, 20),
        rows=st.integers(1, 16), processes=st.sampled_from([1, 2, 8]), extra=st.floats(0, 0.5),
        sources=st.integers(1, 5))

@@ -198,7 +198,8 @@ MISTAKES = {
         train, [*TRAIN, "--out=empty", "--overwrite"], lambda d: (d / "empty/notes.txt").write_text("mine"),
         r"empty holds files of others \(notes.txt\), which stay as they are; --out names another folder"),
     "the folder holds a model of another program": (
-        train, [*TRAIN, "--out=run", "--overwrite"], lambda d: (d / "run/config.json").write_text('{"model_type": "x"}'),
+        train, [*TRAIN, "--out=run", "--overwrite"],
+        lambda d: (d / "run/config.json").write_text('{"model_type": "x"}'),
         "run holds files of others"),
     "the folder is a file": (train, [*TRAIN, "--out=book.txt"], nothing, "book.txt is a file; --out names a folder"),
     "a size that cannot be": (train, [*TRAIN, "--n_head=0"], nothing, "--n_head=0 must be above 0"),
@@ -226,7 +227,8 @@ MISTAKES = {
         "has changed since the checkpoint"),
     "decay without a start": (train, ["--decay_only", "--decay_steps=5"], nothing, "--decay_only needs --init_from"),
     "decay of a release": (
-        train, ["--init_from=run/best.pt", "--decay_only", "--decay_steps=5", "--out=tail"], edit_checkpoint(optimizer={}),
+        train, ["--init_from=run/best.pt", "--decay_only", "--decay_steps=5", "--out=tail"],
+        edit_checkpoint(optimizer={}),
         "run/best.pt is a release, which has no optimizer's state"),
     "decay without a length": (
         train, ["--decay_only", "--init_from=run/ckpt.pt"], nothing, "--decay_only needs --decay_steps"),
@@ -320,7 +322,8 @@ MISTAKES = {
     "half a gzip file": (prepare, ["half.jsonl.gz"], nothing, "half.jsonl.gz is not a whole gzip file"),
     "names beside --show": (prepare, ["pydocs", "--show=data/mine"], nothing, "leave out pydocs"),
     "a column of pydocs": (prepare, ["pydocs", "--column=text"], nothing, "--column is for files of yours"),
-    "a copy of pydocs": (prepare, ["pydocs", "--source_dir=."], nothing, "--source_dir is for data sets of the Hugging"),
+    "a copy of pydocs": (
+        prepare, ["pydocs", "--source_dir=."], nothing, "--source_dir is for data sets of the Hugging"),
     "more behind an array": (
         prepare, ["two.json"], lambda d: (d / "two.json").write_text('[{"text": "a"}]\n[{"text": "b"}]'),
         "two.json holds more behind its array, which ends with item 1"),

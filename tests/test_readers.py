@@ -27,8 +27,8 @@ from fake_hub import alpaca, dolly, talk, turns
 ODD = [None, True, False, 0, -1, 1, 7, 2 ** 31, 2 ** 63, 10 ** 30, 1.5, -0.0, 1e308, "", " ", "a", "\ud800", "\0",
        "../x", "<|bos|>", [], {}, [None], [[]], {"": None}, ["a"] * 3, {"type": "BPE"}, "x" * 999]
 JUNK = [b"", b"\0", b"\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"\x1f\x8b", b"PAR1", b"{", b"}", b"[", b'"', b"\\u",
-        b"\\ud83d", b"\r", b"\n\n", b",", b":", b"[INST]", b"[/INST]", b"<s>", b"</s>", b"<<SYS>>", b"NaN", b"-", b"1" * 500, b"\xe9",
-        b"null", b'"text":', b"messages", *(text.encode() for text in TRICKY)]
+        b"\\ud83d", b"\r", b"\n\n", b",", b":", b"[INST]", b"[/INST]", b"<s>", b"</s>", b"<<SYS>>", b"NaN", b"-",
+        b"1" * 500, b"\xe9", b"null", b'"text":', b"messages", *(text.encode() for text in TRICKY)]
 
 
 def spoilt_bytes(data, rng):
@@ -253,7 +253,8 @@ def test_thousands_of_tokenizer_json_are_used_or_refused_in_one_line():
 
 def try_runs(n, folder, out):
     """Spoils one file of a run and lets all that reads it have it; how often each of them succeeded."""
-    whole = {name: (folder / name).read_bytes() for name in ("config.json", "metrics.jsonl", "best.pt", "tokenizer.json")}
+    names = ("config.json", "metrics.jsonl", "best.pt", "tokenizer.json")
+    whole = {name: (folder / name).read_bytes() for name in names}
     checkpoint = torch.load(folder / "best.pt", weights_only=True)
     good = 0
     for seed in range(n):

@@ -322,7 +322,7 @@ def test_two_folders_may_bring_sources_of_one_name(workdir):
     assert [source.weight for source in sources] == [1.0, 2.5, 1.0, 1.0]
 
 
-# ---------------------------------------------------------------------------------------------------- whose folder it is
+# ------------------------------------------------------------------------------------------------ whose folder it is
 
 def test_resume_takes_a_folder_a_checkpoint_or_the_latest_run(workdir):
     for out in ("out/old", "out/new"):

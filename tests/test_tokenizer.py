@@ -188,7 +188,8 @@ def test_pieces_are_the_text_and_none_is_too_long(text, longest):
     assert "".join(pieces) == text and all(len(piece) <= longest for piece in pieces)
 
 
-WORDS = ["the", "house", "caffè", "Łódź", "12", "don't", "you're", "(or", "self.x", "中文", "\U0001f600", "\n\nThen", "a_b"]
+WORDS = ["the", "house", "caffè", "Łódź", "12", "don't", "you're", "(or", "self.x", "中文", "\U0001f600",
+         "\n\nThen", "a_b"]
 
 
 @properties
