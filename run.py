@@ -38,6 +38,7 @@ FORMAT = 1
 # what a checkpoint holds
 KEYS = dict(format=int, step=int, tokens=int, model_name=str, cfg=dict, train=dict, model=dict, ema=dict, use_ema=bool,
             optimizer=object, rng=object, loader=object, tokenizer=str, metrics=dict)
+ITS_TRAIN = ("data", "tokenizer", "optimizer")  # what other programs ask of the settings that it was trained with
 
 
 def architecture(file):
@@ -101,6 +102,7 @@ def read_checkpoint(path):
         raise UserError(f"{path} is not a checkpoint of this train.py: "
                         f"its format is {checkpoint['format']!r}, not {FORMAT}")
     wrong = [key for key in KEYS if not isinstance(checkpoint[key], KEYS[key])]
+    wrong = wrong or [f"train.{key}" for key in ITS_TRAIN if not isinstance(checkpoint["train"].get(key), str)]
     if wrong:
         raise UserError(f"{path} is damaged: {', '.join(wrong[:4])} cannot be what it holds")
     return checkpoint
@@ -124,6 +126,8 @@ def load_checkpoint(path, device="cpu", ema=None):
 
 def check_types(kind, values):
     """TypeError if a value of a dict has another type than the default of its field in the dataclass `kind`."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{values!r:.40} is not a group of named values")
     for field in fields(kind):
         value, default = values.get(field.name, field.default), field.default
         is_whole = isinstance(default, float) and type(value) is int
@@ -280,10 +284,9 @@ def check_flags(argv):
 
 def known_settings(Settings, values):
     """Settings from a dict that another version or the other tool may have written, without what is unknown here."""
+    check_types(Settings, values)
     names = {field.name for field in fields(Settings)}
-    known = {name: value for name, value in values.items() if name in names}
-    check_types(Settings, known)
-    return Settings(**known)
+    return Settings(**{name: value for name, value in values.items() if name in names})
 
 
 def latest_run(fine_tuning):
