@@ -22,7 +22,7 @@ import train
 from common import UserError, run_tool
 from corpus.folder import document_edges
 from corpus.loader import Loader, fill_rows, row_tensors
-from train import Batch, Pretraining, evaluate
+from objective import Batch, Pretraining, evaluate
 
 
 @dataclass(frozen=True)

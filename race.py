@@ -23,9 +23,9 @@ import torch
 
 import finetune
 import machine
+import objective
 import run
 import sample
-import train
 from common import UserError, parse_flags, run_tool
 from corpus.folder import document_edges
 from corpus.loader import bytes_per_token
@@ -83,9 +83,9 @@ def measure(path, sources, base, questions, on):
     frame, world = bos_eos(tokenizer), machine.World()
     T = min(512, model.cfg.context_length)
 
-    replies = train.evaluate(
+    replies = objective.evaluate(
         model, sources, 0, T, 8, on, n_bytes, world, frame=frame, mark=finetune.mark_replies)
-    of_base = train.evaluate(model, base, BASE_TOKENS, min(256, T), 16, on, n_bytes, world)
+    of_base = objective.evaluate(model, base, BASE_TOKENS, min(256, T), 16, on, n_bytes, world)
     accuracy, gap = finetune.relevance(model, sources, 0, T, 8, on, frame[0], world)
     texts = greedy_replies(model, tokenizer, sources, questions, T, on.device)
     return dict(replies=replies["bits_per_byte"]["mixed"], base=of_base["bits_per_byte"]["mixed"],

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import machine
+import objective
 import run
 import train
 from conftest import (ALONE, CPU, ROOT, SMALL, command, evaluations, finish, rows, same_tensors, step_rows, timeless,
@@ -336,7 +337,7 @@ def test_the_gpt2preln_recipe_in_small(bilingual, tmp_path, monkeypatch):
     model, tokenizer, _ = run.load_checkpoint(f"tail/{best['checkpoint']}", ema=best["weights"] == "ema")
     sources, _ = run.find_data("mix-bpe-500", "bpe", 500, ALONE)
     frame = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
-    again = train.evaluate(model, sources, 8192, 128, 16, CPU, torch.ones(500), ALONE, frame)["loss"]
+    again = objective.evaluate(model, sources, 8192, 128, 16, CPU, torch.ones(500), ALONE, frame)["loss"]
     assert abs(again["mixed"] - best["val_loss_mixed"]) < 1e-5
     assert again["language"] == pytest.approx({name: best[f"val_loss_{name}"] for name in ("en", "it")}, abs=1e-5)
     assert set(best["sources"]) == {"web_en", "wiki_en", "web_it", "wiki_it"}

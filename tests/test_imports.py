@@ -27,7 +27,7 @@ ORDER = [
     ["evaluation.behaviour", "evaluation.likelihood", "evaluation.losses"],
     ["evaluation.decoding", "evaluation.harness", "evaluation.probes"],
     ["evaluation.bundle", "evaluation.during"],
-    ["minutes"],
+    ["minutes", "objective"],
     ["train"],
     ["finetune"],
     ["eval"],

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-import train
+import objective
 from architectures import tiny
 from conftest import ALONE, CPU, FakeSource
 from evaluation.losses import by_position, draw_positions, measure, strided_rows, windows_of
@@ -84,7 +84,7 @@ def test_losses_are_those_of_a_loop_over_the_targets(model, sources, frame):
 @pytest.mark.parametrize("frame", [None, (BOS, EOS)], ids=["stream", "documents"])
 def test_a_stride_of_a_whole_window_gives_what_a_run_measures(model, sources, frame):
     ours = measure(model, sources, CPU, BYTES, ALONE, T, T, n_rows=3, frame=frame)
-    runs = train.evaluate(model, sources, 0, T, 4, CPU, BYTES, ALONE, frame)
+    runs = objective.evaluate(model, sources, 0, T, 4, CPU, BYTES, ALONE, frame)
     for name in ("loss", "bits_per_byte"):
         for group in ("mixed", "language", "source"):
             assert ours[name][group] == pytest.approx(runs[name][group], abs=1e-5)

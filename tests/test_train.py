@@ -14,6 +14,7 @@ import gpt2preln
 import i3
 import ivme
 import machine
+import objective
 import prepare
 import report
 import run
@@ -463,7 +464,7 @@ def test_each_process_reads_only_its_own_rows_and_together_they_have_the_batch(p
     batches, read = [], []
     for rank, size in ((0, 1), (0, 2), (1, 2)):
         flags = ["--vocab_size=600", "--data=two-hybrid", f"--pack={pack}", "--micro_batch=2"]
-        task = train.Pretraining(pretraining_plan(*SMALL, *flags), FakeWorld(rank, size), CPU)
+        task = objective.Pretraining(pretraining_plan(*SMALL, *flags), FakeWorld(rank, size), CPU)
         for source in task.sources:
             source.train = Counted(source.train)
         batches.append(task.next_batch(0))
@@ -553,7 +554,7 @@ def test_the_mixed_loss_gives_each_source_an_equal_share_even_one_with_little_te
         for source in sources:
             source.val = source.val[:100 * (len(source.val) // 101) + 1]
     n_bytes = torch.arange(100) % 7 + 1.0
-    result = train.evaluate(Gauge(), sources, tokens, 100, 4, CPU, n_bytes, ALONE, frame)
+    result = objective.evaluate(Gauge(), sources, tokens, 100, 4, CPU, n_bytes, ALONE, frame)
 
     # by hand: losses and bytes per token of the rows that count, then the plain mean of the two sources
     loss, size = [], []
@@ -578,7 +579,7 @@ def test_the_mixed_loss_is_over_equally_much_text_of_each_source_also_where_rows
         val = np.full(length * 500, token)
         val[::length] = 1
         sources.append(FakeSource([0], val=val, name=f"of {token}"))
-    result = train.evaluate(Gauge(), sources, 6000, 100, 4, CPU, torch.ones(50), ALONE, (1, 2))
+    result = objective.evaluate(Gauge(), sources, 6000, 100, 4, CPU, torch.ones(50), ALONE, (1, 2))
     assert result["loss"]["source"] == pytest.approx({"of 10": 0.1, "of 30": 0.3})
     assert result["loss"]["mixed"] == pytest.approx(0.2)
 
@@ -589,7 +590,7 @@ def test_evaluation_spreads_its_windows_and_leaves_the_random_numbers_alone():
     source = FakeSource([0], val=np.arange(1000) % 50)
     state = torch.get_rng_state()
     whole, some, again = (
-        train.evaluate(model, [source], n, 10, 4, CPU, torch.ones(50), ALONE)["loss"]["mixed"] for n in (0, 200, 0))
+        objective.evaluate(model, [source], n, 10, 4, CPU, torch.ones(50), ALONE)["loss"]["mixed"] for n in (0, 200, 0))
     assert torch.equal(state, torch.get_rng_state())
     assert whole != some and abs(whole - some) < 0.2 and whole == again
 
@@ -711,12 +712,12 @@ def test_a_new_schedule_is_one_function_and_one_line_in_a_table(workdir, monkeyp
 
 def test_one_more_number_for_the_log_is_one_key_in_its_dict(workdir, monkeypatch, capsys):
     """It is in every row of metrics.jsonl, and report.py shows it on the terminal without knowing it."""
-    numbers = train.Pretraining.numbers
+    numbers = objective.Pretraining.numbers
 
     def with_one_more(self, batch, loss):
         return numbers(self, batch, loss) | dict(longest_token=int(self.bytes_per_token[batch.counted].max()))
 
-    monkeypatch.setattr(train.Pretraining, "numbers", with_one_more)
+    monkeypatch.setattr(objective.Pretraining, "numbers", with_one_more)
     run_train("--data=pydocs-hybrid", "--out=run", "--max_steps=2")
     found = [row["longest_token"] for row in step_rows(workdir / "run")]
     assert len(found) == 2 and min(found) > 3
