@@ -192,26 +192,30 @@ def checkpoint_blocks(model):
         block.forward = functools.partial(recomputed, block.forward)
 
 
-# Compiling takes half a minute on a CPU. It pays from this many FLOP on, about 15 minutes of training on two cores
+# torch.compile takes half a minute on a CPU. It pays from this many FLOP on, about 15 minutes of training on two cores
 COMPILE_PAYS = 1e14
 
 
 def make_net(model, s, on, world):
-    """The model as the loop calls it, compiled and distributed if it is to be: (net, whether it is compiled).
+    """The model as the loop calls it: (net, what makes it quick: "our kernels", "compiled" or "").
 
-    s: train.Settings. on: Device.
+    s: train.Settings. on: Device. Where several processes train, the net is distributed.
     """
-    work = model.flops_per_token(s.block_size) * s.batch_tokens * s.max_steps
-    pays = on.device.type == "cuda" or (on.device.type == "cpu" and on.compiler and work > COMPILE_PAYS)
-    compiled = s.compile == "on" or (s.compile == "auto" and pays)
-    net = model
-    if compiled:
-        torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # now the compiler knows too
-        net = torch.compile(model, dynamic=False)
+    net, how = None, ""
+    if s.compile == "auto" and on.device.type == "cpu" and not s.grad_checkpoint:
+        from kernels.training import quick_net
+        net, how = quick_net(model, s.block_size), "our kernels"
+    if net is None:
+        net, how = model, ""
+        work = model.flops_per_token(s.block_size) * s.batch_tokens * s.max_steps
+        pays = on.device.type == "cuda" or (on.device.type == "cpu" and on.compiler and work > COMPILE_PAYS)
+        if s.compile == "on" or (s.compile == "auto" and pays):
+            torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # now the compiler knows
+            net, how = torch.compile(model, dynamic=False), "compiled"
     if world.size > 1:
         ids = [on.device.index] if on.device.type == "cuda" else None
         net = torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
-    return net, compiled
+    return net, how
 
 
 def gradients_stay_here(net, last):

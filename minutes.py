@@ -115,8 +115,8 @@ def measured(plan, task, world, on, make_optimizers):
     net.train()
     costs = Costs(*micro_and_update(net), 0.0)
     steps = int(60 * s.minutes / (costs.micro * task.rows / task.micro / world.size + costs.update))
-    net, compiled = machine.make_net(model, replace(s, max_steps=max(1, steps)), on, world)
-    if compiled:
+    net, how = machine.make_net(model, replace(s, max_steps=max(1, steps)), on, world)
+    if how == "compiled":
         costs.micro, costs.update = micro_and_update(net)
     costs.spent = time.monotonic() - begun
     return costs

@@ -86,13 +86,13 @@ def run_lines(trainer):
     lines = [f"{s.model:<12} {trainer.model.n_params / 1e6:,.2f}M parameters ({Path(plan.module.__file__).name}), "
              f"context {plan.cfg.context_length:,}, training on {rows} of {task.T:,}", *task.about()]
 
-    compiled = ", compiled" if trainer.compiled else ""
+    how = f", {trainer.how}" if trainer.how else ""
     processes = f"{world.size} x " if world.size > 1 else ""
     optimizers = f"AdamW {trainer.optimizers.n_other} tensors"
     if trainer.optimizers.n_matrices:
         optimizers = f"{s.optimizer} {trainer.optimizers.n_matrices} matrices, {optimizers}"
     n_micro = task.rows // world.size // task.micro
-    lines.append(f"{on.device.type:<12} {str(on.dtype)[6:]}{compiled}, {processes}{on.chip}; {optimizers}; "
+    lines.append(f"{on.device.type:<12} {str(on.dtype)[6:]}{how}, {processes}{on.chip}; {optimizers}; "
                  f"{s.max_steps:,} steps of {s.batch_tokens:,} tokens, {n_micro} x {task.micro} rows each")
     if plan.kind == "resumed":
         lines.append(f"{'resumed':<12} {s.out} at step {trainer.state.step:,}")

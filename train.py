@@ -83,7 +83,7 @@ class Settings:
     seed: int = 1337  # of initial weights and batch order
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: str = "auto"  # compute type: bfloat16, float32; auto: bfloat16 if the hardware is fast at it
-    compile: str = "auto"  # torch.compile: on, off; auto: on CUDA, and on a CPU for runs long enough to repay it
+    compile: str = "auto"  # on: torch.compile; off: plain PyTorch; auto: what is quickest for the device and the run
     deterministic: bool = False  # repeatable to the bit on CUDA as well; a CPU always is
 
 
@@ -354,7 +354,7 @@ class Trainer:
         torch.manual_seed(s.seed + world.rank)  # dropout, if a fork has any, differs between processes
         if plan.continues:
             self.go_on(plan.start)
-        self.net, self.compiled = machine.make_net(self.model, s, on, world)
+        self.net, self.how = machine.make_net(self.model, s, on, world)
         self.folder = run.RunFolder(s.out, world)
         self.progress = self.folder.progress
 

@@ -20,10 +20,15 @@ import torch
 
 HERE = Path(__file__).parent
 SOURCES = {
-    "cpu": ("selective_scan.cpp",), "cuda": ("selective_scan.cpp", "selective_scan.cu"), "decode": ("decode.cpp",)}
-HEADERS = {"cpu": ("selective_scan.h",), "cuda": ("selective_scan.h",), "decode": ()}
-WHAT = {"cpu": "the selective scan for CPU", "cuda": "the selective scan for CUDA", "decode": "sampling for CPU"}
-SECONDS = {"cpu": "20 seconds or so", "cuda": "a few minutes", "decode": "5 seconds or so"}
+    "cpu": ("selective_scan.cpp",), "cuda": ("selective_scan.cpp", "selective_scan.cu"), "decode": ("decode.cpp",),
+    "training": ("training.cpp",)}
+HEADERS = {"cpu": ("selective_scan.h",), "cuda": ("selective_scan.h",), "decode": ("vectors.h",),
+           "training": ("vectors.h",)}
+NAMES = {"cpu": "selective_scan_cpu", "cuda": "selective_scan_cuda", "decode": "decode", "training": "training"}
+WHAT = {"cpu": "the selective scan for CPU", "cuda": "the selective scan for CUDA", "decode": "sampling for CPU",
+        "training": "training for CPU"}
+SECONDS = {"cpu": "20 seconds or so", "cuda": "a few minutes", "decode": "5 seconds or so",
+           "training": "10 seconds or so"}
 # torch says what this CPU has (ATEN_CPU_CAPABILITY overrides it). -march=native would be wrong in a home directory that
 # machines of different kinds share
 SIMD = {
@@ -51,8 +56,7 @@ def flags(kind):
 
 def path_of(kind):
     """Where the shared library `kind` (a key of SOURCES) is, or is going to be."""
-    name = "decode" if kind == "decode" else f"selective_scan_{kind}"
-    return cache_folder() / f"{name}-{digest(kind, *flags(kind))[:16]}.so"
+    return cache_folder() / f"{NAMES[kind]}-{digest(kind, *flags(kind))[:16]}.so"
 
 
 def library(kind):

@@ -3,19 +3,13 @@
 // A step reads every weight once, and so little is computed with it that memory sets the pace. Weights are fp32 or
 // bf16, everything else is fp32. The whole step is one parallel region: a thread goes from product to product without
 // leaving it. No header of torch is needed, which makes the file quick to build; decode.py calls `step` by its address.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
+#include "vectors.h"
 #ifdef __AVX512F__
-#include <immintrin.h>
 constexpr int TILE = 8;  // sequences that a row of weights is multiplied with at once: what the registers can hold
 #else
 constexpr int TILE = 4;
 #endif
-
-using std::int64_t;
-using bf16 = std::uint16_t;
 
 struct Layer {
     const float *attn_norm, *q_norm, *k_norm, *ffn_norm;  // (d), (D) or null, (D) or null, (d)
@@ -33,60 +27,6 @@ struct Model {
 };
 
 namespace {
-
-// Vectors of the compiler (GCC, Clang): on a CPU with shorter registers it takes several of them
-constexpr int WIDTH = 16;
-typedef float floats __attribute__((vector_size(4 * WIDTH)));
-typedef std::int32_t ints __attribute__((vector_size(4 * WIDTH)));
-typedef std::uint32_t words __attribute__((vector_size(4 * WIDTH)));
-typedef bf16 halves __attribute__((vector_size(2 * WIDTH)));
-
-inline float value(float w) { return w; }
-inline float value(bf16 w) {
-    const std::uint32_t bits = std::uint32_t(w) << 16;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-inline floats load(const float *w) {
-    floats x;
-    std::memcpy(&x, w, sizeof x);
-    return x;
-}
-inline floats load(const bf16 *w) {
-    halves h;
-    std::memcpy(&h, w, sizeof h);
-    return (floats)(__builtin_convertvector(h, words) << 16);
-}
-
-// e^x for x <= 0: 2^n times 2^f, with a polynomial that interpolates (2^f - 1) / f at Chebyshev's points of [0, 1].
-// Its relative error is 1.2e-7 down to x = -1, 1e-6 down to -16, 4e-6 down to -87
-inline floats exp_of(floats x) {
-    floats t = x * 1.44269504f;
-    t = t > -126.0f ? t : floats{} - 126.0f;
-    ints n = __builtin_convertvector(t, ints);  // towards zero
-    n += __builtin_convertvector(n, floats) > t;  // a comparison gives 0 or -1
-    const floats f = t - __builtin_convertvector(n, floats);
-    floats p = f * 2.08179146e-4f + 1.26921665e-3f;
-    p = p * f + 9.65219550e-3f;
-    p = p * f + 5.54960221e-2f;
-    p = p * f + 2.40227208e-1f;
-    p = p * f + 6.93147182e-1f;
-    p = p * f + 1.0f;
-    return p * (floats)((n + 127) << 23);
-}
-
-inline float sum_of(floats x) {
-#ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    float a[WIDTH];
-    std::memcpy(a, &x, sizeof x);
-    for (int half = WIDTH / 2; half; half /= 2)
-        for (int j = 0; j < half; j++) a[j] += a[j + half];
-    return a[0];
-#endif
-}
 
 // sums[i] = the sum of v[i], for n vectors
 template <int n>

@@ -1,0 +1,318 @@
+"""A quick training step on a CPU: the matrix products are PyTorch's, all between them is in training.cpp.
+
+    net = quick_net(model)                          None if the model is of another kind, or nothing can be compiled
+    _, loss = net(idx, targets)                     as the model itself, with gradients; also loss_weights, reset
+
+It serves models whose blocks are Llama's: ivme.py's, tinymemory.py's and what is made of them. Whether a model computes
+exactly that is not guessed from its names: with weights drawn at random, loss and gradients of the two must agree.
+"""
+import copy
+import ctypes
+import functools
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import build
+from .decode import PARTS, is_llama
+
+LOGITS = 2 ** 24  # that exist at once; (B, T, V) of them would be a step's largest tensor
+BLOCK = 256  # queries whose scores exist at once
+GROUP = 64  # as in training.cpp
+MAX_HEAD = 512  # as in training.cpp
+
+N, REAL, TENSOR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("B", "T", "H", "K", "D", "block")]
+
+
+# training.cpp's functions in its order, and what they take before the number of threads
+FUNCTIONS = dict(
+    norm=(TENSOR, TENSOR, TENSOR, REAL, N, N, TENSOR, TENSOR),
+    norm_backward=(TENSOR, TENSOR, TENSOR, TENSOR, REAL, N, N, TENSOR, TENSOR, TENSOR, TENSOR),
+    heads=(TENSOR, TENSOR, TENSOR, REAL, TENSOR, TENSOR, Shape, TENSOR, TENSOR, TENSOR),
+    heads_backward=(TENSOR, TENSOR, TENSOR, REAL, TENSOR, TENSOR, Shape, TENSOR, TENSOR, TENSOR, TENSOR, TENSOR),
+    merge=(TENSOR, Shape, TENSOR),
+    split=(TENSOR, Shape, TENSOR),
+    softmax=(TENSOR, TENSOR, Shape, N, N),
+    softmax_backward=(TENSOR, TENSOR, TENSOR, Shape, N, N),
+    swiglu=(TENSOR, N, N, TENSOR),
+    swiglu_backward=(TENSOR, TENSOR, N, N, TENSOR, TENSOR),
+    cross_entropy=(TENSOR, TENSOR, N, N, TENSOR, TENSOR),
+    cross_entropy_backward=(TENSOR, TENSOR, TENSOR, TENSOR, N, N, TENSOR),
+    scatter_add=(TENSOR, TENSOR, N, N, TENSOR))
+
+
+class Functions:
+    """training.cpp's functions for activations of `dtype`. A tensor is given as itself, None is a null pointer."""
+
+    def __init__(self, dtype):
+        library = ctypes.CDLL(str(build.library("training")))
+        table = (ctypes.c_void_p * len(FUNCTIONS)).in_dll(library, f"for_{str(dtype)[6:]}")
+        for address, (name, kinds) in zip(table, FUNCTIONS.items()):
+            setattr(self, name, functools.partial(self.call, ctypes.CFUNCTYPE(None, *kinds, ctypes.c_int)(address)))
+        self.library = library
+
+    @staticmethod
+    def call(function, *args):
+        function(*(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args), torch.get_num_threads())
+
+
+@functools.cache
+def functions(dtype):
+    return Functions(dtype)
+
+
+class Pass:
+    """A forward and a backward pass of one micro-batch, outside autograd."""
+
+    def __init__(self, net, B, T, first, dtype):
+        """first: int32 (B, T), the first position that each position sees, or None: all of them are seen."""
+        cfg = net.model.cfg
+        self.of, self.dtype, self.first = functions(dtype), dtype, first
+        self.weights, self.eps, self.tables = net.weights, cfg.norm_eps, (net.model.cos, net.model.sin)
+        heads = getattr(cfg, "n_kv_head", cfg.n_head)
+        self.shape = Shape(B, T, cfg.n_head, heads, cfg.d_model // cfg.n_head, BLOCK)
+
+    def empty(self, *shape, dtype=None):
+        return torch.empty(shape, dtype=dtype or self.dtype)
+
+    def norm(self, x, add, weight):
+        """(x + add, its norm in the compute type)."""
+        total, out = x if add is None else torch.empty_like(x), self.empty(*x.shape)
+        self.of.norm(x, add, weight, self.eps, *x.shape, total, out)
+        return total, out
+
+    def norm_backward(self, x, weight, dout, g, rounded=True):
+        """(dx = g + the norm's gradient, dx in the compute type, the norm's output, gradient of its weight)."""
+        N, d = x.shape
+        dx, dw = torch.empty_like(x), self.empty(-(-N // GROUP), d, dtype=torch.float32)
+        small, out = self.empty(N, d) if rounded else None, self.empty(N, d)
+        self.of.norm_backward(x, weight, dout, g, self.eps, N, d, dx, small, out, dw)
+        return dx, small, out, dw.sum(0)
+
+    def parts(self, blocks):
+        """The queries' blocks: (first position, positions, the block as a matrix (key heads, queries, D))."""
+        s = self.shape
+        for t0 in range(0, s.T, s.block):
+            size = min(s.block, s.T - t0)
+            part = blocks[s.B * s.H * s.D * t0:s.B * s.H * s.D * (t0 + size)]
+            yield t0, size, part.view(s.B * s.K, s.H // s.K * size, s.D)
+
+    def attention(self, qkv, w):
+        """softmax(q k^T / sqrt(D)) v (N, H D), and what its backward pass needs."""
+        s = self.shape
+        q, y = self.empty(s.B * s.H * s.T * s.D), self.empty(s.B * s.H * s.T * s.D)
+        k, v = (self.empty(s.B * s.K, s.T, s.D) for _ in range(2))
+        self.of.heads(qkv, w["q_norm"], w["k_norm"], self.eps, *self.tables, s, q, k, v)
+        probabilities = []
+        for (t0, size, queries), (_, _, out) in zip(self.parts(q), self.parts(y)):
+            p = torch.bmm(queries, k[:, :t0 + size].mT)
+            self.of.softmax(p, self.first, s, t0, size)
+            torch.bmm(p, v[:, :t0 + size], out=out)
+            probabilities.append(p)
+        merged = self.empty(s.B * s.T, s.H * s.D)
+        self.of.merge(y, s, merged)
+        return merged, (q, k, v, probabilities)
+
+    def attention_backward(self, qkv, w, kept, dy):
+        """Gradients of (qkv, q_norm's weight, k_norm's weight) from that of attention's result."""
+        s, (q, k, v, probabilities) = self.shape, kept
+        dout, dq = torch.empty_like(q), torch.empty_like(q)
+        self.of.split(dy, s, dout)
+        dk = dv = None  # sums over the blocks, in fp32. The last block comes first: all keys have a share in it
+        for p, (t0, size, queries), (_, _, up), (_, _, down) in reversed(list(zip(
+                probabilities, self.parts(q), self.parts(dout), self.parts(dq)))):
+            seen = slice(0, t0 + size)
+            to_v, dp = torch.bmm(p.mT, up), torch.bmm(up, v[:, seen].mT)
+            self.of.softmax_backward(p, dp, self.first, s, t0, size)
+            torch.bmm(dp, k[:, seen], out=down)
+            to_k = torch.bmm(dp.mT, queries)
+            if dk is None:
+                dk, dv = (to_k, to_v) if t0 == 0 else (to_k.float(), to_v.float())
+            else:
+                dk[:, seen] += to_k
+                dv[:, seen] += to_v
+        dqkv, dw = torch.empty_like(qkv), self.empty(-(-len(qkv) // GROUP), 2, s.D, dtype=torch.float32)
+        self.of.heads_backward(qkv, w["q_norm"], w["k_norm"], self.eps, *self.tables, s, dq, dk.to(self.dtype),
+                               dv.to(self.dtype), dqkv, dw)
+        return dqkv, *dw.sum(0)
+
+    def block(self, x, w):
+        """A block's output, and what its backward pass needs."""
+        _, h = self.norm(x, None, w["attn_norm"])
+        qkv = h @ w["qkv"].T
+        y, attention = self.attention(qkv, w)
+        x2, h = self.norm(x, y @ w["out"].T, w["ffn_norm"])
+        gate_up = h @ w["gate_up"].T
+        hidden = self.empty(len(x), gate_up.size(1) // 2)
+        self.of.swiglu(gate_up, *hidden.shape, hidden)
+        return x2 + hidden @ w["down"].T, (x, qkv, y, attention, x2, gate_up)
+
+    def block_backward(self, g, w, kept):
+        """(gradient of the block's input, gradients of its weights by their names) from that of its output, fp32."""
+        x, qkv, y, attention, x2, gate_up = kept
+        grads, small = {}, g.to(self.dtype)
+        dhidden = small @ w["down"]
+        hidden, dgate_up = torch.empty_like(dhidden), torch.empty_like(gate_up)
+        self.of.swiglu_backward(gate_up, dhidden, *hidden.shape, dgate_up, hidden)
+        grads["down"] = small.T @ hidden
+        g, small, h, grads["ffn_norm"] = self.norm_backward(x2, w["ffn_norm"], dgate_up @ w["gate_up"], g)
+        grads["gate_up"] = dgate_up.T @ h
+        grads["out"] = small.T @ y
+        dqkv, grads["q_norm"], grads["k_norm"] = self.attention_backward(qkv, w, attention, small @ w["out"])
+        g, _, h, grads["attn_norm"] = self.norm_backward(x, w["attn_norm"], dqkv @ w["qkv"], g, rounded=False)
+        grads["qkv"] = dqkv.T @ h
+        return g, grads
+
+    def losses(self, h, targets, chunk):
+        """Loss of each token (N), and for each chunk of them the logits (None if there are several) and their sums."""
+        loss, kept = self.empty(len(h), dtype=torch.float32), []
+        for first in range(0, len(h), chunk):
+            part = slice(first, first + chunk)
+            logits, total = h[part] @ self.weights["embed"].T, torch.empty_like(loss[part])
+            self.of.cross_entropy(logits, targets[part], *logits.shape, loss[part], total)
+            kept.append((logits if len(h) <= chunk else None, total))
+        return loss, kept
+
+    def losses_backward(self, h, targets, chunk, kept, g):
+        """Gradients of h and of the output head (fp32) from those of the losses, g (N)."""
+        dh, dw = torch.empty_like(h), None
+        for first, (logits, total) in zip(range(0, len(h), chunk), kept):
+            part = slice(first, first + chunk)
+            logits = h[part] @ self.weights["embed"].T if logits is None else logits
+            dlogits = torch.empty_like(logits)
+            self.of.cross_entropy_backward(logits, targets[part], total, g[part], *logits.shape, dlogits)
+            dh[part] = dlogits @ self.weights["embed"]
+            here = (dlogits.T @ h[part]).float()
+            dw = here if dw is None else dw.add_(here)
+        return dh, dw
+
+
+class TokenLosses(torch.autograd.Function):
+    """Cross entropy of each token (N) as a function of the model's parameters."""
+
+    @staticmethod
+    def forward(ctx, net, run, idx, targets, *params):
+        x, kept = F.embedding(idx, net.model.embed.weight), []
+        for w in run.weights["layers"]:
+            x, of_block = run.block(x, w)
+            kept.append(of_block)
+        _, h = run.norm(x, None, run.weights["norm"])
+        loss, of_loss = run.losses(h, targets, net.chunk)
+        ctx.kept = net, run, idx, targets, x, h, kept, of_loss
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        net, run, idx, targets, x, h, kept, of_loss = ctx.kept
+        del ctx.kept
+        dh, dembed = run.losses_backward(h, targets, net.chunk, of_loss, g.contiguous())
+        g, _, _, dnorm = run.norm_backward(x, run.weights["norm"], dh, None, rounded=False)
+        grads = {"embed.weight": dembed, "norm.weight": dnorm}
+        for i in reversed(range(len(kept))):
+            g, of_block = run.block_backward(g, run.weights["layers"][i], kept.pop())
+            grads |= {f"blocks.{i}.{PARTS[part]}.weight": grad for part, grad in of_block.items()}
+        run.of.scatter_add(g, idx, *g.shape, dembed)
+        return None, None, None, None, *(grads[name].float() for name in net.names)
+
+
+class QuickNet(nn.Module):
+    """A model's training pass. It has the model's parameters, and is used in its place where there are targets."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.names = [name for name, _ in model.named_parameters()]
+        self.chunk = max(1, LOGITS // model.cfg.vocab_size)
+        self.weights, self.versions = None, None
+
+    def cast(self, dtype):
+        """The weights as training.cpp takes them: matrices in dtype, which are cast again when they have changed."""
+        parameters = dict(self.model.named_parameters())
+        versions = dtype, [(p._version, p.data_ptr()) for p in parameters.values()]
+        if versions == self.versions:
+            return
+        ready = {name: p.detach().to(dtype) if p.dim() == 2 else p.detach() for name, p in parameters.items()}
+        self.weights = dict(embed=ready["embed.weight"], norm=ready["norm.weight"], layers=[
+            {part: ready.get(f"blocks.{i}.{name}.weight") for part, name in PARTS.items()}
+            for i in range(self.model.cfg.n_layer)])
+        self.versions = versions
+
+    def forward(self, idx, targets, loss_weights=None, reduction="mean", reset=None):
+        """(None, loss), as the models' own forward passes with targets."""
+        B, T = idx.shape
+        if T > self.model.max_len:
+            raise ValueError(f"{T} tokens are more than the context of {self.model.max_len}")
+        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
+        self.cast(dtype)
+        first = None
+        if reset is not None:  # where the document of each position begins
+            first = (torch.arange(T) * reset).cummax(1).values.int().contiguous()
+        with torch.autocast("cpu", enabled=False):
+            run = Pass(self, B, T, first, dtype)
+            losses = TokenLosses.apply(self, run, idx.flatten().contiguous(), targets.flatten().contiguous(),
+                                       *self.model.parameters()).view(B, T)
+        weights = (targets >= 0).float()
+        if loss_weights is not None:
+            weights = weights * loss_weights
+        losses = losses * weights
+        if reduction == "none":
+            return None, losses
+        return None, losses.sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def same(a, b):
+    """Whether two tensors agree as far as fp32 lets them."""
+    return bool((a - b).norm() <= 1e-3 * b.norm())
+
+
+def agrees(model, T):
+    """Whether QuickNet computes what the model does, with weights drawn at random: those of a new model hide much.
+
+    It tries a row of T tokens, and two rows of several documents whose tokens weigh differently.
+    """
+    model = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(1 + 0.3 * torch.randn(p.shape) if p.dim() == 1 else torch.randn(p.shape) * 2 / p.size(1) ** 0.5)
+        for rows, length in ((1, T), (2, min(T, 48))):
+            idx, targets = torch.randint(model.cfg.vocab_size, (2, rows, length)).unbind()
+            more = {}
+            if rows > 1:
+                targets[:, ::5] = -1
+                more = dict(reset=torch.rand(rows, length) < 0.1, loss_weights=torch.rand(rows, length),
+                            reduction="none")
+            results = []
+            for net in (model, QuickNet(model)):
+                model.zero_grad()
+                losses = net(idx, targets, **more)[1]
+                losses.sum().backward()
+                results.append([losses.detach(), *(p.grad for p in model.parameters())])
+            if not all(map(same, *results)):
+                return False
+    return True
+
+
+def quick_net(model, T):
+    """A QuickNet of the model for training on rows of T tokens, or None; see above."""
+    hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+    if not is_llama(model) or hooked or model.cfg.d_model // model.cfg.n_head > MAX_HEAD:
+        return None
+    if os.environ.get("KERNELS") == "reference":
+        return None
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            functions(dtype)
+    except (build.CannotBuild, OSError) as e:
+        print(f"kernels      {e}, so training takes longer", file=sys.stderr, flush=True)
+        return None
+    return QuickNet(model) if agrees(model, T) else None
