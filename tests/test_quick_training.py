@@ -1,0 +1,271 @@
+"""kernels/training.cpp, the quick training step on a CPU, against the models' own forward and backward passes."""
+import contextlib
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import gpt2preln
+import i3
+import ivme
+import tinymemory
+from conftest import ROOT, SMALL, command, finish, rows, same_tensors, torchrun
+from kernels import build, training
+from test_decode import SHAPES, model_of, one_more_parameter, other_bias, other_gate, other_table, parallel_blocks
+
+try:
+    build.library("training")
+    COMPILER = True
+except build.CannotBuild:
+    COMPILER = False
+pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
+
+
+def batch(model, B, T, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    idx, targets = torch.randint(model.cfg.vocab_size, (2, B, T), generator=generator).unbind()
+    targets[torch.rand(B, T, generator=generator) < 0.2] = -1
+    return idx, targets
+
+
+def gradients(net, idx, targets, bf16=False, **more):
+    """The loss or losses, and the gradient of every parameter."""
+    net.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+        loss = net(idx, targets, **more)[1]
+    factors = torch.linspace(-1, 2, loss.numel()).view_as(loss)  # each token's loss has a gradient of its own
+    (loss * factors).sum().backward()
+    return [loss.detach(), *(p.grad for p in net.parameters())]
+
+
+def difference(found, expected):
+    """The largest of the tensors' differences, relative to their norms, of which some are 0 but for rounding."""
+    assert len(found) == len(expected) and all(a.dtype == b.dtype == torch.float32 for a, b in zip(found, expected))
+    return max(float((a - b).norm() / b.norm().clamp(min=1e-3)) for a, b in zip(found, expected))
+
+
+@pytest.fixture(params=SHAPES)
+def model(request):
+    module, shape = SHAPES[request.param]
+    return model_of(module, **shape).train()
+
+
+@settings(max_examples=40)
+@given(name=st.sampled_from(sorted(SHAPES)), B=st.integers(1, 3), T=st.integers(1, 48),
+       block=st.sampled_from([7, 16, 256]), chunk=st.sampled_from([1, 10, 10 ** 6]), documents=st.booleans(),
+       weighted=st.booleans(), reduction=st.sampled_from(["mean", "none"]))
+def test_loss_and_gradients_are_the_models_own(name, B, T, block, chunk, documents, weighted, reduction):
+    """One block of queries or several, one chunk of logits or several, a token alone, a target alone or none."""
+    module, shape = SHAPES[name]
+    model = model_of(module, **shape)
+    idx, targets = batch(model, B, T, seed=T)
+    more = dict(reduction=reduction)
+    if documents:
+        more["reset"] = torch.rand(B, T, generator=torch.Generator().manual_seed(T)) < 0.2
+    if weighted:
+        more["loss_weights"] = torch.rand(B, T, generator=torch.Generator().manual_seed(B))
+    quick = training.QuickNet(model)
+    quick.chunk = chunk
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "BLOCK", block)
+        found = gradients(quick, idx, targets, **more)
+    assert difference(found, gradients(model, idx, targets, **more)) < 1e-4
+
+
+def test_in_bfloat16_it_is_as_near_to_fp32_as_the_model_itself(model):
+    idx, targets = batch(model, 4, 48)
+    exact = gradients(model, idx, targets)
+    own, quick = (gradients(net, idx, targets, bf16=True) for net in (model, training.QuickNet(model)))
+    errors = [[float((a - b).norm() / b.norm()) for a, b in zip(found, exact)] for found in (own, quick)]
+    assert max(errors[1]) < 0.2 and sum(errors[1]) < 1.2 * sum(errors[0])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_any_number_of_threads_gives_the_same_bits(model, bf16):
+    """Of what training.cpp does; torch's own matrix products may differ, so they are those of one thread."""
+    idx, targets = batch(model, 3, 48)
+    before, found = torch.get_num_threads(), []
+    for n in (1, 2, 5):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training.Functions, "call", staticmethod(lambda f, *args, n=n: f(*(
+                a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args), n)))
+            training.functions.cache_clear()
+            torch.set_num_threads(1)
+            found.append(gradients(training.QuickNet(model), idx, targets, bf16=bf16))
+    torch.set_num_threads(before)
+    training.functions.cache_clear()
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
+def test_changed_weights_are_cast_again(model):
+    idx, targets = batch(model, 2, 20)
+    quick = training.QuickNet(model)
+    before = gradients(quick, idx, targets, bf16=True)
+    with torch.no_grad():
+        torch._foreach_mul_(list(model.parameters()), 1.1)
+    after = gradients(quick, idx, targets, bf16=True)
+    assert not torch.equal(before[0], after[0])
+    assert all(map(torch.equal, after, gradients(training.QuickNet(copy.deepcopy(model)), idx, targets, bf16=True)))
+
+
+def test_extreme_scores_stay_finite_and_lost_numbers_show():
+    model = model_of(ivme, d_model=64, n_head=4, n_kv_head=2, d_ff=96)
+    idx, targets = batch(model, 2, 40)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "qkv" in name or "gate_up" in name:
+                p.mul_(100)
+    found = gradients(training.QuickNet(model), idx, targets)
+    assert all(g.isfinite().all() for g in found) and difference(found[:1], gradients(model, idx, targets)[:1]) < 1e-2
+    for lost in (float("nan"), float("inf")):
+        broken = copy.deepcopy(model)
+        broken.blocks[1].ffn.down.weight.data[3, 5] = lost
+        loss, *grads = gradients(training.QuickNet(broken), idx, targets)
+        assert not all(g.isfinite().all() for g in grads)  # the loop stops
+
+
+def test_without_targets_nothing_is_kept_and_evaluation_agrees(model):
+    idx, targets = batch(model, 2, 48)
+    with torch.no_grad():
+        found = training.QuickNet(model)(idx, targets, reduction="none")[1]
+        assert torch.allclose(found, model(idx, targets, reduction="none")[1], atol=1e-4) and not found.requires_grad
+
+
+def test_a_row_beyond_the_context_is_an_error(model):
+    with pytest.raises(ValueError, match="49 tokens are more than the context of 48"):
+        training.QuickNet(model)(*batch(model, 1, 49))
+
+
+# ---------------------------------------------------------------------------------------------------- other models
+
+def softcap(model):
+    """Logits of attention that are bounded, which the small weights of a new model would not show."""
+    class Capped(ivme.Attention):
+        def forward(self, x, *rest):
+            y = super().forward(x, *rest)
+            return 3 * torch.tanh(y / 3)
+    for block in model.blocks:
+        block.attn.__class__ = Capped
+
+
+def dropout(model):
+    class Dropped(ivme.SwiGLU):
+        def forward(self, x):
+            return torch.nn.functional.dropout(super().forward(x), 0.1, self.training)
+    model.blocks[0].ffn.__class__ = Dropped
+
+
+def other_loss(model):
+    class Smoothed(type(model)):
+        def forward(self, idx, targets=None, **more):
+            logits, loss = super().forward(idx, targets, **more)
+            return logits, loss if loss is None else loss * 1.01
+    model.__class__ = Smoothed
+
+
+def a_hook(model):
+    model.blocks[0].register_forward_hook(lambda *args: None)
+
+
+def last_layer_differs(model):
+    model.blocks[-1].attn_norm.eps = 0.1
+
+
+@pytest.mark.parametrize("change", [other_gate, parallel_blocks, one_more_parameter, other_bias, softcap, dropout,
+                                    other_loss, a_hook, last_layer_differs])
+def test_a_model_that_computes_something_else_is_left_alone(change):
+    torch.manual_seed(0)
+    model = ivme.Model(ivme.Config(vocab_size=311, context_length=48, n_layer=2, d_model=64, n_head=4, n_kv_head=2,
+                                   d_ff=96))
+    weights, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert training.quick_net(model, 48) is not None
+    assert same_tensors(weights, model.state_dict()) and torch.equal(state, torch.get_rng_state())
+    change(model)
+    assert training.quick_net(model, 48) is None
+
+
+def test_other_rotary_tables_are_used():
+    model = model_of(tinymemory, d_model=64, n_head=4, d_ff=96)
+    other_table(model)
+    idx, targets = batch(model, 2, 30)
+    assert difference(gradients(training.quick_net(model, 30), idx, targets), gradients(model, idx, targets)) < 1e-4
+
+
+@pytest.mark.parametrize("module, shape", [
+    (gpt2preln, dict(d_model=32, n_head=2)),
+    (i3, dict(d_model=32, n_head=2, d_state=4, delta_rank=4, ffn_rank=8, head_rank=16)),
+    (tinymemory, dict(d_model=1032, n_head=2, d_ff=8)),  # heads wider than training.cpp has room for
+])
+def test_other_architectures_are_left_alone(module, shape):
+    cfg = dict(vocab_size=311, context_length=48, n_layer=2) | shape
+    assert training.quick_net(module.Model(module.Config(**cfg)), 16) is None
+
+
+def test_without_a_compiler_one_line_says_so(monkeypatch, tmp_path, capfd):
+    model = model_of(tinymemory, d_model=64, n_head=4, d_ff=96)
+    monkeypatch.setenv("KERNELS", "reference")
+    assert training.quick_net(model, 16) is None and capfd.readouterr().err == ""
+    monkeypatch.delenv("KERNELS")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "empty"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    training.functions.cache_clear()
+    assert training.quick_net(model, 16) is None
+    assert capfd.readouterr().err == (
+        "kernels      there is no C++ compiler (no-such-compiler), so training takes longer\n")
+    training.functions.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------------- whole runs
+
+QUICK = [*SMALL, "--compile=auto", "--data=pydocs", "--vocab_size=500"]
+
+
+def losses(out):
+    return [row["train_loss"] for row in rows(out) if "train_loss" in row]
+
+
+@pytest.mark.parametrize("pack", ["stream", "document"])
+def test_a_run_has_the_losses_of_plain_pytorch(workdir, pack):
+    for compile in ("auto", "off"):
+        text = finish(command(ROOT / "train.py", *QUICK, f"--pack={pack}", "--max_steps=40", f"--compile={compile}",
+                              f"--out={pack}-{compile}"))
+        assert ("our kernels" in text) == (compile == "auto")
+    assert losses(f"{pack}-auto") == pytest.approx(losses(f"{pack}-off"), abs=2e-3)
+
+
+def test_a_run_that_is_stopped_and_resumed_is_the_uninterrupted_one_to_the_bit(workdir):
+    flags = [*QUICK, "--max_steps=8", "--decay_steps=2"]
+    finish(command(ROOT / "train.py", *flags, "--out=whole"))
+    finish(command(ROOT / "train.py", *flags, "--out=half", "--save_every=4", "--keep_every=4"))
+    (workdir / "half/step_4.pt").replace(workdir / "half/ckpt.pt")
+    finish(command(ROOT / "train.py", "--resume", "--out=half"))
+    a, b = (torch.load(f"{out}/ckpt.pt", weights_only=True) for out in ("whole", "half"))
+    assert same_tensors(a["model"], b["model"]) and same_tensors(a["optimizer"], b["optimizer"])
+
+
+def test_two_processes_have_the_losses_of_one(workdir):
+    flags = [*QUICK, "--max_steps=12", "--micro_batch=2", "--word_boost=1.5"]
+    finish(command(ROOT / "train.py", *flags, "--out=alone"))
+    assert "our kernels" in finish(torchrun(2, ROOT / "train.py", *flags, "--out=both"))
+    assert losses("alone") == pytest.approx(losses("both"), abs=1e-4)
+
+
+AGAIN = """
+import test_quick_training as t
+for module, shape in t.SHAPES.values():
+    model = t.model_of(module, **shape)
+    for bf16 in (False, True):
+        idx, targets = t.batch(model, 3, 48)
+        found = t.gradients(t.training.QuickNet(model), idx, targets, bf16=bf16)
+        assert t.difference(found, t.gradients(model, idx, targets, bf16=bf16)) < (0.2 if bf16 else 1e-4)
+print("same")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_without_simd_flags_it_is_the_same(capability, tmp_path):
+    process = command("-c", AGAIN, fresh=True, ATEN_CPU_CAPABILITY=capability, TORCH_EXTENSIONS_DIR=str(tmp_path),
+                      PYTHONPATH=f"{ROOT}:{ROOT}/tests")
+    assert finish(process).endswith("same\n")
