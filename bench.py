@@ -1,7 +1,7 @@
 """What training, preparing and decoding cost on this machine: `python bench.py memory --model=gpt2preln`, or `prepare`,
-`sample`, `decode`, `step`, `eval`, `gpu` in place of `memory`.
+`train`, `sample`, `decode`, `step`, `eval`, `gpu` in place of `memory`.
 
-memory   The peak of a training step as train.py makes it, without torch.compile: two micro-batches, clipping, AdamW or
+memory   The peak of a training step as train.py makes it with --compile=off: two micro-batches, clipping, AdamW or
          Muon, EMA. Each size runs in a process of its own. "tensors" is the size of all tensors that are alive at once,
          counted operation by operation, on CUDA the allocator's own maximum. "process" is the largest resident size
          that the system saw; on a CPU it includes the interpreter, torch, and what malloc keeps for itself. The size of
@@ -10,6 +10,8 @@ memory   The peak of a training step as train.py makes it, without torch.compile
 prepare  The speed of prepare.py on --megabytes of text with a BPE that exists already: reading and cleaning alone,
          encoding alone, and all of it. The text is this Python's library over and over, cut into documents at other
          places each time, so that no document occurs twice.
+
+train    Tokens that ours trains on in a second, and its peers: see peers.py.
 
 sample   Tokens that sample.py draws in a second: an ivme with random weights, in each type, one sequence and eight at
          once, early and late in the context. Beside it Hugging Face's `generate` with its cache, of the same weights in
@@ -51,6 +53,7 @@ import gpu_suite
 import i3
 import ivme
 import machine
+import peers
 import prepare
 import run
 import sample
@@ -71,12 +74,15 @@ class Settings:
     block_size: int = 0  # memory: tokens in a row; 0: the recipe's
     grad_checkpoint: bool | None = None  # memory: unset: without and with
     optimizer: str = ""  # memory: muon or adamw; empty: the recipe's
+    sizes: str = "4x256,2x1024"  # train: rows and tokens of a step
+    turns: int = 2  # train: processes for each contender
+    nanogpt: str = ""  # train: folder of nanoGPT, which then takes part
     tokens: int = 256  # sample: tokens to draw
     megabytes: int = 200  # prepare: text to prepare
     pairs: int = 500  # eval: pairs of sentences to score
     tasks_dir: str = ""  # eval: folder in which blimp/*.jsonl has the pairs; empty: sentences of Python's library
     device: str = "auto"  # cpu, cuda, cuda:1
-    dtype: str = "auto"  # memory, step, eval: bfloat16, float32
+    dtype: str = "auto"  # memory, train, step, eval: bfloat16, float32
 
 
 # ---------------------------------------------------------------------------------------------------- a training step
@@ -533,7 +539,8 @@ def gpu(s):
     gpu_suite.suite(machine.pick_device(s.device, s.dtype))
 
 
-BENCHMARKS = dict(memory=memory, prepare=preparing, sample=sampling, decode=decode, step=step, eval=evaluating, gpu=gpu)
+BENCHMARKS = dict(memory=memory, prepare=preparing, train=peers.compare, sample=sampling, decode=decode, step=step,
+                  eval=evaluating, gpu=gpu)
 
 
 def main(argv):

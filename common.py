@@ -132,8 +132,8 @@ def parse_flags(argv, *settings, description="", positional=None):
 
 
 # flags whose values are paths, or lists of paths
-PATHS = ("base_data", "bundle", "ckpt", "data", "import_from", "init_from", "out", "out_dir", "probes", "resume",
-         "show", "source_dir", "tasks_dir", "tokenizer", "verify")
+PATHS = ("base_data", "bundle", "ckpt", "data", "import_from", "init_from", "nanogpt", "out", "out_dir", "probes",
+         "resume", "show", "source_dir", "tasks_dir", "tokenizer", "verify")
 
 
 def with_home(word):

@@ -31,7 +31,7 @@ ORDER = [
     ["train"],
     ["finetune"],
     ["eval"],
-    ["gpu_suite"],
+    ["gpu_suite", "peers"],
     ["bench", "race"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
