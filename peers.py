@@ -1,9 +1,9 @@
 """How fast does ours train, and how fast do its peers, on the same work? `python bench.py train` runs this.
 
-The work: optimizer steps on rows of T tokens, in a model of ivme's 22 million parameters and 16,384 tokens: forward and
-backward pass under bf16 autocast (fp32 where the machine is slow at bf16), clipping, the optimizer. Peers train a model
-of their own kind that is as large as that: Hugging Face's Llama has the same weights, nanoGPT's GPT-2 has 9 layers. Each
-contender is measured in fresh processes, taking turns, and its figure is the median.
+The work: optimizer steps on rows of T tokens, in a model of ivme's 22 million parameters and 16,384 tokens: forward
+and backward pass under bf16 autocast (fp32 where the machine is slow at bf16), clipping, the optimizer. Peers train a
+model of their own kind that is as large as that: Hugging Face's Llama has the same weights, nanoGPT's GPT-2 has 9
+layers. Each contender is measured in fresh processes, taking turns, and its figure is the median.
 """
 import importlib.util
 import multiprocessing

@@ -101,7 +101,7 @@ def orthogonalize(stack, dtype):
     """
     a, b, c = NEWTON_SCHULZ
     tall = stack.size(1) > stack.size(2)
-    x = (stack.mT if tall else stack).to(dtype)
+    x = (stack.mT if tall else stack).to(dtype).contiguous()  # a transposed matrix slows products on a CPU
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values at most 1, where the iteration converges
     for _ in range(5):
         A = x @ x.mT

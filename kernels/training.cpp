@@ -5,7 +5,11 @@
 // Rows are tokens, N = B T of them. Results are the same to the bit for any number of threads: a sum over tokens is
 // made of partial sums over 64 of them, each in a row of its own. No header of torch; training.py calls by address.
 #include <algorithm>
+#include <cstdlib>
 #include "vectors.h"
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 namespace {
 
@@ -347,6 +351,15 @@ void scatter_add(const float *rows, const int64_t *idx, int64_t N, int64_t d, fl
     (void *)merge<E>, (void *)split<E>, (void *)softmax<E>, (void *)softmax_backward<E>, (void *)swiglu<E>, \
     (void *)swiglu_backward<E>, (void *)cross_entropy<E>, (void *)cross_entropy_backward<E>, (void *)scatter_add}
 extern "C" {
+// From now on the process keeps memory that was freed: a step asks for the same again, and new memory from the system
+// costs as much as the arithmetic in it
+void keep_memory() {
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    mallopt(M_TRIM_THRESHOLD, 2000 << 20);
+#endif
+}
+
 extern void *const for_float32[] = ALL(float);
 extern void *const for_bfloat16[] = ALL(bf16);
 }

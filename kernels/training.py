@@ -170,26 +170,27 @@ class Pass:
         grads["qkv"] = dqkv.T @ h
         return g, grads
 
-    def losses(self, h, targets, chunk):
-        """Loss of each token (N), and for each chunk of them the logits (None if there are several) and their sums."""
-        loss, kept = self.empty(len(h), dtype=torch.float32), []
+    def losses(self, h, targets, chunk, space):
+        """Loss of each token (N) and, for the backward pass, the sums of their exponentials. Afterwards `space` holds
+        the logits of the last chunk of tokens."""
+        loss, total = (self.empty(len(h), dtype=torch.float32) for _ in range(2))
         for first in range(0, len(h), chunk):
             part = slice(first, first + chunk)
-            logits, total = h[part] @ self.weights["embed"].T, torch.empty_like(loss[part])
-            self.of.cross_entropy(logits, targets[part], *logits.shape, loss[part], total)
-            kept.append((logits if len(h) <= chunk else None, total))
-        return loss, kept
+            logits = torch.mm(h[part], self.weights["embed"].T, out=space[:len(h[part])])
+            self.of.cross_entropy(logits, targets[part], *logits.shape, loss[part], total[part])
+        return loss, total
 
-    def losses_backward(self, h, targets, chunk, kept, g):
+    def losses_backward(self, h, targets, chunk, space, total, g):
         """Gradients of h and of the output head (fp32) from those of the losses, g (N)."""
         dh, dw = torch.empty_like(h), None
-        for first, (logits, total) in zip(range(0, len(h), chunk), kept):
+        for first in reversed(range(0, len(h), chunk)):  # the last chunk's logits are still there
             part = slice(first, first + chunk)
-            logits = h[part] @ self.weights["embed"].T if logits is None else logits
-            dlogits = torch.empty_like(logits)
-            self.of.cross_entropy_backward(logits, targets[part], total, g[part], *logits.shape, dlogits)
-            dh[part] = dlogits @ self.weights["embed"]
-            here = (dlogits.T @ h[part]).float()
+            logits = space[:len(h[part])]
+            if dw is not None:
+                torch.mm(h[part], self.weights["embed"].T, out=logits)
+            self.of.cross_entropy_backward(logits, targets[part], total[part], g[part], *logits.shape, logits)
+            torch.mm(logits, self.weights["embed"], out=dh[part])
+            here = (logits.T @ h[part]).float()
             dw = here if dw is None else dw.add_(here)
         return dh, dw
 
@@ -204,16 +205,21 @@ class TokenLosses(torch.autograd.Function):
             x, of_block = run.block(x, w)
             kept.append(of_block)
         _, h = run.norm(x, None, run.weights["norm"])
-        loss, of_loss = run.losses(h, targets, net.chunk)
-        ctx.kept = net, run, idx, targets, x, h, kept, of_loss
+        space = net.take_space(len(h), run.dtype)
+        loss, total = run.losses(h, targets, net.chunk, space)
+        if any(ctx.needs_input_grad):
+            ctx.kept = net, run, idx, targets, x, h, kept, space, total
+        else:
+            net.spaces.append(space)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        net, run, idx, targets, x, h, kept, of_loss = ctx.kept
-        del ctx.kept
-        dh, dembed = run.losses_backward(h, targets, net.chunk, of_loss, g.contiguous())
+        net, run, idx, targets, x, h, kept, space, total = ctx.kept
+        del ctx.kept  # each block's part is freed when it has been used
+        dh, dembed = run.losses_backward(h, targets, net.chunk, space, total, g.contiguous())
+        net.spaces.append(space)
         g, _, _, dnorm = run.norm_backward(x, run.weights["norm"], dh, None, rounded=False)
         grads = {"embed.weight": dembed, "norm.weight": dnorm}
         for i in reversed(range(len(kept))):
@@ -232,6 +238,15 @@ class QuickNet(nn.Module):
         self.names = [name for name, _ in model.named_parameters()]
         self.chunk = max(1, LOGITS // model.cfg.vocab_size)
         self.weights, self.versions = None, None
+        self.spaces = []  # for logits; a pass takes one, or makes it, and brings it back: new memory costs time
+
+    def take_space(self, rows, dtype):
+        shape = min(rows, self.chunk), self.model.cfg.vocab_size
+        if self.spaces:
+            space = self.spaces.pop()
+            if (space.shape, space.dtype) == (shape, dtype):
+                return space
+        return torch.empty(shape, dtype=dtype)
 
     def cast(self, dtype):
         """The weights as training.cpp takes them: matrices in dtype, which are cast again when they have changed."""
@@ -315,4 +330,7 @@ def quick_net(model, T):
     except (build.CannotBuild, OSError) as e:
         print(f"kernels      {e}, so training takes longer", file=sys.stderr, flush=True)
         return None
-    return QuickNet(model) if agrees(model, T) else None
+    if not agrees(model, T):
+        return None
+    functions(torch.float32).library.keep_memory()
+    return QuickNet(model)
