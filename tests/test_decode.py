@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 import gpt2preln
@@ -15,6 +14,8 @@ import sample
 import tinymemory
 from conftest import command, finish
 from kernels import build, decode
+from llamas import (SHAPES, SMALL, model_of, one_more_parameter, other_bias, other_gate, other_table,
+                    parallel_blocks)
 
 try:
     build.library("decode")
@@ -22,26 +23,6 @@ try:
 except build.CannotBuild:
     COMPILER = False
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
-
-SMALL = dict(vocab_size=311, context_length=48, n_layer=2)
-SHAPES = {  # widths that are and are not a multiple of a vector, an odd number of rows, one head for all
-    "ivme": (ivme, dict(d_model=64, n_head=4, n_kv_head=2, d_ff=96)),
-    "ivme-odd": (ivme, dict(d_model=60, n_head=6, n_kv_head=1, d_ff=37)),
-    "ivme-alone": (ivme, dict(d_model=32, n_head=1, n_kv_head=1, d_ff=33)),
-    "tinymemory": (tinymemory, dict(d_model=160, n_head=4, d_ff=256)),
-    "tinymemory-odd": (tinymemory, dict(d_model=36, n_head=3, d_ff=5)),
-}
-
-
-def model_of(module, **shape):
-    """A model whose weights are random, and large enough for sharp attention."""
-    torch.manual_seed(0)
-    model = module.Model(module.Config(**SMALL | shape)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(4 if p.dim() == 2 else 1).add_(torch.randn_like(p), alpha=0.2 * (p.dim() == 1))
-    return model
-
 
 @pytest.fixture(params=SHAPES)
 def model(request):
@@ -120,25 +101,6 @@ def test_extreme_scores_stay_finite():
 
 # ---------------------------------------------------------------------------------------------------- other models
 
-class OtherGate(ivme.SwiGLU):
-    def gated_down(self, gate_up):
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.down(F.gelu(gate) * up)
-
-
-def other_gate(model):
-    for block in model.blocks:
-        block.ffn.__class__ = OtherGate
-
-
-def parallel_blocks(model):
-    class Parallel(ivme.Block):
-        def forward(self, x, *rest):
-            return x + self.attn(self.attn_norm(x), *rest) + self.ffn(self.ffn_norm(x))
-    for block in model.blocks:
-        block.__class__ = Parallel
-
-
 def a_window(model):
     """Attention that looks back over 32 positions alone, which the first tokens do not show."""
     class Window(ivme.Attention):
@@ -148,18 +110,6 @@ def a_window(model):
             return super().forward(x, cos, sin, torch.zeros(1, 1, 1, S).masked_fill(~seen, -math.inf), cache, layer)
     for block in model.blocks:
         block.attn.__class__ = Window
-
-
-def other_table(model):
-    model.cos = model.cos * 0.9
-
-
-def one_more_parameter(model):
-    model.blocks[1].attn.gain = torch.nn.Parameter(torch.ones(3))
-
-
-def other_bias(model):
-    model.blocks[0].attn.out = torch.nn.Linear(64, 64)
 
 
 def in_training(model):
@@ -213,10 +163,10 @@ def test_it_is_built_only_if_it_pays_and_the_reference_can_be_asked_for(monkeypa
 
 AGAIN = """
 import sys
-import test_decode
+import llamas, test_decode
 from kernels import decode
-for module, shape in test_decode.SHAPES.values():
-    model = test_decode.model_of(module, **shape)
+for module, shape in llamas.SHAPES.values():
+    model = llamas.model_of(module, **shape)
     for B in (1, 5):
         assert test_decode.largest_difference(decode.compiled_step(model), model, B) < 1e-4
 print("same")
