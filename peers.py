@@ -21,7 +21,7 @@ import train
 from common import Progress, UserError, columns
 from release import transformers_format
 
-SECONDS = 10.0  # of steps that are measured in a process, at least 5 of them
+SECONDS = 5.0  # of steps that are measured in a process, at least 5 of them
 LR = 1e-4
 
 
@@ -86,14 +86,12 @@ def hugging_face(T, s):
 
 
 def nanogpt(T, s):
-    path = Path(s.nanogpt) / "model.py"
-    if not path.is_file():
-        raise UserError(f"--nanogpt={s.nanogpt} has no model.py: git clone https://github.com/karpathy/nanoGPT there")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(s.nanogpt) / "model.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # the compiler looks for it there
     spec.loader.exec_module(module)
-    model = module.GPT(module.GPTConfig(block_size=T, vocab_size=16_384, n_layer=9, n_head=6, n_embd=384, dropout=0.0,
-                                        bias=False))
+    cfg = ivme.PRESETS["ivme"][0]
+    model = module.GPT(module.GPTConfig(block_size=T, vocab_size=cfg.vocab_size, n_layer=9, n_head=cfg.n_head,
+                                        n_embd=cfg.d_model, dropout=0.0, bias=False))
     return model, lambda x, y: model(x, y)[1]
 
 
@@ -117,7 +115,7 @@ def measure(s, name, rows, T, threads, results):
         torch.manual_seed(0)
         on = machine.pick_device(s.device, s.dtype)
         step = contenders(s)[name](T, rows, on, s)
-        x, y = torch.randint(16_384, (2, rows, T), device=on.device).unbind()
+        x, y = torch.randint(ivme.PRESETS["ivme"][0].vocab_size, (2, rows, T), device=on.device).unbind()
 
         def timed(work):
             begun = time.perf_counter()
@@ -168,6 +166,8 @@ def sizes_of(text):
 
 def compare(s):
     """Prints a table for each size: tokens a second, beside the best peer, and beside the machine's best product."""
+    if s.nanogpt and not (Path(s.nanogpt) / "model.py").is_file():
+        raise UserError(f"--nanogpt={s.nanogpt} has no model.py: git clone https://github.com/karpathy/nanoGPT there")
     names, progress = list(contenders(s)), Progress()
     with torch.device("meta"):
         model = ivme.Model(ivme.PRESETS["ivme"][0])

@@ -5,7 +5,7 @@
 // Rows are tokens, N = B T of them. Results are the same to the bit for any number of threads: a sum over tokens is
 // made of partial sums over 64 of them, each in a row of its own. No header of torch; training.py calls by address.
 #include <algorithm>
-#include <cstdlib>
+#include <vector>
 #include "vectors.h"
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -211,36 +211,36 @@ template <class E>
 void softmax(E *scores, const std::int32_t *first, Shape s, int64_t t0, int64_t size, int threads) {
     const int64_t S = t0 + size;
     const float scale = 1 / std::sqrt(float(s.D));
-#pragma omp parallel for num_threads(threads)
-    for (int64_t row = 0; row < s.B * s.H * size; row++) {
-        const int64_t t = t0 + row % size, b = row / (s.H * size), begin = first ? first[b * s.T + t] : 0;
-        const int64_t from = begin / WIDTH * WIDTH, end = t + 1;
-        E *r = scores + row * S;
-        const auto score = [&](int64_t i) {  // what a query does not see is as good as infinitely small
-            const ints at = places(i);
-            const floats x = load(r + i, S - i) * scale;
-            return i >= begin && i + WIDTH <= end ? x
-                : ((at >= std::int32_t(begin)) & (at < std::int32_t(end)) ? x : floats{} - 1e30f);
-        };
-        floats most = floats{} - 1e30f, all = {};
-        for (int64_t i = from; i < end; i += WIDTH) {
-            const floats x = score(i);
-            most = x > most ? x : most;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> weights(S + WIDTH);  // of one row, before they are divided by their sum
+#pragma omp for
+        for (int64_t row = 0; row < s.B * s.H * size; row++) {
+            const int64_t t = t0 + row % size, b = row / (s.H * size), begin = first ? first[b * s.T + t] : 0;
+            const int64_t from = begin / WIDTH * WIDTH, end = t + 1;
+            E *r = scores + row * S;
+            floats most = floats{} - 1e30f, all = {};
+            for (int64_t i = from; i < end; i += WIDTH) {
+                floats x = load(r + i, S - i) * scale;
+                if (i < begin || i + WIDTH > end) {  // what a query does not see is as good as infinitely small
+                    const ints at = places(i);
+                    x = (at >= std::int32_t(begin)) & (at < std::int32_t(end)) ? x : floats{} - 1e30f;
+                }
+                store(&weights[i], x);
+                most = x > most ? x : most;
+            }
+            float highest = most[0];
+            for (int j = 1; j < WIDTH; j++) highest = std::max(highest, most[j]);
+            for (int64_t i = from; i < end; i += WIDTH) {
+                const floats x = load(&weights[i]), e = x > -1e29f ? exp_of(x - highest) : floats{};
+                store(&weights[i], e);
+                all += e;
+            }
+            const float share = 1 / sum_of(all);
+            for (int64_t i = from; i < end; i += WIDTH) store(r + i, load(&weights[i]) * share, S - i);
+            std::fill(r, r + from, E{});
+            std::fill(r + std::min(S, (end + WIDTH - 1) / WIDTH * WIDTH), r + S, E{});
         }
-        float highest = most[0];
-        for (int j = 1; j < WIDTH; j++) highest = std::max(highest, most[j]);
-        for (int64_t i = from; i < end; i += WIDTH) {
-            const floats x = score(i);
-            all += x > -1e29f ? exp_of(x - highest) : floats{};
-        }
-        const float share = 1 / sum_of(all);
-        for (int64_t i = from; i < end; i += WIDTH) {
-            const floats x = score(i);
-            store(r + i, x > -1e29f ? exp_of(x - highest) * share : floats{}, S - i);
-        }
-        std::fill(r, r + from, E{});
-        std::fill(r + std::min(S, (end + WIDTH - 1) / WIDTH * WIDTH), r + S, E{});
-        if (begin > from) std::fill(r + from, r + begin, E{});
     }
 }
 

@@ -1,5 +1,6 @@
 """bench.py: tensors are counted as long as they live, and each benchmark measures what it says."""
 import multiprocessing
+import queue
 import re
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ import gpt2preln
 import gpu_suite
 import i3
 import ivme
+import peers
 import train
 from common import UserError
 from conftest import CPU, ROOT
@@ -130,6 +132,34 @@ def timed_once(function):
     return time.perf_counter() - started
 
 
+def test_training_is_measured_beside_transformers(capsys, monkeypatch):
+    cfg, recipe = ivme.PRESETS["ivme"]
+    small = replace(cfg, vocab_size=100, n_layer=1, d_model=32, n_head=2, n_kv_head=1, d_ff=16)
+    monkeypatch.setitem(ivme.PRESETS, "ivme", (small, recipe))
+    monkeypatch.setattr(peers, "SECONDS", 0)
+    whole = peers.contenders
+    monkeypatch.setattr(peers, "contenders", lambda s: {
+        name: make for name, make in whole(s).items() if not name.endswith("torch.compile")})
+
+    def here(*args):
+        results = queue.SimpleQueue()
+        peers.measure(*args, torch.get_num_threads(), results)
+        return results.get()
+    monkeypatch.setattr(peers, "in_a_process", here)
+    assert bench.main(["train", "--sizes=2x16,1x8", "--device=cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" tokens a step")[0] for line in lines[::5]] == ["2 x 16", "1 x 8"]
+    for line in [*lines[1:4], *lines[6:9]]:
+        assert re.search(r"^ours, .*  +[\d,]+ tokens/s  [\d.]+ x transformers' Llama  +\d+% of the best product$", line)
+    assert lines[4].startswith("transformers' Llama") and lines[9].startswith("transformers' Llama")
+
+
+def test_a_contender_that_cannot_be_measured_is_one_line(monkeypatch):
+    monkeypatch.setattr(peers, "contenders", lambda s: {"ours": None, "theirs": None})
+    with pytest.raises(UserError, match="measuring ours ended with status 1"):  # not to be called
+        bench.main(["train", "--sizes=1x8", "--turns=1", "--device=cpu"])
+
+
 def test_sampling_is_measured_beside_transformers(capsys, monkeypatch):
     cfg, recipe = ivme.PRESETS["ivme"]
     small = replace(cfg, vocab_size=100, n_layer=1, d_model=32, n_head=2, n_kv_head=1, d_ff=16)
@@ -168,8 +198,11 @@ def test_a_part_of_the_gpu_suite_that_fails_is_a_line_of_the_table(capsys, monke
 
 def test_what_is_not_to_be_measured_is_one_line():
     mistakes = [
-        ([], "memory, prepare, sample, decode, step"),
-        (["speed"], "memory, prepare, sample, decode, step, eval, gpu, not speed"),
+        ([], "memory, prepare, train, sample, decode, step"),
+        (["speed"], "memory, prepare, train, sample, decode, step, eval, gpu, not speed"),
+        (["train", "--sizes=4"], "not a list of rows and tokens"),
+        (["train", "--sizes=0x5"], "not a list of rows and tokens"),
+        (["train", "--nanogpt=nowhere"], "git clone https://github.com/karpathy/nanoGPT"),
         (["memory", "--micro_batch=one"], "not a list of numbers"),
         (["memory", "--micro_batch=0"], "not a list of numbers"),
         (["memory", "--dtype=half"], "half is not one of"),
