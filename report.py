@@ -268,9 +268,7 @@ def draw_loss(rows, path, title, xz=None):
         ax.axhline(xz, color="#888888", lw=1, ls="--", label=f"xz -9 on the validation text: {xz:.3f}")
     shown = [y for points in bits.values() for _, y in points if not math.isnan(y)]  # nan: every character is unknown
     lowest = min(shown, default=1)
-    bottom = lowest
-    if is_tuning:  # batches with few replies scatter
-        bottom = min([row["train_bits_per_byte"] for row in train if row["train_bits_per_byte"] > 0], default=lowest)
+    bottom = min([row["train_bits_per_byte"] for row in train if row["train_bits_per_byte"] > 0], default=lowest)
     ax.set(ylabel="bits per byte of replies" if is_tuning else "bits per byte", title=title,
            ylim=(0.9 * min(lowest, bottom), max(3.2 * lowest, 1.1 * (xz or 0))))
 
