@@ -12,7 +12,7 @@ Losses    of each source, language and kind of the data that it was trained on, 
 What was found is kept in eval.json beside the checkpoint. Nothing else of the run is changed.
 """
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -77,7 +77,7 @@ class Measured:
     def __init__(self, s, world):
         self.s, self.world = s, world
         self.model, self.tokenizer, self.checkpoint = run.load_checkpoint(s.ckpt, ema=s.ema)
-        self.recorded, self.cfg = self.checkpoint["train"], self.model.cfg
+        self.recorded, self.cfg = asdict(train.Settings()) | self.checkpoint["train"], self.model.cfg
         check_settings(s, self.cfg)
         self.on = machine.pick_device(s.device, s.dtype or self.recorded["dtype"], local_rank=world.local_rank)
         self.model.to(self.on.device)

@@ -339,7 +339,7 @@ class FineTuning(Pretraining):
         unsaid = not s.resume and "base_data" not in self.plan.given
         if not spec and unsaid and self.plan.start:
             before = self.plan.start["train"]
-            spec = before.get("base_data") or ("" if run.is_fine_tuning(before) else before["data"])
+            spec = before.get("base_data") or ("" if run.is_fine_tuning(before) else before.get("data", ""))
         if not spec:
             return [], ""
         try:

@@ -16,7 +16,7 @@ import hashlib
 import io
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -122,7 +122,7 @@ class Tricks:
     def __init__(self, s):
         self.s, self.out = s, Path(s.out)
         checkpoint = run.read_checkpoint(s.init_from)
-        name, before = checkpoint["model_name"], checkpoint["train"]
+        name, before = checkpoint["model_name"], asdict(finetune.Settings()) | checkpoint["train"]
         module, *_ = run.find_preset(name)
 
         # the recipe: the model's own for fine-tuning, if it has one

@@ -38,7 +38,7 @@ FORMAT = 1
 # what a checkpoint holds
 KEYS = dict(format=int, step=int, tokens=int, model_name=str, cfg=dict, train=dict, model=dict, ema=dict, use_ema=bool,
             optimizer=object, rng=object, loader=object, tokenizer=str, metrics=dict)
-ITS_TRAIN = ("data", "tokenizer", "optimizer")  # what other programs ask of the settings that it was trained with
+ITS_TRAIN = ("data", "tokenizer", "optimizer")  # what programs ask of the settings that it was trained with, if any
 
 
 def architecture(file):
@@ -102,7 +102,7 @@ def read_checkpoint(path):
         raise UserError(f"{path} is not a checkpoint of this train.py: "
                         f"its format is {checkpoint['format']!r}, not {FORMAT}")
     wrong = [key for key in KEYS if not isinstance(checkpoint[key], KEYS[key])]
-    wrong = wrong or [f"train.{key}" for key in ITS_TRAIN if not isinstance(checkpoint["train"].get(key), str)]
+    wrong = wrong or [f"train.{key}" for key in ITS_TRAIN if not isinstance(checkpoint["train"].get(key, ""), str)]
     if wrong:
         raise UserError(f"{path} is damaged: {', '.join(wrong[:4])} cannot be what it holds")
     return checkpoint
@@ -410,7 +410,7 @@ def apply_flags(plan, argv, description):
     # what follows from the flags
     follows = {}
     if plan.kind == "new" and plan.start and "tokenizer" not in given:
-        follows["tokenizer"] = plan.start["train"]["tokenizer"]  # names in the start's --data go with it
+        follows["tokenizer"] = plan.start["train"].get("tokenizer", s.tokenizer)  # names in the start's --data go with it
     if "max_steps" in given and "epochs" not in given:
         follows["epochs"] = 0.0
     if "block_size" not in given:

@@ -369,7 +369,7 @@ class Trainer:
         if not start["optimizer"]:
             raise UserError(f"{self.plan.start_path} is a release, which has no optimizer's state: a run cannot go on "
                             "with it, and --init_from alone starts a new one from its weights")
-        trained_by = start["train"]["optimizer"]
+        trained_by = start["train"].get("optimizer", self.s.optimizer)
         if trained_by != self.s.optimizer:
             raise UserError(f"the run's optimizer is {trained_by}, whose state is of no use to {self.s.optimizer}")
         self.optimizers.load_state_dict(start["optimizer"])
