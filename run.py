@@ -410,7 +410,8 @@ def apply_flags(plan, argv, description):
     # what follows from the flags
     follows = {}
     if plan.kind == "new" and plan.start and "tokenizer" not in given:
-        follows["tokenizer"] = plan.start["train"].get("tokenizer", s.tokenizer)  # names in the start's --data go with it
+        # names in the start's --data go with it
+        follows["tokenizer"] = plan.start["train"].get("tokenizer", s.tokenizer)
     if "max_steps" in given and "epochs" not in given:
         follows["epochs"] = 0.0
     if "block_size" not in given:
