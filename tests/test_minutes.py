@@ -74,7 +74,7 @@ def test_two_processes_choose_the_same(corpora, tmp_path, monkeypatch):
     monkeypatch.chdir(corpora)
     flags = [flag for flag in SMALL if not flag.startswith(("--max_steps", "--eval_", "--final", "--save"))]
     for status, _, err in together(2, "-c", QUICKLY, *flags, "--vocab_size=600", "--data=pydocs-hybrid",
-                                   "--minutes=0.05", f"--out={tmp_path / 'two'}"):
+                                   "--minutes=0.15", f"--out={tmp_path / 'two'}"):
         assert status == 0, err
     assert len(step_rows(tmp_path / "two")) == run.recorded_settings(tmp_path / "two")["max_steps"] > 0
 
