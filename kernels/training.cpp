@@ -37,13 +37,14 @@ inline float mean_square_scale(const float *x, float eps, int64_t n) {
     return 1 / std::sqrt(sum_of(sum) / n + eps);
 }
 
-// The gradient of y = w x / rms(x) for one row: dx, and dw to add to
-inline void rms_backward(const float *x, const float *w, const float *dy, float eps, int64_t n, float *dx, float *dw) {
+// The gradient of y = w x / rms(x) for one row: dx, and dw to add to. Returns 1 / rms(x)
+template <class E>
+inline float rms_backward(const float *x, const float *w, const E *dy, float eps, int64_t n, float *dx, float *dw) {
     const float scale = mean_square_scale(x, eps, n);
     floats dot = {};
     for (int64_t i = 0; i < n; i += WIDTH) {
         const floats normed = load(x + i, n - i) * scale, d = load(dy + i, n - i);
-        dot += normed * d * load(w + i, n - i);
+        dot += normed * (d * load(w + i, n - i));
         store(dw + i, load(dw + i, n - i) + d * normed, n - i);
     }
     const float mean = sum_of(dot) / n;
@@ -51,6 +52,7 @@ inline void rms_backward(const float *x, const float *w, const float *dy, float 
         const floats normed = load(x + i, n - i) * scale;
         store(dx + i, (load(dy + i, n - i) * load(w + i, n - i) - normed * mean) * scale, n - i);
     }
+    return scale;
 }
 
 // sum = x + add (x alone if there is no add), out = w sum / rms(sum)
@@ -81,22 +83,13 @@ void norm_backward(const float *x, const float *w, const E *dy, const float *g, 
         float *sums = dw + first / GROUP * d;
         std::fill(sums, sums + d, 0.0f);
         for (int64_t n = first; n < std::min(N, first + GROUP); n++) {
-            const float *row = x + n * d, scale = mean_square_scale(row, eps, d);
-            floats dot = {};
+            const float *row = x + n * d, scale = rms_backward(row, w, dy + n * d, eps, d, dx + n * d, sums);
             for (int64_t i = 0; i < d; i += WIDTH) {
-                const floats normed = load(row + i, d - i) * scale, up = load(dy + n * d + i, d - i);
-                const floats weighted = up * load(w + i, d - i);
-                dot += normed * weighted;
-                store(sums + i, load(sums + i, d - i) + up * normed, d - i);
-            }
-            const float mean = sum_of(dot) / d;
-            for (int64_t i = 0; i < d; i += WIDTH) {
-                const floats normed = load(row + i, d - i) * scale, weight = load(w + i, d - i);
-                floats total = (load(dy + n * d + i, d - i) * weight - normed * mean) * scale;
+                floats total = load(dx + n * d + i, d - i);
                 if (g) total += load(g + n * d + i, d - i);
                 store(dx + n * d + i, total, d - i);
                 if (rounded) store(rounded + n * d + i, total, d - i);
-                store(out + n * d + i, normed * weight, d - i);
+                store(out + n * d + i, load(row + i, d - i) * scale * load(w + i, d - i), d - i);
             }
         }
     }

@@ -24,7 +24,7 @@ BLOCK = 256  # queries whose scores exist at once
 GROUP = 64  # as in training.cpp
 MAX_HEAD = 512  # as in training.cpp
 
-N, REAL, TENSOR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+INT, REAL, TENSOR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 class Shape(ctypes.Structure):
@@ -33,19 +33,19 @@ class Shape(ctypes.Structure):
 
 # training.cpp's functions in its order, and what they take before the number of threads
 FUNCTIONS = dict(
-    norm=(TENSOR, TENSOR, TENSOR, REAL, N, N, TENSOR, TENSOR),
-    norm_backward=(TENSOR, TENSOR, TENSOR, TENSOR, REAL, N, N, TENSOR, TENSOR, TENSOR, TENSOR),
+    norm=(TENSOR, TENSOR, TENSOR, REAL, INT, INT, TENSOR, TENSOR),
+    norm_backward=(TENSOR, TENSOR, TENSOR, TENSOR, REAL, INT, INT, TENSOR, TENSOR, TENSOR, TENSOR),
     heads=(TENSOR, TENSOR, TENSOR, REAL, TENSOR, TENSOR, Shape, TENSOR, TENSOR, TENSOR),
     heads_backward=(TENSOR, TENSOR, TENSOR, REAL, TENSOR, TENSOR, Shape, TENSOR, TENSOR, TENSOR, TENSOR, TENSOR),
     merge=(TENSOR, Shape, TENSOR),
     split=(TENSOR, Shape, TENSOR),
-    softmax=(TENSOR, TENSOR, Shape, N, N),
-    softmax_backward=(TENSOR, TENSOR, TENSOR, Shape, N, N),
-    swiglu=(TENSOR, N, N, TENSOR),
-    swiglu_backward=(TENSOR, TENSOR, N, N, TENSOR, TENSOR),
-    cross_entropy=(TENSOR, TENSOR, N, N, TENSOR, TENSOR),
-    cross_entropy_backward=(TENSOR, TENSOR, TENSOR, TENSOR, N, N, TENSOR),
-    scatter_add=(TENSOR, TENSOR, N, N, TENSOR))
+    softmax=(TENSOR, TENSOR, Shape, INT, INT),
+    softmax_backward=(TENSOR, TENSOR, TENSOR, Shape, INT, INT),
+    swiglu=(TENSOR, INT, INT, TENSOR),
+    swiglu_backward=(TENSOR, TENSOR, INT, INT, TENSOR, TENSOR),
+    cross_entropy=(TENSOR, TENSOR, INT, INT, TENSOR, TENSOR),
+    cross_entropy_backward=(TENSOR, TENSOR, TENSOR, TENSOR, INT, INT, TENSOR),
+    scatter_add=(TENSOR, TENSOR, INT, INT, TENSOR))
 
 
 class Functions:
@@ -75,7 +75,7 @@ class Pass:
         """first: int32 (B, T), the first position that each position sees, or None: all of them are seen."""
         cfg = net.model.cfg
         self.of, self.dtype, self.first = functions(dtype), dtype, first
-        self.weights, self.eps, self.tables = net.weights, cfg.norm_eps, (net.model.cos, net.model.sin)
+        self.weights, self.eps, self.tables = net.cast(dtype), cfg.norm_eps, (net.model.cos, net.model.sin)
         heads = getattr(cfg, "n_kv_head", cfg.n_head)
         self.shape = Shape(B, T, cfg.n_head, heads, cfg.d_model // cfg.n_head, BLOCK)
 
@@ -237,7 +237,6 @@ class QuickNet(nn.Module):
         self.model = model
         self.names = [name for name, _ in model.named_parameters()]
         self.chunk = max(1, LOGITS // model.cfg.vocab_size)
-        self.weights, self.versions = None, None
         self.spaces = []  # for logits; a pass takes one, or makes it, and brings it back: new memory costs time
 
     def take_space(self, rows, dtype):
@@ -249,16 +248,13 @@ class QuickNet(nn.Module):
         return torch.empty(shape, dtype=dtype)
 
     def cast(self, dtype):
-        """The weights as training.cpp takes them: matrices in dtype, which are cast again when they have changed."""
-        parameters = dict(self.model.named_parameters())
-        versions = dtype, [(p._version, p.data_ptr()) for p in parameters.values()]
-        if versions == self.versions:
-            return
-        ready = {name: p.detach().to(dtype) if p.dim() == 2 else p.detach() for name, p in parameters.items()}
-        self.weights = dict(embed=ready["embed.weight"], norm=ready["norm.weight"], layers=[
+        """The weights as training.cpp takes them, matrices in dtype. Nothing tells whether they are still the same:
+        PyTorch's fused AdamW changes weights without counting that up in their _version."""
+        ready = {name: p.detach() for name, p in self.model.named_parameters()}
+        ready = {name: w.to(dtype) if w.dim() == 2 else w for name, w in ready.items()}
+        return dict(embed=ready["embed.weight"], norm=ready["norm.weight"], layers=[
             {part: ready.get(f"blocks.{i}.{name}.weight") for part, name in PARTS.items()}
             for i in range(self.model.cfg.n_layer)])
-        self.versions = versions
 
     def forward(self, idx, targets, loss_weights=None, reduction="mean", reset=None):
         """(None, loss), as the models' own forward passes with targets."""
@@ -266,7 +262,6 @@ class QuickNet(nn.Module):
         if T > self.model.max_len:
             raise ValueError(f"{T} tokens are more than the context of {self.model.max_len}")
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
-        self.cast(dtype)
         first = None
         if reset is not None:  # where the document of each position begins
             first = (torch.arange(T) * reset).cummax(1).values.int().contiguous()
@@ -284,8 +279,9 @@ class QuickNet(nn.Module):
 
 
 def same(a, b):
-    """Whether two tensors agree as far as fp32 lets them. A gradient may be 0 but for rounding."""
-    return bool((a - b).norm() <= 1e-3 * b.norm() + 1e-5)
+    """Whether two tensors agree as far as fp32 lets them. A gradient may be 0 but for rounding; a frozen weight has
+    none."""
+    return a is not None and b is not None and bool((a - b).norm() <= 1e-3 * b.norm() + 1e-5)
 
 
 def agrees(model, T):
@@ -309,7 +305,10 @@ def agrees(model, T):
             results = []
             for net in (model, QuickNet(model)):
                 model.zero_grad()
-                losses = net(idx, targets, **more)[1]
+                try:
+                    losses = net(idx, targets, **more)[1]
+                except Exception:  # it takes no such arguments; a run in plain PyTorch may do without them
+                    return False
                 losses.sum().backward()
                 results.append([losses.detach(), *(p.grad for p in model.parameters())])
             if not all(map(same, *results)):

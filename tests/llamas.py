@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 import ivme
 import tinymemory
+from conftest import ROOT, command, finish
 
 SMALL = dict(vocab_size=311, context_length=48, n_layer=2)
 SHAPES = {  # widths that are and are not a multiple of a vector, an odd number of rows, one head for all
@@ -23,6 +24,14 @@ def model_of(module, **shape):
         for p in model.parameters():
             p.mul_(4 if p.dim() == 2 else 1).add_(torch.randn_like(p), alpha=0.2 * (p.dim() == 1))
     return model
+
+
+def with_flags_of(capability, test_file, code, folder):
+    """Runs code, to which the test file is known as t, with kernels that are built in `folder` for such a CPU."""
+    process = command("-c", f"import llamas, {test_file} as t\n{code}\nprint('same')", fresh=True,
+                      ATEN_CPU_CAPABILITY=capability, TORCH_EXTENSIONS_DIR=str(folder),
+                      PYTHONPATH=f"{ROOT}:{ROOT}/tests")
+    assert finish(process).endswith("same\n")
 
 
 # ---------------------------------------------------------------------------------------------------- changes

@@ -12,10 +12,9 @@ import i3
 import ivme
 import sample
 import tinymemory
-from conftest import command, finish
 from kernels import build, decode
 from llamas import (SHAPES, SMALL, model_of, one_more_parameter, other_bias, other_gate, other_table,
-                    parallel_blocks)
+                    parallel_blocks, with_flags_of)
 
 try:
     build.library("decode")
@@ -162,24 +161,17 @@ def test_it_is_built_only_if_it_pays_and_the_reference_can_be_asked_for(monkeypa
 
 
 AGAIN = """
-import sys
-import llamas, test_decode
-from kernels import decode
 for module, shape in llamas.SHAPES.values():
     model = llamas.model_of(module, **shape)
     for B in (1, 5):
-        assert test_decode.largest_difference(decode.compiled_step(model), model, B) < 1e-4
-print("same")
+        assert t.largest_difference(t.decode.compiled_step(model), model, B) < 1e-4
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_without_simd_flags_it_is_the_same(capability, tmp_path):
-    from conftest import ROOT
-    process = command("-c", AGAIN, fresh=True, ATEN_CPU_CAPABILITY=capability, TORCH_EXTENSIONS_DIR=str(tmp_path),
-                      PYTHONPATH=f"{ROOT}:{ROOT}/tests")
-    assert finish(process).endswith("same\n")
+    with_flags_of(capability, "test_decode", AGAIN, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- choosing a token
