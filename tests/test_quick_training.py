@@ -238,6 +238,7 @@ def losses(out):
     return [row["train_loss"] for row in rows(out) if "train_loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", ["stream", "document"])
 def test_a_run_has_the_losses_of_plain_pytorch(workdir, pack):
     for compile in ("auto", "off"):
