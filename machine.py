@@ -218,6 +218,14 @@ def make_net(model, s, on, world):
     return net, how
 
 
+def quick_orthogonalize(s, muon):
+    """A quicker function in place of train.orthogonalize, or None. s: train.Settings."""
+    if s.compile != "auto" or muon.dtype != torch.bfloat16 or muon.params[0].device.type != "cpu":
+        return None
+    from kernels.orthogonalize import library, quick_orthogonalize
+    return quick_orthogonalize if library() else None
+
+
 def gradients_stay_here(net, last):
     """Inside, backward passes do not exchange gradients between processes, unless it is the step's last one."""
     if last or not isinstance(net, torch.nn.parallel.DistributedDataParallel):

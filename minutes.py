@@ -51,7 +51,8 @@ def choice(s, given, costs, micro_rows, processes=1, extra_rows=0.0, n_sources=1
         raise UserError(f"--minutes={s.minutes:g} is not enough for one step of {rows * s.block_size:,} tokens on this "
                         f"machine, which needs {needed:.1f}")
     tokens = max_steps * rows * s.block_size
-    some = max(s.block_size, tokens // (200 * n_sources))  # 8 evaluations read about a twelfth as much as training
+    # 8 evaluations, of raw and of averaged weights, then read a twelfth as many tokens as training does
+    some = max(s.block_size, tokens // (200 * n_sources))
     chosen = dict(
         max_steps=max_steps, epochs=0.0, batch_tokens=rows * s.block_size,
         warmup_steps=min(s.warmup_steps, max_steps // 10),
@@ -62,10 +63,11 @@ def choice(s, given, costs, micro_rows, processes=1, extra_rows=0.0, n_sources=1
     return replace(s, **{name: value for name, value in chosen.items() if name not in given})
 
 
-def measured(plan, task, world, on, make_optimizers):
+def measured(plan, task, world, on, make_optimizers, steps=0):
     """The Costs of the plan's training on this machine, with the compiled model if so long a run compiles it.
 
-    make_optimizers: train.Optimizers. Every process measures, and the slowest one counts.
+    make_optimizers: train.Optimizers. steps: of the run; 0: as many as fit into its --minutes. Every process measures,
+    and the slowest one counts.
     """
     begun, s = time.monotonic(), plan.settings
     model = run.on_device(run.make_model(plan.module, plan.cfg), on.device)
@@ -114,7 +116,7 @@ def measured(plan, task, world, on, make_optimizers):
     net, _ = machine.make_net(model, replace(s, max_steps=0), on, world)
     net.train()
     costs = Costs(*micro_and_update(net), 0.0)
-    steps = int(60 * s.minutes / (costs.micro * task.rows / task.micro / world.size + costs.update))
+    steps = steps or int(60 * s.minutes / (costs.micro * task.rows / task.micro / world.size + costs.update))
     net, how = machine.make_net(model, replace(s, max_steps=max(1, steps)), on, world)
     if how == "compiled":
         costs.micro, costs.update = micro_and_update(net)

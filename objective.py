@@ -41,9 +41,10 @@ def word_boosts(tokenizer, n_tokens, factor):
 class Pretraining:
     """What is trained on, and how. finetune.py extends it.
 
-    The loop calls five methods: next_batch, loss (of a micro-batch), measure, sample, and numbers (for the log).
-    next_batch sets the sums of a step to zero, loss adds to them, numbers reports them. A step has `rows` rows of T
-    positions (--batch_tokens, --block_size), over all processes; a process computes `micro` of them at once.
+    The loop calls next_batch, loss (of a micro-batch) and numbers (for the log); train.Trainer calls measure and
+    sample, and tells about the task with the other attributes. next_batch sets the sums of a step to zero, loss adds
+    to them, numbers reports them. A step has `rows` rows of T positions (--batch_tokens, --block_size), over all
+    processes; a process computes `micro` of them at once.
     """
 
     tool = "train.py"

@@ -85,10 +85,16 @@ def hugging_face(T, s):
     return model, loss_of
 
 
-def nanogpt(T, s):
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(s.nanogpt) / "model.py")
+def nanogpt_module(folder):
+    """nanoGPT's model.py."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # the compiler looks for it there
     spec.loader.exec_module(module)
+    return module
+
+
+def nanogpt(T, s):
+    module = nanogpt_module(s.nanogpt)
     cfg = ivme.PRESETS["ivme"][0]
     model = module.GPT(module.GPTConfig(block_size=T, vocab_size=cfg.vocab_size, n_layer=9, n_head=cfg.n_head,
                                         n_embd=cfg.d_model, dropout=0.0, bias=False))

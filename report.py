@@ -124,12 +124,16 @@ def last_line(trainer):
             f"next: python sample.py --ckpt={quoted(folder.path / 'best.pt')}{flags}")
 
 
+class Diverged(UserError):
+    """A gradient is not finite."""
+
+
 def divergence(trainer, loss, grad_norm):
     """The error for a gradient that is not finite."""
     state, kept = trainer.state, "no checkpoint was written yet"
     if state.saved_step >= 0:
         kept = f"{trainer.folder.path / 'ckpt.pt'} holds step {state.saved_step}"
-    return UserError(f"the gradient is not finite at step {state.step + 1} (loss {float(loss):.3g}, gradient norm "
+    return Diverged(f"the gradient is not finite at step {state.step + 1} (loss {float(loss):.3g}, gradient norm "
                      f"{grad_norm}): stopped; {kept}. A lower learning rate or --dtype=float32 may help")
 
 

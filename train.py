@@ -89,21 +89,20 @@ class Settings:
 
 # ---------------------------------------------------------------------------------------------------- optimizers
 
-# coefficients of the quintic: steep at zero, and singular values end within 0.7 and 1.2
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# coefficients of the quintic, used five times: steep at zero, and singular values end within 0.7 and 1.2
+NEWTON_SCHULZ = 5 * [(3.4445, -4.7750, 2.0315)]
 
 
-def orthogonalize(stack, dtype):
+def orthogonalize(stack, dtype, quintics=NEWTON_SCHULZ):
     """Newton-Schulz: roughly the nearest semi-orthogonal matrix to each of stack (n, rows, columns), fp32.
 
     From Muon (Jordan 2024). Five steps of X <- aX + bAX + cA^2 X with A = XX^T push all singular values near 1. Tall
     matrices are transposed, which makes A small.
     """
-    a, b, c = NEWTON_SCHULZ
     tall = stack.size(1) > stack.size(2)
     x = (stack.mT if tall else stack).to(dtype).contiguous()  # a transposed matrix slows products on a CPU
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values at most 1, where the iteration converges
-    for _ in range(5):
+    for a, b, c in quintics:
         A = x @ x.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # bA + cA^2
         x = torch.baddbmm(x, B, x, beta=a)  # aX + BX
@@ -123,10 +122,13 @@ class Muon:
     so that any one of them can save it.
     """
 
+    quintics = NEWTON_SCHULZ
+
     def __init__(self, matrices, weight_decay=0.1, dtype=torch.float32, momentum=0.95):
         self.names = [name for name, _, _ in matrices]
         self.params = [p for _, p, _ in matrices]
         self.momentum, self.weight_decay, self.dtype = momentum, weight_decay, dtype
+        self.orthogonalize = orthogonalize
         self.buffers = [torch.zeros_like(p) for p in self.params]
         self.stacks = {}  # (rows, columns) -> [(index of the parameter, first row)]
         for i, (name, p, parts) in enumerate(matrices):
@@ -153,11 +155,11 @@ class Muon:
     def orthogonalize_together(self, stack):
         """`orthogonalize`, of which each process does an equal share of the stack (n, rows, columns)."""
         if not dist.is_initialized():
-            return orthogonalize(stack, self.dtype)
+            return self.orthogonalize(stack, self.dtype, self.quintics)
         n, size, rank = len(stack), dist.get_world_size(), dist.get_rank()
         each = math.ceil(n / size)
         stack = torch.nn.functional.pad(stack, (0, 0, 0, 0, 0, each * size - n))  # zeros stay zero
-        mine = orthogonalize(stack[rank * each:(rank + 1) * each], self.dtype).contiguous()
+        mine = self.orthogonalize(stack[rank * each:(rank + 1) * each], self.dtype, self.quintics).contiguous()
         dist.all_gather_into_tensor(stack, mine)
         return stack[:n]
 
@@ -233,6 +235,8 @@ class Optimizers:
         self.peak_matrix, self.peak_adamw = s.muon_lr, s.lr
         # Newton-Schulz needs few digits, so it runs in bf16 if the model does
         self.matrix = MATRIX_OPTIMIZERS[self.name](matrices, s.weight_decay, dtype) if matrices else None
+        if isinstance(self.matrix, Muon):
+            self.matrix.orthogonalize = machine.quick_orthogonalize(s, self.matrix) or orthogonalize
         self.adamw = AdamW([(decayed, s.weight_decay), (vectors, 0.0)])
 
     def step(self, factor):

@@ -21,14 +21,15 @@ import torch
 HERE = Path(__file__).parent
 SOURCES = {
     "cpu": ("selective_scan.cpp",), "cuda": ("selective_scan.cpp", "selective_scan.cu"), "decode": ("decode.cpp",),
-    "training": ("training.cpp",)}
+    "training": ("training.cpp",), "orthogonalize": ("orthogonalize.cpp",)}
 HEADERS = {"cpu": ("selective_scan.h",), "cuda": ("selective_scan.h",), "decode": ("vectors.h",),
-           "training": ("vectors.h",)}
-NAMES = {"cpu": "selective_scan_cpu", "cuda": "selective_scan_cuda", "decode": "decode", "training": "training"}
+           "training": ("vectors.h",), "orthogonalize": ()}
+NAMES = {"cpu": "selective_scan_cpu", "cuda": "selective_scan_cuda", "decode": "decode", "training": "training",
+         "orthogonalize": "orthogonalize"}
 WHAT = {"cpu": "the selective scan for CPU", "cuda": "the selective scan for CUDA", "decode": "sampling for CPU",
-        "training": "training for CPU"}
+        "training": "training for CPU", "orthogonalize": "Muon for CPUs with AMX"}
 SECONDS = {"cpu": "20 seconds or so", "cuda": "a few minutes", "decode": "5 seconds or so",
-           "training": "10 seconds or so"}
+           "training": "10 seconds or so", "orthogonalize": "5 seconds or so"}
 # torch says what this CPU has (ATEN_CPU_CAPABILITY overrides it). -march=native would be wrong in a home directory that
 # machines of different kinds share
 SIMD = {
@@ -47,6 +48,8 @@ def flags(kind):
     cxx = ["-O3"]
     if kind != "cuda":
         cxx += SIMD.get(torch.backends.cpu.get_cpu_capability(), [])
+        if kind == "orthogonalize":
+            cxx += ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
     else:
         cxx += ["-DWITH_CUDA"]
     if platform.system() == "Linux":

@@ -13,6 +13,7 @@ import gpt2preln
 import gpu_suite
 import i3
 import ivme
+import memory
 import peers
 import train
 from common import UserError
@@ -23,7 +24,7 @@ from conftest import CPU, ROOT
 
 def test_alive_tensors_are_counted_once_each_and_no_longer_than_they_live():
     given = torch.zeros(100)
-    with bench.AliveTensors([given, given[:50]]) as alive:
+    with memory.AliveTensors([given, given[:50]]) as alive:
         assert alive.now == 400
         a = torch.ones(1000)
         b = a.view(10, 100)[3:5]  # the same memory
@@ -54,7 +55,7 @@ def test_a_step_holds_weights_gradients_moments_and_average_and_more_with_more_r
         torch.manual_seed(0)
         model = gpt2preln.Model(replace(small_gpt2preln, context_length=200, n_layer=4))
         s = train.Settings(optimizer="adamw", **changes)
-        return bench.peak_of_tensors(model, s, CPU, 200, rows), 4 * model.n_params
+        return memory.peak_of_tensors(model, s, CPU, 200, rows), 4 * model.n_params
     one, weights = peak(1, pack="document")
     three, _ = peak(3, pack="document")
     assert 5 * weights < one < three  # weights, gradients, two moments, average; and what the backward pass needs

@@ -190,9 +190,9 @@ def matrices():
     for p in params:
         p.grad = torch.randn(p.shape, generator=g)
     return [(str(i), p, (8, 16) if p.shape == (24, 16) else None) for i, p in enumerate(params)]
-def counted(stack, dtype):
+def counted(stack, *how):
     seen.append(int((stack.abs().sum((1, 2)) > 0).sum()))
-    return orthogonalize(stack, dtype)
+    return orthogonalize(stack, *how)
 alone, shared = matrices(), matrices()
 train.Muon(alone).step(0.1)
 seen, orthogonalize = [], train.orthogonalize

@@ -31,16 +31,22 @@ ORDER = [
     ["train"],
     ["finetune"],
     ["eval"],
-    ["gpu_suite", "peers"],
-    ["bench", "race"],
+    ["gpu_suite", "memory", "peers"],
+    ["bench", "races.variants", "races.verdicts"],
+    ["races.runs"],
+    ["races.tables", "races.tricks"],
+    ["races.recipe"],
+    ["races.architectures"],
+    ["races.nanogpt"],
+    ["race"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # architecture -> what it imports beside torch and the standard library
 ARCHITECTURES = {"ivme": set(), "tinymemory": set(), "gpt2preln": set(), "i3": {"kernels"}}
-PACKAGES = {"corpus", "evaluation", "release"}
+PACKAGES = {"corpus", "evaluation", "races", "release"}
 
 FILES = {}  # module -> its file
-for path in (path for folder in (".", "corpus", "evaluation", "kernels", "release")
+for path in (path for folder in (".", "corpus", "evaluation", "kernels", "races", "release")
              for path in sorted(ROOT.glob(f"{folder}/*.py"))):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     FILES[name] = path

@@ -12,17 +12,18 @@ import tinymemory
 from common import UserError
 from conftest import ROOT
 from made_up import made_up_chats
+from races import tricks
 
 
 def test_each_kind_is_plain_tuning_with_one_trick_of_the_recipe_or_all():
     recipe, plain = tinymemory.PRESETS["tinymemory-sft"][1], finetune.Settings()
-    assert all(getattr(plain, name) == value for name, value in race.OFF.items())
-    assert {name: recipe[name] for name in race.OFF} == race.TRICKS
-    first, *single, last = race.KINDS.values()
-    assert first == {} and [len(tricks) for tricks in single] == [1, 1, 1, 1]
-    assert {name: value for tricks in single for name, value in tricks.items()} == race.TRICKS == last
+    assert all(getattr(plain, name) == value for name, value in tricks.OFF.items())
+    assert {name: recipe[name] for name in tricks.OFF} == tricks.TRICKS
+    first, *single, last = tricks.KINDS.values()
+    assert first == {} and [len(one) for one in single] == [1, 1, 1, 1]
+    assert {name: value for one in single for name, value in one.items()} == tricks.TRICKS == last
     tables = (ROOT / "MEASUREMENTS.md").read_text(encoding="utf-8")
-    for kind in race.KINDS:
+    for kind in tricks.KINDS:
         assert f"| {kind.replace('plain', 'plain tuning')} |" in tables
 
 
@@ -39,7 +40,7 @@ def flags(trained, workdir):
 
 @pytest.mark.slow
 def test_each_kind_is_trained_once_and_what_was_measured_is_printed(flags, workdir, monkeypatch, capsys):
-    monkeypatch.setattr(race, "KINDS", {"plain": {}, "all": race.TRICKS})
+    monkeypatch.setattr(tricks, "KINDS", {"plain": {}, "all": tricks.TRICKS})
     results = workdir / "out/tricks/results.jsonl"
     capsys.readouterr()
     assert race.main(flags) == 0
@@ -47,12 +48,12 @@ def test_each_kind_is_trained_once_and_what_was_measured_is_printed(flags, workd
     measured = [json.loads(line) for line in results.read_text().splitlines()]
     runs = [(row["about"]["kind"], row["about"]["seed"]) for row in measured]
     assert runs == [("before tuning", 0), ("plain", 0), ("plain", 1), ("all", 0), ("all", 1)]
-    before, first, second = (row["measures"] for row in measured[:3])
+    before, first, second = (row["result"] for row in measured[:3])
     assert first["replies"] < before["replies"] and first != second
     values = [first["replies"], second["replies"]]
     assert re.search(rf"plain +{sum(values) / 2:.3f} ± {abs(values[0] - values[1]) / 2 ** 0.5:.3f} ", shown[3])
     tuned = run.read_checkpoint(workdir / "out/tricks/run/best.pt")["train"]  # the last one
-    assert {name: tuned[name] for name in race.TRICKS} == race.TRICKS
+    assert {name: tuned[name] for name in tricks.TRICKS} == tricks.TRICKS
     assert tuned["max_steps"] == 2 and tuned["seed"] == 1338
 
     # the same command again has nothing left to do
@@ -66,7 +67,7 @@ def test_each_kind_is_trained_once_and_what_was_measured_is_printed(flags, workd
         return 0
     with monkeypatch.context() as m:
         m.setattr(finetune, "main", stopped)
-        m.setitem(race.TRICKS, "relevance", 0.3)
+        m.setitem(tricks.TRICKS, "relevance", 0.3)
         with pytest.raises(KeyboardInterrupt):
             race.main(flags)
     assert len(results.read_text().splitlines()) == 5
@@ -74,8 +75,9 @@ def test_each_kind_is_trained_once_and_what_was_measured_is_printed(flags, workd
 
 def test_what_cannot_be_tried_is_one_line(flags):
     mistakes = [
-        ([], "which experiment? tricks"),
-        (["ablation"], "which experiment? tricks, not ablation"),
+        ([], "which experiment? architectures, recipe, nanogpt, tricks"),
+        (["ablation"], "nanogpt, tricks, not ablation"),
+        (["tricks", "--dry"], "--dry is for architectures and recipe"),
         ([*flags, "--seeds=0"], "must be above 0"),
         (["tricks", "--init_from=none.pt"], "no checkpoint none.pt"),
         ([*flags, "--data=data/pydocs-hybrid"], "holds no chats to validate on"),

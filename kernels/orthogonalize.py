@@ -1,0 +1,34 @@
+"""Muon's orthogonalization in bf16 on a CPU with AMX (Intel's Xeon since 2023): orthogonalize.cpp."""
+import ctypes
+import functools
+import os
+
+import torch
+
+from . import build
+
+
+@functools.cache
+def library():
+    """The compiled library, or None where it cannot be built or used."""
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if not (has.get("amx_bf16") and has.get("avx512_bf16")) or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
+    if os.environ.get("KERNELS") == "reference":
+        return None
+    try:
+        found = ctypes.CDLL(str(build.library("orthogonalize")))
+    except (build.CannotBuild, OSError):
+        return None  # PyTorch's products are quick too
+    return found if found.may_use_tiles() else None
+
+
+def quick_orthogonalize(stack, dtype, quintics):
+    """As train.orthogonalize, for a stack in fp32 that may be overwritten. The result is the same for any number of
+    threads: a matrix is the work of one."""
+    stack = stack.contiguous()
+    coefficients = (ctypes.c_float * (3 * len(quintics)))(*(c for quintic in quintics for c in quintic))
+    library().orthogonalize_stack(
+        ctypes.c_void_p(stack.data_ptr()), *map(ctypes.c_int64, stack.shape), coefficients,
+        ctypes.c_int64(len(quintics)), torch.get_num_threads())
+    return stack

@@ -1,0 +1,89 @@
+"""Tables and the figure of an experiment, made of its results."""
+import math
+import os
+import statistics
+
+from common import columns, replacing
+from races.verdicts import compare
+
+
+def finished(results):
+    """Their Measured, or None if one of them diverged or was not made."""
+    if all(result and result.measured for result in results):
+        return [result.measured for result in results]
+    return None
+
+
+def mean(results):
+    """Mean bits per byte over the seeds; infinite if one of the runs diverged or was not made."""
+    return statistics.mean(result.bits_per_byte if result else math.inf for result in results)
+
+
+def mean_and_spread(results):
+    """'mean ± standard deviation' of bits per byte over the seeds, or what is missing."""
+    measured = finished(results)
+    if not measured:
+        words = ["unfinished" if result is None else "diverged" for result in results
+                 if result is None or not result.measured]
+        return ", ".join(f"{words.count(word)} of {len(results)} {word}" for word in sorted(set(words)))
+    values = [one.bits_per_byte for one in measured]
+    text = f"{statistics.mean(values):.3f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.3f}"
+    return text
+
+
+def verdict_cells(results, others):
+    """Difference, interval and verdict of the first kind of runs, as three cells."""
+    first, second = finished(results), finished(others)
+    if not first or not second:
+        return ["", "", ""]
+    verdict = compare(first, second)
+    interval = f"{verdict.low:+.3f} to {verdict.high:+.3f}"
+    if math.isinf(verdict.low):
+        interval = ""
+    return [f"{verdict.difference:+.3f}", interval, verdict.word]
+
+
+def markdown(rows):
+    """Rows of cells, the first one the titles, as a table in Markdown."""
+    first, *rest = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([first, "|" + "---|" * len(rows[0]), *rest])
+
+
+def write(path, rows):
+    """Prints the table, and writes it as Markdown."""
+    print("\n".join(columns(rows)))
+    with replacing(path) as f:
+        f.write((markdown(rows) + "\n").encode())
+
+
+def draw(path, curves):
+    """Draws validation bits per byte over tokens and over seconds of training.
+
+    curves: (name, recipe) -> curves of its seeds, [tokens, seconds, bits per byte] of each evaluation; the mean is
+    drawn. A name has one colour, and each recipe but the first one is dotted.
+    """
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook may have left one that is not here
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.8), dpi=100, layout="constrained", sharey=True)
+    colours, plain = {}, next(iter(curves))[1]
+    for (name, recipe), seeds in curves.items():
+        points = min(len(curve) for curve in seeds)  # a run that diverged has fewer
+        if not points:
+            continue
+        colour, line = colours.setdefault(name, f"C{len(colours)}"), "-" if recipe == plain else ":"
+        tokens, seconds, bits = np.mean([curve[:points] for curve in seeds], axis=0).T
+        for ax, x in zip(axes, (tokens / 1e6, seconds)):
+            ax.plot(x, bits, color=colour, lw=1.6, ls=line, label=f"{name}, {recipe} recipe")
+    axes[0].set(xlabel="million tokens", ylabel="validation bits per byte")
+    axes[1].set(xlabel="seconds of training")
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[1].legend(frameon=False, fontsize=8)
+    with replacing(path) as f:
+        fig.savefig(f, format="png")
+    plt.close(fig)
