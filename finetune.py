@@ -32,7 +32,7 @@ class Settings(train.Settings):
     loss_on: str = "responses"  # responses: only the replies of chats count; all: everything that is said
     response_start_tokens: int = 8  # this many tokens at the beginning of each reply ...
     response_start_weight: float = 1.0  # ... have this weight; 1: off
-    base_data: str = ""  # what is replayed and tells what is forgotten; not given: what the checkpoint was trained on
+    base_data: str = ""  # is replayed, and shows what is forgotten; not given: what the checkpoint was trained on
     replay: float = 0.0  # fraction of the rows that are windows of the base data; 0: off
     relevance: float = 0.0  # extra rows, as a fraction of the batch, that pair a reply with the wrong prompt; 0: off
     relevance_margin: float = 1.0  # by how much the wrong prompt is to be worse, in nats per token of the reply
@@ -198,8 +198,8 @@ def wrong_prompts(replies, rows, n_rows, T, rng):
     """Replies of a micro-batch under the prompts of other chats, in n_rows extra rows.
 
     replies: all of the batch. rows: numbers of the micro-batch's rows, whose replies are taken.
-    Returns x, y, reset, number of the extra rows, see `pack_replies`, and own, int64 (len(rows), T): the number of the
-    same replies where they stand under their own prompts.
+    Returns x, y, reset, number of the extra rows, see `pack_replies`, and own, int64 (len(rows), T): for each
+    position of the original rows, the number of the same reply there, and 0 where there is none.
     """
     here = [k for k, reply in enumerate(replies) if reply.row in rows]
     here = [replies[k] for k in rng.permutation(here).astype(int)]
@@ -336,10 +336,12 @@ class FineTuning(Pretraining):
     def find_base(self, s):
         """(sources of the base data, their names as in --data): --base_data, or what the checkpoint was trained on."""
         spec = s.base_data
-        unsaid = not s.resume and "base_data" not in self.plan.given
-        if not spec and unsaid and self.plan.start:
+        nothing_said = not spec and not s.resume and "base_data" not in self.plan.given
+        if nothing_said and self.plan.start:
             before = self.plan.start["train"]
-            spec = before.get("base_data") or ("" if run.is_fine_tuning(before) else before.get("data", ""))
+            spec = before.get("base_data", "")
+            if not spec and not run.is_fine_tuning(before):
+                spec = before.get("data", "")
         if not spec:
             return [], ""
         try:

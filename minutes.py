@@ -2,7 +2,8 @@
 
 measured() trains on random tokens for some seconds, with the model and the optimizers of the run, and choice() shares
 out the time. A recipe's batch is made for the recipe's number of tokens. Where only a few steps of it fit into the
-time, smaller ones train better: the batch is halved until STEPS of them fit, or until it is a single micro-batch.
+time, smaller ones train better: the batch is halved until STEPS of them fit, while it has at least LEAST_TOKENS tokens
+and can be halved in whole micro-batches.
 """
 import math
 import statistics

@@ -264,7 +264,7 @@ class Optimizers:
 def wsd(step, s):
     """Warm-up, stable, decay (arXiv 2405.18392): 1, then linear to final_lr_fraction.
 
-    final_lr_fraction would be reached one step after the last, so no step is wasted on a rate of 0.
+    final_lr_fraction is what a further step would have, so that none is spent on a rate of 0.
     """
     decay_steps = s.decay_steps or round(s.decay_fraction * s.max_steps)
     left = min(1.0, (s.max_steps - step) / max(1, decay_steps))
@@ -336,7 +336,7 @@ def clip_gradients(params, largest):
 
 
 class Trainer:
-    """The model, what trains it, and the run's folder, made as the plan says; with what is done to them as a whole."""
+    """The model, what trains it, and the run's folder; and what is done with all of them: save, measure, finish."""
 
     def __init__(self, plan, task, world, on):
         self.plan, self.task, self.world, self.on = plan, task, world, on

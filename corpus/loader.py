@@ -211,9 +211,10 @@ class Loader:
     frame: (bos, eos) token ids to pack whole documents, which begin at bos; None cuts windows from the stream.
     first_number: number of the first source, which seeds its order.
 
-    Each token is a target once in an epoch, but for the first of a document. Each epoch deals the rows in a new order
-    without replacement. From the second epoch on the cuts are elsewhere, so that a token does not always follow the
-    same context. Raises UserError for a source that is shorter than a row, and for weights that are not above 0.
+    Each token is a target once in an epoch, but for the first of the stream or of a packed document, and for the end
+    of a stream that does not fill a row. Each epoch deals the rows in a new order without replacement. From the second
+    epoch on the cuts are elsewhere, so that a token does not always follow the same context.
+    Raises UserError for a source that is shorter than a row, and for weights that are not above 0.
     """
 
     def __init__(self, sources, order, T, total_rows, seed, frame=None, first_number=0):

@@ -20,14 +20,16 @@ namespace {
 
 constexpr int64_t ROWS = 16, COLUMNS = 32, TILE = ROWS * COLUMNS;
 
+struct alignas(64) Tile {  // a row is a line of the cache, or everything takes twice as long
+    std::uint16_t numbers[TILE];
+};
+
 struct Matrix {
     int64_t m, k;  // multiples of 32
-    std::vector<std::uint16_t> numbers;
+    std::vector<Tile> tiles;
 
-    Matrix(int64_t m, int64_t k) : m(m), k(k), numbers(m * k) {}
-    std::uint16_t *tile(int64_t row, int64_t column) {  // counted in tiles
-        return numbers.data() + (row * (k / COLUMNS) + column) * TILE;
-    }
+    Matrix(int64_t m, int64_t k) : m(m), k(k), tiles(m * k / TILE) {}
+    std::uint16_t *tile(int64_t row, int64_t column) { return tiles[row * (k / COLUMNS) + column].numbers; }
 };
 
 // 16 numbers of bf16 in fp32; the lower and the upper half of 32; and back
@@ -69,23 +71,23 @@ inline void store16(void *to, const __m512i *r) {
 }
 
 // The second operand of X X^T: each tile transposed in pairs, to[row of tiles][column of tiles]
-void pack_transposed(Matrix &x, std::vector<std::uint16_t> &to) {
-    for (int64_t i = 0; i < x.m * x.k; i += TILE) {
+void pack_transposed(const Matrix &x, std::vector<Tile> &to) {
+    for (size_t i = 0; i < x.tiles.size(); i++) {
         __m512i r[16];
-        load16(r, x.numbers.data() + i, 64);
+        load16(r, x.tiles[i].numbers, 64);
         transpose(r);
-        store16(to.data() + i, r);
+        store16(to[i].numbers, r);
     }
 }
 
 // The second operand of B X: rows in pairs. to[16 columns][32 rows]
-void pack_pairs(Matrix &x, std::vector<std::uint16_t> &to) {
+void pack_pairs(Matrix &x, std::vector<Tile> &to) {
     const __m512i left = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
     const __m512i right = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     const int64_t deep = x.m / COLUMNS;
     for (int64_t i = 0; i < deep; i++)
         for (int64_t j = 0; j < x.k / COLUMNS; j++) {
-            std::uint16_t *first = to.data() + (2 * j * deep + i) * TILE, *second = first + deep * TILE;
+            std::uint16_t *first = to[2 * j * deep + i].numbers, *second = to[(2 * j + 1) * deep + i].numbers;
             for (int64_t p = 0; p < 16; p++) {
                 const std::uint16_t *rows = x.tile(2 * i + p / 8, j) + p % 8 * 2 * COLUMNS;
                 const __m512i a = _mm512_loadu_si512(rows), b = _mm512_loadu_si512(rows + COLUMNS);
@@ -137,12 +139,12 @@ inline void round_to(std::uint16_t *tile, const float *left, const float *right)
 }
 
 // out = scale x x^T + add old, symmetric; old may be null. packed is pack_transposed(x)
-void symmetric(Matrix &x, const std::vector<std::uint16_t> &packed, float scale, Matrix *old, float add, Matrix &out) {
+void symmetric(Matrix &x, const std::vector<Tile> &packed, float scale, Matrix *old, float add, Matrix &out) {
     const int64_t deep = x.k / COLUMNS, blocks = x.m / COLUMNS;
     alignas(64) float c[4][256];
     for (int64_t i = 0; i < blocks; i++)
         for (int64_t j = 0; j <= i; j++) {
-            product(x.tile(2 * i, 0), packed.data() + 2 * j * deep * TILE, deep, c);
+            product(x.tile(2 * i, 0), packed[2 * j * deep].numbers, deep, c);
             if (old) combine(c, scale, old->tile(2 * i, j), blocks * TILE, add);
             round_to(out.tile(2 * i, j), c[0], c[1]);
             round_to(out.tile(2 * i + 1, j), c[2], c[3]);
@@ -159,12 +161,12 @@ void symmetric(Matrix &x, const std::vector<std::uint16_t> &packed, float scale,
 }
 
 // x = a x + b x. packed is pack_pairs(x)
-void polynomial(Matrix &x, const std::vector<std::uint16_t> &packed, Matrix &b, float a) {
+void polynomial(Matrix &x, const std::vector<Tile> &packed, Matrix &b, float a) {
     const int64_t deep = x.m / COLUMNS, wide = x.k / COLUMNS;
     alignas(64) float c[4][256];
     for (int64_t i = 0; i < deep; i++)
         for (int64_t j = 0; j < wide; j++) {
-            product(b.tile(2 * i, 0), packed.data() + 2 * j * deep * TILE, deep, c);
+            product(b.tile(2 * i, 0), packed[2 * j * deep].numbers, deep, c);
             combine(c, 1.0f, x.tile(2 * i, j), wide * TILE, a);
             round_to(x.tile(2 * i, j), c[0], c[1]);
             round_to(x.tile(2 * i + 1, j), c[2], c[3]);
@@ -216,7 +218,7 @@ void orthogonalize(float *numbers, int64_t rows, int64_t columns, const float *q
     const bool tall = rows > columns;
     const int64_t m = std::min(rows, columns), k = std::max(rows, columns);
     Matrix x(filled_up(m), filled_up(k)), a(x.m, x.m), b(x.m, x.m);
-    std::vector<std::uint16_t> packed(x.m * x.k);
+    std::vector<Tile> packed(x.m * x.k / TILE);
 
     // singular values at most 1, where the iteration converges
     __m512 squares = _mm512_setzero_ps();

@@ -7,6 +7,8 @@ import torch
 
 from . import build
 
+INT, TENSOR = ctypes.c_int64, ctypes.c_void_p
+
 
 @functools.cache
 def library():
@@ -20,6 +22,7 @@ def library():
         found = ctypes.CDLL(str(build.library("orthogonalize")))
     except (build.CannotBuild, OSError):
         return None  # PyTorch's products are quick too
+    found.orthogonalize_stack.argtypes = (TENSOR, INT, INT, INT, TENSOR, INT, ctypes.c_int)
     return found if found.may_use_tiles() else None
 
 
@@ -27,8 +30,7 @@ def quick_orthogonalize(stack, dtype, quintics):
     """As train.orthogonalize, for a stack in fp32 that may be overwritten. The result is the same for any number of
     threads: a matrix is the work of one."""
     stack = stack.contiguous()
-    coefficients = (ctypes.c_float * (3 * len(quintics)))(*(c for quintic in quintics for c in quintic))
-    library().orthogonalize_stack(
-        ctypes.c_void_p(stack.data_ptr()), *map(ctypes.c_int64, stack.shape), coefficients,
-        ctypes.c_int64(len(quintics)), torch.get_num_threads())
+    coefficients = torch.tensor(quintics)
+    library().orthogonalize_stack(stack.data_ptr(), *stack.shape, coefficients.data_ptr(), len(quintics),
+                                  torch.get_num_threads())
     return stack

@@ -186,7 +186,7 @@ class Runs:
         return Result(self.measure(folder / "ckpt.pt"), curve, speed, seconds)
 
     def measure(self, path):
-        """The Measured of a checkpoint, of the weights that its last evaluation chose, on its data's validation text."""
+        """The Measured of a checkpoint on its data's validation text, of the weights that its last evaluation chose."""
         model, tokenizer, checkpoint = run.load_checkpoint(path, self.on.device)
         s = checkpoint["train"]
         sources, _ = run.find_data(s["data"], s["tokenizer"], model.cfg.vocab_size, World(), checkpoint["tokenizer"])

@@ -13,6 +13,7 @@ A line of the table is the mean of its runs and their standard deviation.
 import contextlib
 import hashlib
 import io
+import math
 import statistics
 from dataclasses import asdict
 from pathlib import Path
@@ -50,7 +51,7 @@ def greedy_replies(model, tokenizer, sources, questions, T, device):
             continue
         edges = document_edges(source.val, bos)
         n = len(edges) - 1
-        take = min(n, -(-questions // len(sources)))
+        take = min(n, math.ceil(questions / sum(source.is_chat for source in sources)))
         for k in range(take):
             start, end = edges[k * n // take:][:2]
             chat = source.val[start:end].tolist()
@@ -62,7 +63,7 @@ def greedy_replies(model, tokenizer, sources, questions, T, device):
 
 
 def measure(path, sources, base, questions, on):
-    """The MEASURES of a checkpoint's chosen weights. sources, base: of the chats and of the base data."""
+    """Name of each of MEASURES -> its value for a checkpoint. sources, base: of the chats and of the base data."""
     model, tokenizer, _ = run.load_checkpoint(path, on.device)
     n_bytes = bytes_per_token(tokenizer, [*sources, *base])
     frame, world = bos_eos(tokenizer), machine.World()
