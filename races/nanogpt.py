@@ -6,6 +6,8 @@ nanoGPT a GPT-2 of as many parameters, with its own optimizer and schedule, in t
 rates of both are tuned with one seed over the same grid, see races/architectures.py; the runs that count have other
 seeds. Of each the weights at the end are measured, in the same way.
 """
+import contextlib
+import io
 import pickle
 import re
 import statistics
@@ -104,19 +106,23 @@ class NanoGPT:
             found[compiled] = int((60 * minutes - before) / step)
         return max(found.items(), key=lambda item: item[1])
 
+    def model(self, **args):
+        """Its model; args: of GPTConfig."""
+        module = peers.nanogpt_module(self.folder)
+        with contextlib.redirect_stdout(io.StringIO()):  # it tells its size
+            return module.GPT(module.GPTConfig(**args))
+
     def count(self):
         """Its parameters."""
-        module = peers.nanogpt_module(self.folder)
-        config = module.GPTConfig(**self.shape, block_size=TOKENS, vocab_size=VOCAB_SIZE, dropout=0.0, bias=False)
-        return sum(p.numel() for p in module.GPT(config).parameters())
+        model = self.model(**self.shape, block_size=TOKENS, vocab_size=VOCAB_SIZE, dropout=0.0, bias=False)
+        return sum(p.numel() for p in model.parameters())
 
     def result(self, rate, steps, compiled, seed):
         """The Result of a run, as asdict makes it."""
         begun = time.monotonic()
         self.train(rate, steps, compiled, seed)
-        seconds, module = time.monotonic() - begun, peers.nanogpt_module(self.folder)
-        checkpoint = torch.load(self.out / "ckpt.pt", weights_only=False)
-        model = module.GPT(module.GPTConfig(**checkpoint["model_args"]))
+        seconds, checkpoint = time.monotonic() - begun, torch.load(self.out / "ckpt.pt", weights_only=False)
+        model = self.model(**checkpoint["model_args"])
         model.load_state_dict({name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()})
         (source,), tokenizer = self.runs.data(OURS)
         measured = document_losses(Peer(model.to(self.runs.on.device)), source, load_tokenizer(tokenizer), TOKENS, 16,

@@ -31,6 +31,7 @@ class Kind:
 KINDS = [
     Kind("common recipe"),
     Kind("Muon at half the rate", dict(muon_lr=0.01)),
+    Kind("Muon at a quarter of the rate", dict(muon_lr=0.005)),
     Kind("Muon at twice the rate", dict(muon_lr=0.04)),
     Kind("AdamW for all, rate 1e-3", dict(optimizer="adamw", lr=1e-3)),
     Kind("AdamW for all, rate 3e-3", dict(optimizer="adamw", lr=3e-3)),
@@ -44,6 +45,8 @@ KINDS = [
     Kind("last weights, no average", dict(ema_beta=0.0)),
     Kind("average over 10 steps", dict(ema_beta=0.9)),
     Kind("half the batch", dict(batch_tokens=BATCH // 2)),
+    Kind("half the batch, Muon at half the rate", dict(batch_tokens=BATCH // 2, muon_lr=0.01)),
+    Kind("a quarter of the batch, Muon at half the rate", dict(batch_tokens=BATCH // 4, muon_lr=0.01)),
     Kind("twice the batch", dict(batch_tokens=BATCH * 2)),
     Kind("no weight decay", dict(weight_decay=0.0)),
     Kind("cautious weight decay", dict(optimizer="cautious_decay")),

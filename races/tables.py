@@ -38,6 +38,8 @@ def verdict_cells(results, others):
     first, second = finished(results), finished(others)
     if not first or not second:
         return ["", "", ""]
+    if len(first[0].nats) != len(second[0].nats):  # another tokenizer's windows, and not all of the text
+        return [f"{mean(results) - mean(others):+.3f}", "", "other text"]
     verdict = compare(first, second)
     interval = f"{verdict.low:+.3f} to {verdict.high:+.3f}"
     if math.isinf(verdict.low):
