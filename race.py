@@ -13,6 +13,10 @@ a tie. See races/verdicts.py.
 from dataclasses import dataclass, replace
 
 from common import UserError, parse_flags, run_tool
+from races.architectures import architectures
+from races.nanogpt import nanogpt
+from races.recipe import recipe
+from races.tricks import tricks
 
 
 @dataclass
@@ -35,18 +39,15 @@ class Settings:
     dtype: str = "auto"  # compute type of the training: bfloat16, float32; it is always measured in float32
 
 
-def main(argv):
-    from races.architectures import architectures
-    from races.nanogpt import nanogpt
-    from races.recipe import recipe
-    from races.tricks import tricks
-    experiments = dict(architectures=architectures, recipe=recipe, nanogpt=nanogpt, tricks=tricks)
+EXPERIMENTS = dict(architectures=architectures, recipe=recipe, nanogpt=nanogpt, tricks=tricks)
 
+
+def main(argv):
     description = " ".join((__doc__ or "").split("\n\n")[0].split())
-    given, words = parse_flags(argv, Settings(), description=description, positional=("WHAT", " or ".join(experiments)))
-    if len(words) != 1 or words[0] not in experiments:
+    given, words = parse_flags(argv, Settings(), description=description, positional=("WHAT", " or ".join(EXPERIMENTS)))
+    if len(words) != 1 or words[0] not in EXPERIMENTS:
         instead = f", not {' '.join(words)}" if words else ""
-        raise UserError(f"which experiment? {', '.join(experiments)}{instead}")
+        raise UserError(f"which experiment? {', '.join(EXPERIMENTS)}{instead}")
     s = Settings(**given)
     for name in ("seeds", "tokens", "size", "max_steps", "questions"):
         if getattr(s, name) < 1:
@@ -55,7 +56,7 @@ def main(argv):
         raise UserError(f"--dry is for architectures and recipe, not for {words[0]}")
     if s.minutes <= 0 or s.val_tokens < 0:
         raise UserError("--minutes must be above 0, and --val_tokens not below it")
-    experiments[words[0]](replace(s, out=s.out or f"out/{words[0]}"))
+    EXPERIMENTS[words[0]](replace(s, out=s.out or f"out/{words[0]}"))
     return 0
 
 
