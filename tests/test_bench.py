@@ -133,6 +133,7 @@ def timed_once(function):
     return time.perf_counter() - started
 
 
+@pytest.mark.slow
 def test_training_is_measured_beside_transformers(capsys, monkeypatch):
     cfg, recipe = ivme.PRESETS["ivme"]
     small = replace(cfg, vocab_size=100, n_layer=1, d_model=32, n_head=2, n_kv_head=1, d_ff=16)
