@@ -1,5 +1,6 @@
 """The memory of a training step, as train.py makes it in plain PyTorch."""
 import weakref
+from dataclasses import replace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,7 +12,7 @@ import train
 def first_step(model, s, on):
     """The optimizers after a step that changes nothing, so that they hold their moments, and the weights' average."""
     ema = [p.detach().clone() for p in model.parameters()] if s.ema_beta else []
-    optimizers = train.Optimizers(model, s, on.dtype)
+    optimizers = train.Optimizers(model, replace(s, compile="off"), on.dtype)  # a kernel's memory is not counted
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizers.step(0.0)

@@ -134,7 +134,7 @@ def divergence(trainer, loss, grad_norm):
     if state.saved_step >= 0:
         kept = f"{trainer.folder.path / 'ckpt.pt'} holds step {state.saved_step}"
     return Diverged(f"the gradient is not finite at step {state.step + 1} (loss {float(loss):.3g}, gradient norm "
-                     f"{grad_norm}): stopped; {kept}. A lower learning rate or --dtype=float32 may help")
+                    f"{grad_norm}): stopped; {kept}. A lower learning rate or --dtype=float32 may help")
 
 
 # ---------------------------------------------------------------------------------------------------- losses

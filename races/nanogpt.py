@@ -121,7 +121,7 @@ class NanoGPT:
         """The Result of a run, as asdict makes it."""
         begun = time.monotonic()
         self.train(rate, steps, compiled, seed)
-        seconds, checkpoint = time.monotonic() - begun, torch.load(self.out / "ckpt.pt", weights_only=False)
+        seconds, checkpoint = time.monotonic() - begun, torch.load(self.out / "ckpt.pt", weights_only=True)
         model = self.model(**checkpoint["model_args"])
         model.load_state_dict({name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()})
         (source,), tokenizer = self.runs.data(OURS)
