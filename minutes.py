@@ -2,8 +2,8 @@
 
 measured() trains on random tokens for some seconds, with the model and the optimizers of the run, and choice() shares
 out the time. A recipe's batch is made for the recipe's number of tokens. Where only a few steps of it fit into the
-time, smaller ones train better: the batch is halved until STEPS of them fit, while it has at least LEAST_TOKENS tokens
-and can be halved in whole micro-batches.
+time, smaller ones train better: the batch is halved until STEPS of them fit, but not below LEAST_TOKENS tokens. Both
+figures are from races of a model of 2 million parameters, for 0.5 and for 2.5 million tokens (MEASUREMENTS.md).
 """
 import math
 import statistics
@@ -16,8 +16,9 @@ import machine
 import run
 from common import UserError, clock
 
-STEPS = 500  # the batch is halved until so many steps fit into the time,
-LEAST_TOKENS = 2048  # but not below so many tokens
+STEPS = 1000  # the batch is halved until so many steps fit into the time,
+LEAST_TOKENS = 1024  # but not below so many tokens
+CPU_TOKENS = 4096  # of a micro-batch on a CPU, where more of them need memory and bring no speed
 MEASURE_SECONDS = 3.0  # for each part of a step
 RESERVE = 0.08  # of the time for evaluating, saving and for what the measurement did not see
 
@@ -33,8 +34,9 @@ class Costs:
 def choice(s, given, costs, micro_rows, processes=1, extra_rows=0.0, n_sources=1):
     """The settings s with the steps, batch, warm-up and evaluations that take s.minutes at these costs.
 
-    given: names of the flags that were typed, which stay as they are. micro_rows: rows of a micro-batch. extra_rows:
-    rows that are computed beside those of the batch, as a fraction of them. Raises UserError if nothing fits.
+    given: names of the flags that were typed, which stay as they are. micro_rows: rows of the micro-batch that was
+    measured. extra_rows: rows that are computed beside those of the batch, as a fraction of them. Raises UserError if
+    nothing fits.
     """
     seconds = (60 * s.minutes - costs.spent) * (1 - RESERVE)
     a_row = costs.micro * (1 + extra_rows) / micro_rows
@@ -43,7 +45,7 @@ def choice(s, given, costs, micro_rows, processes=1, extra_rows=0.0, n_sources=1
         return int(seconds / (a_row * rows / processes + costs.update))
 
     rows = s.batch_tokens // s.block_size
-    while ("batch_tokens" not in given and steps_of(rows) < STEPS and rows % (2 * processes * micro_rows) == 0
+    while ("batch_tokens" not in given and steps_of(rows) < STEPS and rows % (2 * processes) == 0
            and rows * s.block_size >= 2 * LEAST_TOKENS):
         rows //= 2
     max_steps = steps_of(rows)
@@ -64,21 +66,21 @@ def choice(s, given, costs, micro_rows, processes=1, extra_rows=0.0, n_sources=1
     return replace(s, **{name: value for name, value in chosen.items() if name not in given})
 
 
-def measured(plan, task, world, on, make_optimizers, steps=0):
+def measured(plan, task, world, on, make_optimizers, steps=0, micro_rows=0):
     """The Costs of the plan's training on this machine, with the compiled model if so long a run compiles it.
 
-    make_optimizers: train.Optimizers. steps: of the run; 0: as many as fit into its --minutes. Every process measures,
-    and the slowest one counts.
+    make_optimizers: train.Optimizers. steps: of the run; 0: as many as fit into its --minutes. micro_rows: rows of a
+    micro-batch; 0: the task's. Every process measures, and the slowest one counts.
     """
-    begun, s = time.monotonic(), plan.settings
+    begun, s, micro_rows = time.monotonic(), plan.settings, micro_rows or task.micro
     model = run.on_device(run.make_model(plan.module, plan.cfg), on.device)
     if s.grad_checkpoint:
         machine.checkpoint_blocks(model)
     optimizers, params = make_optimizers(model, s, on.dtype), list(model.parameters())
-    x = torch.randint(plan.cfg.vocab_size, (task.micro, s.block_size + 1), device=on.device)
+    x = torch.randint(plan.cfg.vocab_size, (micro_rows, s.block_size + 1), device=on.device)
     reset = None
     if task.frame is not None:
-        reset = torch.rand(task.micro, s.block_size, device=on.device) < 0.01
+        reset = torch.rand(micro_rows, s.block_size, device=on.device) < 0.01
 
     def gradients(net, last):
         with machine.gradients_stay_here(net, last):
@@ -117,11 +119,11 @@ def measured(plan, task, world, on, make_optimizers, steps=0):
     net, _ = machine.make_net(model, replace(s, max_steps=0), on, world)
     net.train()
     costs = Costs(*micro_and_update(net), 0.0)
-    steps = steps or int(60 * s.minutes / (costs.micro * task.rows / task.micro / world.size + costs.update))
+    steps = steps or int(60 * s.minutes / (costs.micro * task.rows / micro_rows / world.size + costs.update))
     net, how = machine.make_net(model, replace(s, max_steps=max(1, steps)), on, world)
     if how == "compiled":
         costs.micro, costs.update = micro_and_update(net)
-    costs.spent = time.monotonic() - begun
+    costs.spent = world.max(math.ceil(1e6 * (time.monotonic() - begun))) / 1e6
     return costs
 
 
@@ -135,10 +137,19 @@ def settle(plan, task, world, on, make_optimizers):
     for name in ("max_steps", "epochs", "decay_steps"):
         if name in plan.given:
             raise UserError(f"--minutes chooses the number of steps: leave out --{name}")
-    costs = measured(plan, task, world, on, make_optimizers)
-    plan.settings = s = choice(plan.settings, plan.given, costs, task.micro, world.size, task.extra_rows,
-                               len(task.sources))
-    each = costs.micro * (1 + task.extra_rows) * s.batch_tokens / s.block_size / task.micro / world.size + costs.update
+    s, rows, spent = plan.settings, task.micro, 0.0
+    if on.device.type == "cpu" and "micro_batch" not in plan.given:
+        rows = min(rows, max(1, CPU_TOKENS // s.block_size))
+    while True:
+        costs = measured(plan, task, world, on, make_optimizers, micro_rows=rows)
+        costs.spent = spent = spent + costs.spent
+        chosen = choice(s, plan.given, costs, rows, world.size, task.extra_rows, len(task.sources))
+        fewer = chosen.batch_tokens // s.block_size // world.size
+        if fewer >= rows:
+            break
+        rows = fewer  # a step has fewer rows than were measured at once, and they may take longer each
+    plan.settings = s = chosen if "micro_batch" in plan.given else replace(chosen, micro_batch=rows)
+    each = costs.micro * (1 + task.extra_rows) * s.batch_tokens / s.block_size / rows / world.size + costs.update
     return (f"{'minutes':<12} {s.minutes:g}: {s.max_steps:,} steps of {s.batch_tokens:,} tokens at "
             f"{s.batch_tokens / each:,.0f} tokens/s make {s.max_steps * s.batch_tokens / 1e6:,.1f}M; "
             f"warm-up {s.warmup_steps}, about {clock(s.max_steps * each)} of training")

@@ -161,9 +161,9 @@ def finish(process, status=0):
 
 
 def torchrun(n, *words):
-    """Starts n processes of a script or tool that train together."""
-    return command("-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0", "--rdzv_backend=c10d",
-                   "--rdzv_endpoint=localhost:0", *words, fresh=True)
+    """Runs n processes of a script that train together."""
+    finish(command("-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0", "--rdzv_backend=c10d",
+                   "--rdzv_endpoint=localhost:0", *words, fresh=True))
 
 
 def together(n, *words):

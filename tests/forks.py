@@ -15,7 +15,8 @@ FORKS = multiprocessing.get_context("forkserver")
 def prepare_server():
     """Starts the process that all others are forked from. It imports what takes long, but nothing that reads, while it
     is imported, a variable that a test sets: `datasets` and huggingface_hub do, what they import does not."""
-    FORKS.set_forkserver_preload(["eval", "fsspec", "httpx", "pandas", "pyarrow.dataset", "pyarrow.parquet"])
+    FORKS.set_forkserver_preload(["eval", "fsspec", "httpx", "matplotlib.pyplot", "pandas", "pyarrow.dataset",
+                                  "pyarrow.parquet"])
     forkserver.ensure_running()
 
 

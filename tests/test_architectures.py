@@ -39,6 +39,13 @@ every_preset = pytest.mark.parametrize("name, preset", [(n, p) for n, a in ARCHI
 smallest_preset = pytest.mark.parametrize("name, preset", [(n, next(iter(a.params))) for n, a in ARCHITECTURES.items()])
 
 
+def run_on(pairs):
+    """Parametrizes with architectures and presets. Large ones that compute what a smaller one does take seconds."""
+    large = ("i3-200m", "gpt2preln-medium", "gpt2preln-gpt2")
+    return pytest.mark.parametrize("name, preset", [
+        pytest.param(*pair, marks=[pytest.mark.slow] * (pair[1] in large)) for pair in pairs])
+
+
 @functools.cache
 def preset_model(name, preset):
     arch = ARCHITECTURES[name]
@@ -263,8 +270,7 @@ def test_each_file_copied_alone_trains_and_generates(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- arithmetic
 
-with_reference = pytest.mark.parametrize(
-    "name, preset", [(n, p) for n, a in ARCHITECTURES.items() if a.reference for p in (None, *a.params)])
+with_reference = run_on([(n, p) for n, a in ARCHITECTURES.items() if a.reference for p in (None, *a.params)])
 
 
 @with_reference
@@ -395,7 +401,9 @@ def test_bfloat16_autocast_stays_close_to_float32(name, preset):
     assert loss.item() == pytest.approx(F.cross_entropy(exact.flatten(0, 1), targets.flatten()).item(), rel=0.01)
 
 
-@every_architecture
+@pytest.mark.parametrize("name", [  # those in parentheses compute what another of the same file does
+    "ivme", "tinymemory", "i3-attention", "gpt2preln",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("i3", "gpt2preln-tied"))])
 def test_compiled_model_is_one_graph_with_the_same_results(name):
     torch._dynamo.reset()
     model = tiny(name, n_layer=1)  # and i3's attention block, in its second row
@@ -415,7 +423,7 @@ def test_compiled_model_is_one_graph_with_the_same_results(name):
 
 # ---------------------------------------------------------------------------------------------------- cache
 
-@every_preset
+@run_on([(n, p) for n, a in ARCHITECTURES.items() for p in a.params])
 def test_prefill_then_decode_equals_full_forward(name, preset):
     model = preset_model(name, preset)
     idx = tokens(model, 2, 60)

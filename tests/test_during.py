@@ -56,7 +56,7 @@ def test_benchmarks_and_probes_are_recorded_and_the_training_is_the_same(blimp, 
 
 
 @pytest.mark.parametrize("flags, line", [
-    (["--eval_tasks=blimb"], "no task 'blimb' .did you mean"),
+    pytest.param(["--eval_tasks=blimb"], "no task 'blimb' .did you mean", marks=pytest.mark.slow),  # all tasks are read
     (["--eval_tasks=blimp", "--tasks_dir=nowhere"], "nowhere is not a folder"),
     (["--probes=nothing.json"], "nothing.json"),
 ])

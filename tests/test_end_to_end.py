@@ -157,14 +157,15 @@ def test_a_run_whose_reader_goes_away_goes_on(workdir):
 
 # ---------------------------------------------------------------------------------------------------- two processes
 
-def test_two_processes_give_the_losses_of_one_and_share_muons_work(workdir):
+@pytest.mark.parametrize("launch", [together, pytest.param(torchrun, marks=pytest.mark.slow)])
+def test_two_processes_give_the_losses_of_one(launch, workdir):
     """A global batch of 8 rows of packed documents; weighted losses are normalised over all of it, and gradients are
     accumulated on both sides."""
     flags = [*SMALL, "--n_layer=3", "--vocab_size=600", "--data=two-hybrid", "--max_steps=20", "--eval_every=10",
              "--word_boost=1.7", "--micro_batch=2", "--order=balanced", "--pack=document"]
     finish(command(ROOT / "train.py", *flags, "--out=one"))
-    finish(torchrun(2, ROOT / "train.py", *flags, "--out=two"))
-    assert len(step_rows("one")) == 20
+    launch(2, ROOT / "train.py", *flags, "--out=two")
+    assert len(step_rows("one")) == len(step_rows("two")) == 20
     for a, b in zip(rows("one"), rows("two"), strict=True):
         assert a["step"] == b["step"] and a["tokens"] == b["tokens"]
         if "train_loss" in a:

@@ -97,6 +97,7 @@ print(hashlib.sha256(repr([(d.split_hash, d.messages) for d in pydocs_chat().doc
 """
 
 
+@pytest.mark.slow
 def test_pydocs_chat_is_the_same_in_every_process(documents):
     process = command("-c", DIGEST, fresh=True, PYTHONHASHSEED="7")
     out, err = process.communicate(timeout=600)

@@ -11,7 +11,7 @@ import i3
 import ivme
 import tinymemory
 import train
-from conftest import ROOT, SMALL, command, finish, rows, same_tensors, torchrun
+from conftest import ROOT, SMALL, command, finish, rows, same_tensors, together
 from kernels import build, training
 from llamas import (SHAPES, model_of, one_more_parameter, other_bias, other_gate, other_table, parallel_blocks,
                     with_flags_of)
@@ -231,7 +231,7 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, tmp_path, capfd):
 
 # ---------------------------------------------------------------------------------------------------- whole runs
 
-QUICK = [*SMALL, "--compile=auto", "--data=pydocs", "--vocab_size=500"]
+QUICK = [*SMALL, "--compile=auto", "--data=pydocs-hybrid", "--vocab_size=600"]
 
 
 def losses(out):
@@ -261,7 +261,9 @@ def test_a_run_that_is_stopped_and_resumed_is_the_uninterrupted_one_to_the_bit(w
 def test_two_processes_have_the_losses_of_one(workdir):
     flags = [*QUICK, "--max_steps=12", "--micro_batch=2", "--word_boost=1.5"]
     finish(command(ROOT / "train.py", *flags, "--out=alone"))
-    assert "our kernels" in finish(torchrun(2, ROOT / "train.py", *flags, "--out=both"))
+    for status, out, err in together(2, ROOT / "train.py", *flags, "--out=both"):
+        assert status == 0, err
+        assert "our kernels" in out or not out  # the first process speaks for both
     assert losses("alone") == pytest.approx(losses("both"), abs=1e-4)
 
 

@@ -79,6 +79,9 @@ def test_a_table_says_what_diverged_and_what_is_missing():
     assert tables.mean_and_spread([done, bad]) == "1 of 2 diverged" and tables.mean([done, bad]) == math.inf
     assert tables.mean_and_spread([bad, None, None]) == "1 of 3 diverged, 2 of 3 unfinished"
     assert tables.verdict_cells([done, bad], [done, done]) == ["", "", ""]
+    for n_bytes, word in (([100, 200], "other text"), ([60], "other text"), ([100], "one seed")):
+        other = runs.Result(Measured([math.log(2) * 2 * n for n in n_bytes], n_bytes), [], 1.0, 1.0)
+        assert tables.verdict_cells([done], [other]) == ["+1.000", "", word]
     assert tables.markdown([("a", "b"), ("1", "")]).splitlines() == ["| a | b |", "|---|---|", "| 1 |  |"]
 
 

@@ -46,6 +46,15 @@ def test_the_ivme_preset_is_its_cards_recipe_to_the_number(workdir):
     assert (cfg.context_length, cfg.vocab_size) == (1024, 16_384)
 
 
+def test_ivme_tuned_trains_the_cards_model_on_as_many_tokens_of_its_data(workdir):
+    card, tuned = (pretraining_plan(f"--model={name}") for name in ("ivme", "ivme-tuned"))
+    assert tuned.cfg == card.cfg and tuned.settings.out == "out/ivme-tuned"
+    a, b = asdict(card.settings), asdict(tuned.settings)
+    assert b["max_steps"] * b["batch_tokens"] == pytest.approx(a["max_steps"] * a["batch_tokens"], rel=1e-3)
+    assert {name for name in a if a[name] != b[name]} == {
+        "model", "out", "order", "batch_tokens", "max_steps", "muon_lr", "lr", "decay_fraction", "ema_beta"}
+
+
 I3 = {"i3": ("tinychat", "chunk", 3e-4, 100), "i3-80m": ("i3-80m", "chunk", 3e-4, 100),
       "i3-200m": ("i3-200m", "bpe", 4e-4, 25)}
 
@@ -416,7 +425,7 @@ def test_other_files_beside_the_architectures_stop_nothing(tmp_path, monkeypatch
     monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
     monkeypatch.syspath_prepend(str(tmp_path))
     assert run.find_preset("ivme")[0].__name__ == "ivme"
-    with pytest.raises(UserError, match="there is no model 'ivmi' .did you mean ivme..; there are ivme$"):
+    with pytest.raises(UserError, match="there is no model 'ivmi' .did you mean ivme..; there are ivme, ivme-tuned$"):
         run.find_preset("ivmi")
     lines = dict(broken="SyntaxError", needs="ModuleNotFoundError", five="five.py is no architecture")
     for stem, line in lines.items():
