@@ -54,13 +54,14 @@ def choice(s, given, costs, micro_rows, processes=1, extra_rows=0.0, n_sources=1
         raise UserError(f"--minutes={s.minutes:g} is not enough for one step of {rows * s.block_size:,} tokens on this "
                         f"machine, which needs {needed:.1f}")
     tokens = max_steps * rows * s.block_size
-    # 8 evaluations, of raw and of averaged weights, then read a twelfth as many tokens as training does
+    # 8 evaluations, of raw and of averaged weights, then read a twelfth as many tokens as training does; the last one
+    # is the end's
     some = max(s.block_size, tokens // (200 * n_sources))
     chosen = dict(
         max_steps=max_steps, epochs=0.0, batch_tokens=rows * s.block_size,
         warmup_steps=min(s.warmup_steps, max_steps // 10),
         decay_steps=0,  # --decay_fraction says it
-        eval_every=max(1, max_steps // 8), save_every=max(1, max_steps // 8),
+        eval_every=math.ceil(max_steps / 8), save_every=math.ceil(max_steps / 8),
         eval_tokens=min(s.eval_tokens or some, some),
         final_eval_tokens=min(s.final_eval_tokens or 10 * some, 10 * some))
     return replace(s, **{name: value for name, value in chosen.items() if name not in given})

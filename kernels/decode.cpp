@@ -28,6 +28,17 @@ struct Model {
 
 namespace {
 
+// Numbers that begin at a line of the cache: a vector that lies in two lines costs two accesses
+struct Numbers {
+    std::vector<float> space;
+    float *first;
+    explicit Numbers(int64_t n) : space(n + WIDTH) {
+        first = reinterpret_cast<float *>((reinterpret_cast<std::uintptr_t>(space.data()) + 63) / 64 * 64);
+    }
+    float *data() { return first; }
+    float &operator[](int64_t i) { return first[i]; }
+};
+
 // sums[i] = the sum of v[i], for n vectors
 template <int n>
 inline void sums_of(const floats *v, float *sums) {
@@ -56,14 +67,19 @@ inline void sums_of(const floats *v, float *sums) {
 // R rows of weights times C activations of length n: sums[r][c]. The rows are `skip` numbers apart
 template <int R, int C, class W>
 inline void products(const W *w, int64_t skip, const float *x, int64_t n, float (&sums)[R][C]) {
-    floats s[R][C] = {};
+    floats s[R][C];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) s[r][c] = floats{};
     int64_t i = 0;
     for (; i + WIDTH <= n; i += WIDTH) {
-        floats activations[C];
-        for (int c = 0; c < C; c++) activations[c] = load(x + c * n + i);
+        floats weights[R];
         for (int r = 0; r < R; r++) {
-            const floats weights = load(w + r * skip + i);
-            for (int c = 0; c < C; c++) s[r][c] += weights * activations[c];
+            weights[r] = load(w + r * skip + i);
+            if (R <= 2) __builtin_prefetch(w + r * skip + i + 2 * n);  // of a row that comes soon
+        }
+        for (int c = 0; c < C; c++) {
+            const floats activations = load(x + c * n + i);
+            for (int r = 0; r < R; r++) s[r][c] += weights[r] * activations;
         }
     }
     sums_of<R * C>(&s[0][0], &sums[0][0]);
@@ -72,28 +88,30 @@ inline void products(const W *w, int64_t skip, const float *x, int64_t n, float 
             for (int c = 0; c < C; c++) sums[r][c] += value(w[r * skip + i]) * x[c * n + i];
 }
 
+// products() of activations b, b + 1, ... of B, C at a time while there are so many, and then fewer. use(b, sums)
+template <int R, int C, class W, class Use>
+inline void products_of_all(const W *w, int64_t skip, const float *x, int64_t n, int64_t b, int64_t B, Use use) {
+    for (; b + C <= B; b += C) {
+        float s[R][C];
+        products<R, C>(w, skip, x + b * n, n, s);
+        for (int c = 0; c < C; c++) {
+            float of_one[R];
+            for (int r = 0; r < R; r++) of_one[r] = s[r][c];
+            use(b + c, of_one);
+        }
+    }
+    if constexpr (C > 1)
+        if (b < B) products_of_all<R, C / 2>(w, skip, x, n, b, B, use);
+}
+
 // Multiplies R rows of w, `skip` numbers apart, with each of the B activations, and calls use(row, b, sums). It does so
 // for all rows of w (rows, n), which the threads share
 template <int R, class W, class Use>
 inline void linear(const W *w, int64_t rows, int64_t skip, int64_t n, const float *x, int64_t B, Use use) {
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-        int64_t b = 0;
-        for (; b + TILE <= B; b += TILE) {
-            float s[R][TILE];
-            products<R, TILE>(w + row * n, skip, x + b * n, n, s);
-            for (int c = 0; c < TILE; c++) {
-                float of_one[R];
-                for (int r = 0; r < R; r++) of_one[r] = s[r][c];
-                use(row, b + c, of_one);
-            }
-        }
-        for (; b < B; b++) {
-            float s[R][1];
-            products<R, 1>(w + row * n, skip, x + b * n, n, s);
-            use(row, b, &s[0][0]);
-        }
-    }
+    for (int64_t row = 0; row < rows; row++)
+        products_of_all<R, TILE>(w + row * n, skip, x, n, 0, B,
+                                 [&](int64_t b, const float *sums) { use(row, b, sums); });
 }
 
 // y = w x, of which use(row, b, y) takes each number: row and row + half together, two streams of memory at once
@@ -126,44 +144,40 @@ inline void rope(float *x, const float *cos, const float *sin, int64_t D) {
     }
 }
 
+// The sum of rows (S, D), each times its weight, divided by `all`: n vectors of it, which stay in registers
+template <int n>
+inline void weighted_sum(const float *rows, const float *weights, float all, int64_t S, int64_t D, float *y) {
+    floats total[n] = {};
+    for (int64_t s = 0; s < S; s++)
+        for (int j = 0; j < n; j++) total[j] += load(rows + s * D + j * WIDTH) * weights[s];
+    for (int j = 0; j < n; j++) store(y + j * WIDTH, total[j] / all);
+}
+
 // softmax(q k^T / sqrt(D)) v over S positions of one head
 inline void attend(const float *q, const float *k, const float *v, int64_t S, int64_t D, float *scores, float *y) {
-    const float scale = 1 / std::sqrt(float(D));
-    float most = -INFINITY;
     int64_t s = 0;
-    const auto keep = [&](float product) {
-        scores[s] = product * scale;
-        most = scores[s] > most ? scores[s] : most;
-        s++;
-    };
-    while (s + 16 <= S) {
-        float some[16][1];
-        products<16, 1>(k + s * D, D, q, D, some);
-        for (int r = 0; r < 16; r++) keep(some[r][0]);
-    }
-    while (s < S) {
-        float one[1][1];
-        products<1, 1>(k + s * D, 0, q, D, one);
-        keep(one[0][0]);
-    }
+    for (; s + 16 <= S; s += 16) products<16, 1>(k + s * D, D, q, D, *(float (*)[16][1])(scores + s));
+    for (; s < S; s++) products<1, 1>(k + s * D, 0, q, D, *(float (*)[1][1])(scores + s));
+    for (; s % WIDTH; s++) scores[s] = -INFINITY;  // there is room for whole vectors
 
-    floats all = {};
-    for (s = S; s % WIDTH; s++) scores[s] = -INFINITY;  // there is room for whole vectors
+    const float scale = 1 / std::sqrt(float(D));
+    floats highest = load(scores), all = {};
+    for (s = WIDTH; s < S; s += WIDTH) {
+        const floats some = load(scores + s);
+        highest = some > highest ? some : highest;
+    }
+    float most = highest[0];
+    for (int j = 1; j < WIDTH; j++) most = highest[j] > most ? highest[j] : most;
     for (s = 0; s < S; s += WIDTH) {
-        const floats e = exp_of(load(scores + s) - most);
-        std::memcpy(scores + s, &e, sizeof e);
+        const floats e = exp_of((load(scores + s) - most) * scale);
+        store(scores + s, e);
         all += e;
     }
-    const float sum = sum_of(all);
 
-    // vector after vector, so that the sums stay in registers
+    const float sum = sum_of(all);
     int64_t i = 0;
-    for (; i + WIDTH <= D; i += WIDTH) {
-        floats total = {};
-        for (s = 0; s < S; s++) total += load(v + s * D + i) * scores[s];
-        total /= sum;
-        std::memcpy(y + i, &total, sizeof total);
-    }
+    for (; i + 4 * WIDTH <= D; i += 4 * WIDTH) weighted_sum<4>(v + i, scores, sum, S, D, y + i);
+    for (; i + WIDTH <= D; i += WIDTH) weighted_sum<1>(v + i, scores, sum, S, D, y + i);
     for (; i < D; i++) {
         float total = 0;
         for (s = 0; s < S; s++) total += v[s * D + i] * scores[s];
@@ -177,13 +191,13 @@ void run(const Model &m, const int64_t *tokens, int64_t B, int64_t position, int
     const int64_t d = m.d, D = m.D, F = m.F, heads = m.H + 2 * m.K, S = position + 1;
     const W *embed = static_cast<const W *>(m.embed);
     const float *cos = m.cos + position * (D / 2), *sin = m.sin + position * (D / 2);
-    std::vector<float> x(B * d), qkv(B * heads * D), y(B * m.H * D), hidden(B * F);
+    Numbers x(B * d), qkv(B * heads * D), y(B * m.H * D), hidden(B * F);
     for (int64_t b = 0; b < B; b++)
         for (int64_t i = 0; i < d; i++) x[b * d + i] = value(embed[tokens[b] * d + i]);
 
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> normed(B * d), scores(S + WIDTH);
+        Numbers normed(B * d), scores(S + WIDTH);
         const auto norm_all = [&](const float *weight) {  // every thread for itself: that is quicker than waiting
             for (int64_t b = 0; b < B; b++) rms_norm(&x[b * d], weight, m.eps, d, &normed[b * d]);
         };

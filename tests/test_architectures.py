@@ -617,7 +617,7 @@ def test_sampled_tokens_follow_the_distribution_of_transformers(name, options):
              ("temperature", theirs.TemperatureLogitsWarper),
              ("top_k", theirs.TopKLogitsWarper), ("top_p", theirs.TopPLogitsWarper))
     processors = theirs.LogitsProcessorList(make(options[key]) for key, make in order if key in options)
-    model, N = tiny(name), 4000
+    model, N = tiny(name), 1500
     idx = tokens(model, 1, 8)
     expected = processors(idx, all_logits(model, idx)[:, -1].clone())[0].softmax(-1)
     sampled = model.generate(idx.expand(N, -1), 1, generator=torch.Generator().manual_seed(0), **options)[:, -1]

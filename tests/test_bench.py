@@ -117,6 +117,7 @@ def test_a_token_of_i3_needs_as_much_state_at_every_position(small_i3, capsys):
     assert [position for position, _ in sizes] == ["10", "10,000"] and sizes[0][1] == sizes[1][1]
 
 
+@pytest.mark.slow
 def test_the_shares_of_a_training_step_are_all_of_it(small_i3, capsys):
     assert bench.main(["step", "--device=cpu", "--dtype=float32"]) == 0
     lines = capsys.readouterr().out.splitlines()

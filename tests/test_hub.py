@@ -453,6 +453,7 @@ def test_the_tokenizer_learns_from_all_over_a_set_too(tmp_path):
     assert sum(f"kind{chr(97 + k)}" in vocabulary for k in range(KINDS)) >= 0.9 * KINDS
 
 
+@pytest.mark.slow
 def test_a_sample_goes_on_after_a_stop_with_the_same_files(tmp_path):
     kinds(tmp_path / "root", "parquet")
     with FakeHub(tmp_path / "root") as hub:

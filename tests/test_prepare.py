@@ -759,6 +759,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_a_large_file_is_prepared_whole_in_less_memory_than_its_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Linux counts the memory of the process that starts another one as that one's peak: a small one stands between it
