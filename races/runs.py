@@ -210,8 +210,8 @@ class Runs:
                 print("stopped; the same command goes on with the experiment", flush=True)
                 break
             left = (time.monotonic() - begun) / made * (len(missing) - made)
-            print(f"{made} of {len(missing)}  {', '.join(map(str, name))}: {results[name].shown}, {clock(left)} left",
-                  flush=True)
+            words = ", ".join(f"{part:.2g}" if isinstance(part, float) else str(part) for part in name)
+            print(f"{made} of {len(missing)}  {words}: {results[name].shown}, {clock(left)} left", flush=True)
         return results
 
     def work(self, flags):
