@@ -161,9 +161,11 @@ def finish(process, status=0):
 
 
 def torchrun(n, *words):
-    """Runs n processes of a script that train together."""
-    finish(command("-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0", "--rdzv_backend=c10d",
-                   "--rdzv_endpoint=localhost:0", *words, fresh=True))
+    """Runs n processes of a script that train together: [(exit status, standard output, standard error)] of all."""
+    process = command("-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0", "--rdzv_backend=c10d",
+                      "--rdzv_endpoint=localhost:0", *words, fresh=True)
+    out, err = process.communicate(timeout=300)
+    return [(process.returncode, out, err)]
 
 
 def together(n, *words):

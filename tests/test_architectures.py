@@ -401,7 +401,7 @@ def test_bfloat16_autocast_stays_close_to_float32(name, preset):
     assert loss.item() == pytest.approx(F.cross_entropy(exact.flatten(0, 1), targets.flatten()).item(), rel=0.01)
 
 
-@pytest.mark.parametrize("name", [  # those in parentheses compute what another of the same file does
+@pytest.mark.parametrize("name", [  # the slow ones compute what another of the same file does
     "ivme", "tinymemory", "i3-attention", "gpt2preln",
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("i3", "gpt2preln-tied"))])
 def test_compiled_model_is_one_graph_with_the_same_results(name):

@@ -164,7 +164,8 @@ def test_two_processes_give_the_losses_of_one(launch, workdir):
     flags = [*SMALL, "--n_layer=3", "--vocab_size=600", "--data=two-hybrid", "--max_steps=20", "--eval_every=10",
              "--word_boost=1.7", "--micro_batch=2", "--order=balanced", "--pack=document"]
     finish(command(ROOT / "train.py", *flags, "--out=one"))
-    launch(2, ROOT / "train.py", *flags, "--out=two")
+    for status, _, err in launch(2, ROOT / "train.py", *flags, "--out=two"):
+        assert status == 0, err
     assert len(step_rows("one")) == len(step_rows("two")) == 20
     for a, b in zip(rows("one"), rows("two"), strict=True):
         assert a["step"] == b["step"] and a["tokens"] == b["tokens"]
