@@ -422,9 +422,9 @@ _CARD = dict(
     schedule="wsd", warmup_steps=100, decay_fraction=0.2, final_lr_fraction=0.0, ema_beta=0.999)
 PRESETS = {
     "ivme": (IvmeConfig(), _CARD),
-    # The same model, data and number of tokens. Shuffled sources, a high rate for embeddings, and smaller steps with half
-    # of Muon's rate were better in short runs; the longer decay was as good. Together they beat the card's recipe in half
-    # an hour on two cores (MEASUREMENTS.md). At 1.5 billion tokens nobody has compared them yet.
+    # The same model, data and number of tokens. Shuffled sources, a high rate for embeddings, and smaller steps with
+    # half of Muon's rate were better in short runs; the longer decay was as good. Together they beat the card's recipe
+    # in half an hour on two cores (MEASUREMENTS.md). At 1.5 billion tokens they have not been compared yet.
     "ivme-tuned": (IvmeConfig(), dict(
         _CARD, order="random", batch_tokens=262_144, max_steps=5788, muon_lr=0.01, lr=1e-2, decay_fraction=0.45,
         ema_beta=0.99)),
