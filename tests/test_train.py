@@ -23,7 +23,7 @@ import train
 from common import UserError
 from conftest import (
     ALONE, CPU, SMALL, FakeSource, command, evaluations, pretraining_plan, rows, run_train, same_tensors,
-    sources_of, step_rows,
+    sources_of, step_rows, timeless,
 )
 from corpus.folder import read_meta
 from corpus.loader import Loader
@@ -609,6 +609,15 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(flags, wo
     a, b = (run.read_checkpoint(workdir / out / "ckpt.pt") for out in ("whole", "parts"))
     for key in ("model", "ema", "optimizer", "loader", "step", "tokens"):
         assert same_tensors(a[key], b[key]), key
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_finished_by_resuming_it(workdir):
+    run_train("--data=pydocs-hybrid", "--out=run", "--max_steps=4")
+    whole, log = timeless("run"), workdir / "run/metrics.jsonl"
+    assert whole[-1]["final"]
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    assert train.main(["--resume", "--out=run"]) == 0
+    assert timeless("run") == whole
 
 
 def test_a_run_that_lost_its_latest_checkpoint_goes_on_from_its_best(workdir):
