@@ -261,9 +261,13 @@ def show(race, best, speeds, results):
 
     tables.write(race.runs.out / "table.md", main_table(race, best, speeds, of))
     tables.write(race.runs.out / "pairs.md", pairs_table(race, of))
-    tables.draw(race.runs.out / "curves.png", {
-        (entrant.name, recipe): [result.curve if result else [] for result in of(EQUAL_TIME, entrant.name, recipe)]
-        for entrant, recipe in race.starters})
+    curves = {}
+    for entrant, recipe in race.starters:
+        name = (entrant.name, recipe)
+        # seconds at the speed that equal time was reckoned with: what else ran on the machine does not matter
+        curves[name] = [[[tokens, tokens / speeds[name], bits] for tokens, _, bits in result.curve] if result else []
+                        for result in of(EQUAL_TIME, *name)]
+    tables.draw(race.runs.out / "curves.png", curves)
     print(f"wrote {race.runs.out}: table.md pairs.md curves.png results.jsonl")
 
 
