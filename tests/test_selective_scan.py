@@ -238,6 +238,23 @@ def test_decay_above_one_and_not_a_number_are_not_hidden(kind, use):
         assert scan(**broken)[0].isnan().all(), name
 
 
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
+def test_a_state_that_fades_is_zero_before_its_numbers_take_a_hundred_cycles_each(use):
+    use("cpu")
+    tiny = torch.finfo(torch.float32).tiny
+    x = dict(u=torch.zeros(1, 200, 20), delta=torch.ones(1, 200, 20), B=torch.ones(1, 200, 8), C=torch.ones(1, 200, 8),
+             A=-torch.linspace(0.3, 1.3, 160).view(20, 8))
+    x["u"][:, 0] = 1
+    y, h = scan(**x)
+    exact, _ = brute_force(**x)
+    assert (exact[exact > 0] < tiny).any() and ((y == 0) | (y >= tiny)).all()
+    assert torch.equal(h[h < tiny], torch.zeros_like(h[h < tiny])) and (h > 0).any()
+    y = torch.ops.selective_scan_cpu.step(torch.full((1, 20, 8), 2 * tiny), *(x[k][:, 1] for k in ("u", "delta")),
+                                          x["A"], *(x[k][:, 1] for k in ("B", "C")), None)
+    assert ((y == 0) | (y >= tiny)).all() and (y == 0).any()
+    assert torch.full((9,), tiny).div(2).gt(0).all()  # outside, such numbers are as they were
+
+
 def test_one_token_step_equals_the_scan(use):
     for kind in IMPLEMENTATIONS:
         for N in (1, 7, 16, 64, 100):
