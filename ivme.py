@@ -113,10 +113,11 @@ def causal_attention(q, k, v, mask=None):
             return causal_attention(q.float(), k.float(), v.float(), mask).type_as(v)
     T, S = q.size(2), k.size(2)
     q, k = q.type_as(v), k.type_as(v)
-    if mask is not None:
-        # CUDA's attention with a mask has no shared heads, so every query head gets a copy
+    if mask is not None or (v.is_cuda and v.dtype == torch.float32):
+        # CUDA's attention with a mask, or in fp32, has no shared heads, so every query head gets a copy
         k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
         v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
+    if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.type_as(v))
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

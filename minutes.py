@@ -78,7 +78,7 @@ def measured(plan, task, world, on, make_optimizers, steps=0, micro_rows=0):
     if s.grad_checkpoint:
         machine.checkpoint_blocks(model)
     optimizers, params = make_optimizers(model, s, on.dtype), list(model.parameters())
-    x = torch.randint(plan.cfg.vocab_size, (micro_rows, s.block_size + 1), device=on.device)
+    x, y = torch.randint(plan.cfg.vocab_size, (2, micro_rows, s.block_size), device=on.device).unbind()
     reset = None
     if task.frame is not None:
         reset = torch.rand(micro_rows, s.block_size, device=on.device) < 0.01
@@ -86,7 +86,7 @@ def measured(plan, task, world, on, make_optimizers, steps=0, micro_rows=0):
     def gradients(net, last):
         with machine.gradients_stay_here(net, last):
             with on.autocast():
-                loss = net(x[:, :-1], x[:, 1:], reset=reset)[1]
+                loss = net(x, y, reset=reset)[1]
             loss.backward()
 
     def update():

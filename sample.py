@@ -27,6 +27,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -104,6 +105,8 @@ def likeliest(p, share):
 def draw(p, generator):
     """A token (B, 1) from each row of probabilities p (B, V): where a random number lies among their sums.
     torch.multinomial would draw a number for every token of the vocabulary."""
+    if p.is_cuda:  # where sums of many numbers at once need not be in order, and an excluded token might be drawn
+        return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
     sums = p.cumsum(-1)
     at = torch.rand(len(p), 1, device=p.device, generator=generator) * sums[:, -1:]
     at *= 1 - 2 ** -23  # below the last sum, also where the product was rounded up
@@ -191,6 +194,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_
 
 
 MOST_ROWS = 16  # sequences at once for which `quick_step` is the quicker way
+PATIENCE = 2.0  # seconds until somebody whose standard input has no end is told what is waited for
 
 
 def quick_step(model, tokens, dtype=torch.float32):
@@ -680,7 +684,11 @@ def main(argv):
 
     prompt = mended(s.prompt)
     if "prompt" not in given and sys.stdin and not sys.stdin.isatty():
+        waiting = threading.Timer(PATIENCE, note, ["the prompt is read from standard input, which has not ended yet; "
+                                              "--prompt= begins a new document instead"])
+        waiting.start()
         prompt = sys.stdin.read().removesuffix("\n")
+        waiting.cancel()
     started = time.monotonic()
     produced = write_samples(model, tokenizer, prompt, s, sampling)
     if sys.stderr.isatty():

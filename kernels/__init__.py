@@ -30,7 +30,8 @@ from torch import Tensor
 from . import build, reference
 from .reference import CHUNK
 
-MAX_STATES = 256  # what the CUDA kernels are made for
+MAX_STATES = 256  # what the CUDA kernels are made for,
+SHARED_MEMORY = 92 * 1024  # and the bytes of shared memory that their largest block takes; a T4 and a P100 have less
 
 
 # ---------------------------------------------------------------------------------------------------- implementations
@@ -50,6 +51,17 @@ def compiled(kind, must):
         return None
 
 
+@functools.cache
+def has_room(device):
+    """Whether the CUDA kernels fit this GPU. If they do not, a line says so."""
+    gpu = torch.cuda.get_device_properties(device)
+    if gpu.shared_memory_per_block_optin >= SHARED_MEMORY:
+        return True
+    print(f"kernels      {gpu.name} has too little shared memory, so the selective scan runs in PyTorch, several times "
+          "slower", file=sys.stderr, flush=True)
+    return False
+
+
 def implementation(x):
     """The module or operators that compute the scan for tensors like x. Raises ValueError for an unknown KERNELS."""
     choice = os.environ.get("KERNELS") or "auto"
@@ -59,7 +71,7 @@ def implementation(x):
     kind = x.device.type
     if choice == "reference" or kind not in ("cpu", "cuda"):
         return reference
-    if kind == "cuda" and (choice == "cpu" or x.dtype == torch.float64):
+    if kind == "cuda" and (choice == "cpu" or x.dtype == torch.float64 or not has_room(x.device)):
         return reference
     return compiled(kind, must=choice == kind) or reference
 

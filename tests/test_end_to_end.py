@@ -182,6 +182,26 @@ def test_two_processes_give_the_losses_of_one(launch, workdir):
     assert len(b["rng"]) == 2
 
 
+def test_two_processes_train_what_a_switch_leaves_without_gradients(workdir):
+    flags = [flag for flag in SMALL if not flag.startswith(("--model", "--n_kv", "--d_ff"))]
+    flags += ["--model=i3", "--scan=false", "--d_state=4", "--delta_rank=4", "--ffn_rank=8", "--head_rank=8"]
+    flags += ["--vocab_size=600", "--data=two-hybrid", "--max_steps=3", "--order=balanced", "--micro_batch=2"]
+    for status, _, err in together(2, ROOT / "train.py", *flags, "--out=two"):
+        assert status == 0, err
+    assert [row["step"] for row in step_rows("two")] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_compiled_model(workdir):
+    flags = [flag for flag in SMALL if not flag.startswith("--compile")]
+    flags += ["--vocab_size=600", "--data=two-hybrid", "--max_steps=3", "--micro_batch=2", "--order=balanced"]
+    finish(command(ROOT / "train.py", *flags, "--compile=off", "--out=one"))
+    for status, _, err in together(2, ROOT / "train.py", *flags, "--compile=on", "--out=two"):
+        assert status == 0, err
+    for a, b in zip(step_rows("one"), step_rows("two"), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-4)
+
+
 # Each process counts the matrices that it orthogonalises and compares its step with that of a process alone
 SHARED_MUON = """
 import torch, torch.distributed as dist, train

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import kernels
 from conftest import ROOT, command
+from kernels import bench
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 IMPLEMENTATIONS = ["reference"] + ["cpu"] * bool(COMPILER) + ["cuda"] * torch.cuda.is_available()
@@ -379,6 +381,22 @@ def test_shapes_that_do_not_fit_are_refused(use):
 
 
 # ---------------------------------------------------------------------------------------------------- building
+
+def test_a_gpu_with_too_little_memory_for_a_block_gets_the_reference(monkeypatch, capsys):
+    for room, has_room in ((64 * 1024, False), (99 * 1024, True)):
+        gpu = types.SimpleNamespace(name="Tesla T4", shared_memory_per_block_optin=room)
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: gpu)
+        assert kernels.has_room(f"cuda with {room}") is has_room
+        assert (capsys.readouterr().err == "") is has_room
+
+
+def test_the_benchmarks_contenders_compute_the_same(monkeypatch):
+    monkeypatch.setattr(bench, "compiled_steps", lambda: bench.steps)  # what compiling leaves as it is
+    *x, dy = bench.inputs(2, 70, 12, 8, torch.float64, "cpu")
+    loop, pieces = (bench.with_gradients(f, [v.clone().requires_grad_() for v in x], dy)
+                    for f in (bench.loop, bench.compiled_loop))
+    assert max(error(a.detach(), b.detach()) for a, b in zip(pieces, loop)) < 1e-12
+
 
 def test_the_folder_imports_nothing_of_the_project():
     """So that it can be copied alone."""
