@@ -15,6 +15,7 @@ import platform
 import re
 import shlex
 import shutil
+import stat
 import sys
 import time
 from fractions import Fraction
@@ -159,7 +160,6 @@ def flag_value(argv, name):
 
 def run_tool(main):
     """Runs main(argv) and exits. A user's mistake becomes one line on standard error and exit status 2."""
-    tool = Path(sys.argv[0]).name
     # a stream that was closed is one that nobody reads
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -171,22 +171,46 @@ def run_tool(main):
     try:
         if sys.version_info < (3, 11):
             raise UserError(f"this needs Python 3.11 or newer, and {sys.executable} is {platform.python_version()}")
-        sys.exit(main(sys.argv[1:]))
-    except (UserError, argparse.ArgumentTypeError) as e:
-        message = str(e)
-    except KeyboardInterrupt:
+        status = main(sys.argv[1:])
+    except BaseException as e:
+        status = told(e)
+        if status is None:
+            raise
+    sys.exit(status)
+
+
+def told(error):
+    """Says in a line on standard error what ended the program, and returns its exit status; None, and no line, for what
+    is a fault of the program."""
+    tool = Path(sys.argv[0]).name
+    if isinstance(error, SystemExit):
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
         print(f"\n{tool}: stopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `... | head` closed the pipe
+        return 130
+    if isinstance(error, BrokenPipeError):  # `... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as e:
-        reason = e.strerror or e
-        if e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        return 0
+    if isinstance(error, (UserError, argparse.ArgumentTypeError)):
+        message = str(error)
+    elif isinstance(error, OSError):
+        reason = error.strerror or error
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             reason = "no space left on the disk; nothing was overwritten"
-        message = f"{e.filename or 'the output'}: {reason}"
+        message = f"{error.filename or 'the output'}: {reason}"
+    elif is_out_of_memory(error):
+        message = ("there is not enough memory; fewer rows at once need less: --micro_batch of train.py, finetune.py "
+                   f"and eval.py, --num_samples of sample.py ({str(error).split('. ')[0] or type(error).__name__})")
+    else:
+        return None
     print(f"{tool}: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
+    return 2
+
+
+def is_out_of_memory(error):
+    """Whether this is Python's, a CPU's or a GPU's way to say so, in torch's words, which need not be loaded here."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 # ---------------------------------------------------------------------------------------------------- the terminal
@@ -295,10 +319,16 @@ def lock(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write to, which then takes the place of `path`. A crash leaves the old or the new one whole."""
-    part = Path(path).with_name(Path(path).name + ".part")
+    """A file to write to, which then takes the place of `path`. A crash leaves the old or the new one whole.
+
+    Of a link, what it leads to is replaced; and who may read the old file may read the new one.
+    """
+    path = Path(os.path.realpath(path))
+    part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as f:
+            with contextlib.suppress(OSError):
+                os.chmod(part, stat.S_IMODE(os.stat(path).st_mode))
             yield f
             f.flush()
             os.fsync(f.fileno())  # without it the rename can reach the disk before the contents

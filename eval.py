@@ -151,7 +151,7 @@ def show_losses(measured):
     text = "one stream" if measured.frame is None else "each document by itself"
     print(f"{measured.heading()}: windows of {measured.context:,}, stride {measured.stride:,}, {text}")
     print("\n".join("  " + line for line in report.loss_table(result, sources)), flush=True)
-    if s.plot:
+    if s.plot and measured.world.is_main:
         draw(measured, sources)
     return dict(result, protocol=dict(window=measured.context, stride=measured.stride, text=text))
 
@@ -214,33 +214,48 @@ def make_bundle(measured, scores):
 
 
 def compare(s, world, paths):
-    """Ranks checkpoints by their mixed validation loss, and shows their behaviour beside it."""
+    """Ranks checkpoints by their mixed validation loss, and shows their behaviour beside it.
+
+    Raises UserError if they were trained on different sets, and --data does not say on which one they are measured.
+    """
     from evaluation import bundle, decoding
-    rows = []
+    rows, texts = [], []
     for path in paths:
         measured = Measured(replace(s, ckpt=path), world)
         sources = measured.sources()
+        texts.append({source.name: source.entries[1]["bytes"] for source in sources})
+        if texts[-1].keys() != texts[0].keys():
+            raise UserError(f"{path} was trained on {', '.join(texts[-1])}, {paths[0]} on {', '.join(texts[0])}, and "
+                            "losses of different texts have no order: --data names one for all")
         text = measured.losses(sources, s.eval_tokens or BUNDLE_TOKENS)
         run_text = decoding.RunText(sources, measured.tokenizer, measured.model.max_len // 2)
         behaves = decoding.greedy_behaviour(measured.model, measured.tokenizer, run_text)
         rows.append(bundle.checkpoint_row(path, measured.checkpoint, text, behaves))
     print("\n".join(bundle.comparison_lines(bundle.compare(rows))))
+    if any(text != texts[0] for text in texts):
+        print("not all were measured on the same validation text, so small differences mean nothing")
 
 
 # ---------------------------------------------------------------------------------------------------- the tool
 
 def keep(measured, **found):
-    """Adds what was found to eval.json beside the checkpoint. Findings about another checkpoint, step or weights go."""
+    """Adds what was found to eval.json beside the checkpoint. Findings about another checkpoint, step or weights go,
+    and scores of benchmarks under another protocol. A file of this name that is somebody else's stays as it is."""
     path = Path(measured.s.ckpt).with_name("eval.json")
     about = dict(checkpoint=Path(measured.s.ckpt).name, step=measured.checkpoint["step"], weights=measured.weights)
-    record = {}
+    record = about
     if path.exists():
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            pass  # half written by a program that was killed
-    if not isinstance(record, dict) or {name: record.get(name) for name in about} != about:
+            record = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or not about.keys() <= record.keys():
+            print(f"{path} was not written by this program and is left as it is; what was found is not kept")
+            return
+    if {name: record[name] for name in about} != about:
         record = about
+    if "tasks" in found and isinstance(record.get("tasks"), dict) and record.get("protocol") == found["protocol"]:
+        found["tasks"] = record["tasks"] | found["tasks"]
     with replacing(path) as f:
         f.write(json.dumps(record | found, indent=1).encode())
 
@@ -272,7 +287,8 @@ def main(argv):
         raise UserError("--tasks, --bundle and --compare run in one process; torchrun is for losses")
     with world.one_voice():
         if s.compare:
-            compare(s, world, [*s.compare.split(), *words])
+            first = [s.compare] if Path(s.compare).exists() else s.compare.split()
+            compare(s, world, [*first, *words])
             return 0
         s.ckpt = s.ckpt or latest_best(chat=False)
         measured = Measured(s, world)

@@ -465,12 +465,23 @@ class FineTuning(Pretraining):
             question = self.tokenizer.encode(self.s.sample_prompt, add_special_tokens=False).ids
             prompt = [self.bos, user, *question, assistant]
         else:
-            chats = next(source.val for source in self.measured_sources() if len(source.val))
-            chat = chats[:2 ** 16].tolist()
-            prompt = chat[:chat.index(assistant) + 1]
+            prompt = self.first_question(assistant)
+            if not prompt:
+                return []
         reply = self.generate(model, prompt)[len(prompt):]
         return ["user: " + self.tokenizer.decode(prompt[prompt.index(user):]),
                 "assistant: " + self.tokenizer.decode(reply)]
+
+    def first_question(self, assistant):
+        """The beginning of a validation chat up to its first reply, which fits into a row; empty if the first chats
+        are all longer."""
+        chats = next(source.val for source in self.measured_sources() if len(source.val))[:2 ** 16]
+        edges = document_edges(chats, self.bos, self.eos)
+        for begin, end in zip(edges, edges[1:]):
+            chat = chats[begin:min(end, begin + self.T)].tolist()
+            if assistant in chat:
+                return chat[:chat.index(assistant) + 1]
+        return []
 
     def about(self):
         s = self.s

@@ -7,14 +7,16 @@ import re
 import shutil
 import signal
 import sys
+import sysconfig
 import time
+import traceback
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 
-from common import UserError
+from common import UserError, told
 
 # ---------------------------------------------------------------------------------------------------- the device
 
@@ -104,6 +106,9 @@ def pick_device(device, dtype="auto", compile="auto", deterministic=False, local
 
 # ---------------------------------------------------------------------------------------------------- processes
 
+SILENT_SECONDS = 5.0  # torchrun looks after its processes ten times a second
+
+
 class World:
     """The processes that train together. torchrun starts one for each GPU and says who is who; without it there is one.
 
@@ -114,6 +119,10 @@ class World:
         self.rank, self.local_rank, self.size = 0, 0, 1
         if "MASTER_ADDR" in os.environ:  # else the variables are left over from a cluster's own launcher
             self.rank, self.local_rank, self.size = map(self.number, ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+            missing = [name for name in ("RANK", "MASTER_PORT") if name not in os.environ]
+            if self.size > 1 and missing:
+                raise UserError(f"WORLD_SIZE={self.size} in the environment, but no {' and no '.join(missing)}: start "
+                                "several processes with torchrun, or unset MASTER_ADDR for one")
         if self.rank >= self.size:
             raise UserError(f"RANK={self.rank} is not below WORLD_SIZE={self.size}; torchrun sets both")
         self.is_main = self.rank == 0
@@ -127,15 +136,17 @@ class World:
 
     @contextlib.contextmanager
     def one_voice(self):
-        """Inside, only the first process prints. Of a mistake that all processes meet, one line is enough."""
+        """Inside, only the first process prints. Of a mistake that all processes meet, one line is enough: the others
+        wait until torchrun ends them, and speak if it does not, because the first one has not met it."""
         if self.is_main:
             yield
             return
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             try:
                 yield
-            except UserError:
-                sys.exit(2)
+            except UserError as e:
+                time.sleep(SILENT_SECONDS)
+                raise UserError(f"process {self.rank} of {self.size}: {e}") from None
 
     @contextlib.contextmanager
     def joined(self, device):
@@ -149,8 +160,25 @@ class World:
             dist.init_process_group("gloo")
         try:
             yield
+        except BaseException as e:
+            if device.type == "cuda":
+                self.end_at_once(e)
+            raise
         finally:
             dist.destroy_process_group()
+
+    def end_at_once(self, error):
+        """Says what happened and ends the process. The others wait for it in an exchange, and would do so for half an
+        hour, because leaving NCCL in good order means to wait for them; torchrun ends them when this one has ended."""
+        if not self.is_main:
+            time.sleep(SILENT_SECONDS)
+        status = told(error)
+        if not isinstance(status, int):
+            traceback.print_exception(error)
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
     def sum(self, tensor):
         """The sum of a CPU tensor over all processes, in place."""
@@ -209,13 +237,31 @@ def make_net(model, s, on, world):
         net, how = model, ""
         work = model.flops_per_token(s.block_size) * s.batch_tokens * s.max_steps
         pays = on.device.type == "cuda" or (on.device.type == "cpu" and on.compiler and work > COMPILE_PAYS)
-        if s.compile == "on" or (s.compile == "auto" and pays):
+        if s.compile == "on" or (s.compile == "auto" and pays and can_compile(on)):
             torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # now the compiler knows
+            # graphs stay whole; gradients are exchanged once a step, of which cutting them would hide little
+            torch._dynamo.config.optimize_ddp = False
             net, how = torch.compile(model, dynamic=False), "compiled"
     if world.size > 1:
         ids = [on.device.index] if on.device.type == "cuda" else None
-        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
+        idle = not getattr(model.cfg, "scan", True)  # i3's parameters of a scan that is left out
+        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=ids, find_unused_parameters=idle)
     return net, how
+
+
+def can_compile(on):
+    """Whether torch.compile has what it needs: a compiler and, for a GPU, Triton, which needs Python's headers too. A
+    line says so if a GPU has to do without."""
+    if on.device.type != "cuda":
+        return on.compiler
+    from torch.utils._triton import has_triton
+    headers = os.path.join(sysconfig.get_path("include"), "Python.h")
+    lacks = [what for what, is_here in (("a C compiler", on.compiler), (headers, os.path.exists(headers)),
+                                        ("a Triton for this GPU", has_triton())) if not is_here]
+    if lacks:
+        print(f"compile      torch.compile lacks {' and '.join(lacks)}, so training takes longer",
+              file=sys.stderr, flush=True)
+    return not lacks
 
 
 def quick_orthogonalize(s, muon):

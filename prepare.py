@@ -89,6 +89,7 @@ SAMPLE_BYTES = 32 * 2 ** 20  # text that a tokenizer learns from, shared equally
 HUB_SCAN = 2 ** 20  # bytes of a Hub data set that the first pass reads at least
 BATCH_BYTES = 4 * 2 ** 20  # text that is encoded at once: enough to keep every core busy, and little memory
 BATCH_ROWS = 100_000  # rows that are encoded at once at most
+LONGEST_NAME = 200  # bytes of a folder's name; file systems take 255, and the lock beside it has a longer one
 SAVE_SECONDS = 10  # between two records of how far the work is
 
 LOWERCASE_ASCII = 95 - 26 + 2  # characters of ASCII without capitals: the printable ones, tab and line end
@@ -111,6 +112,9 @@ def prepare(names, s):
 
     words = [split_budget(name)[0] for name in names]
     folder = Path(s.out_dir) / (s.name or corpus_name(words, s.tokenizer, tokenizer_plan.vocab_size))
+    if len(os.fsencode(folder.name)) > LONGEST_NAME:
+        raise UserError(f"the name of the prepared folder would be made of {len(names)} names and be too long: give "
+                        "--name, or name the folder that holds the files, which makes them one source")
     if not folder.exists():
         with alone(folder):
             if not folder.exists():  # another process may have made it in the meantime

@@ -24,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 import prepare
 from common import (
-    BOOLEANS, Progress, UserError, flag_value, lock, mended, nearest, parse_flags, quoted, replacing, yes_or_no,
+    BOOLEANS, Progress, UserError, flag_value, is_out_of_memory, lock, mended, nearest, parse_flags, quoted, replacing,
+    yes_or_no,
 )
 from corpus.folder import base_name, check_tokens, corpus_name, read_meta
 from corpus.loader import open_sources
@@ -90,7 +91,11 @@ def read_checkpoint(path):
         raise UserError(f"there is no checkpoint {path}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; name a checkpoint in it, such as {Path(path) / 'best.pt'}") from None
+    except (PermissionError, MemoryError):
+        raise
     except Exception as e:  # torch raises many types for a damaged file
+        if is_out_of_memory(e):
+            raise
         raise UserError(f"{path} is damaged or not a checkpoint ({type(e).__name__})") from None
 
     missing = KEYS
@@ -504,6 +509,14 @@ def is_prepared(name):
     return any((folder / "meta.json").exists() for folder in (Path(name), Path("data") / name))
 
 
+def is_of_another(folder, name):
+    """Whether a prepared folder was made of a file or folder that is here, and `name` is another one."""
+    if not os.path.exists(name):
+        return False
+    made_of = [source["origin"].get("path") for source in read_meta(folder)["sources"]]
+    return any(isinstance(path, str) and os.path.exists(path) and not os.path.samefile(path, name) for path in made_of)
+
+
 def find_folder(name, encoders, text):
     """The prepared folder that a name in --data means, or None: a path, a folder under data/, or data/NAME-TOKENIZER.
 
@@ -515,7 +528,7 @@ def find_folder(name, encoders, text):
             return folder
     for encoder, vocab_size in encoders:
         folder = Path("data") / corpus_name([name], encoder, vocab_size)
-        if not (folder / "meta.json").exists():
+        if not (folder / "meta.json").exists() or is_of_another(folder, name):
             continue
         if text is None or (folder / "tokenizer.json").read_text(encoding="utf-8") == text:
             return folder
@@ -523,7 +536,7 @@ def find_folder(name, encoders, text):
     # it may have been prepared with another file that holds the same tokenizer, such as another run's
     base = base_name(name)
     for folder in sorted(path.parent for path in Path("data").glob("[!.]*/meta.json")):
-        if text is None or not folder.name.startswith(f"{base}-"):
+        if text is None or not folder.name.startswith(f"{base}-") or is_of_another(folder, name):
             continue
         sources = [source["name"] for source in read_meta(folder)["sources"]]
         if sources == [base] and (folder / "tokenizer.json").read_text(encoding="utf-8") == text:

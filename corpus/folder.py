@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import Progress, UserError, lock
-from corpus.files import SUFFIXES
+from corpus.files import suffix_of
 from corpus.text import SKIPPED, Document, Seen, split_label
 from corpus.tokenizer import DEFAULT_VOCAB, READY, TRAINERS
 
@@ -56,9 +56,10 @@ def corpus_name(names, tokenizer, vocab_size):
 def base_name(word):
     """'books/novels.jsonl' -> 'novels', 'novels@it/books' -> 'novels', 'ORG/NAME' -> 'NAME', 'pydocs' -> 'pydocs'."""
     name, _, _ = split_label(word)
-    if os.path.exists(name) or name.lower().endswith(SUFFIXES):
-        return Path(name).resolve().name.split(".")[0]
-    return Path(name).name
+    if not os.path.exists(name) and not suffix_of(name):
+        return Path(name).name
+    whole = Path(name).resolve().name
+    return whole if os.path.isdir(name) else whole[:len(whole) - len(suffix_of(whole))]
 
 
 def tokenizer_name(tokenizer):
@@ -229,13 +230,17 @@ def alone(folder, tool="prepare.py"):
     """Inside, no other process makes this folder: it waits until another one that does is done."""
     new = [parent for parent in folder.parents if not parent.exists()]
     path = folder.with_name(f".{folder.name}.lock")
-    told = False
+    told, vanished = False, 0
     while True:
-        with contextlib.suppress(FileNotFoundError):  # the other one has just removed the lock, or an empty folder
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = lock(path)
             if file is not None and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
+        except FileNotFoundError:  # the other one has just removed the lock, or an empty folder
+            vanished += 1
+            if vanished > 10:  # or no folder can be made here, as in one that was deleted
+                raise
         if not told:
             Progress().done(f"waiting      another {tool} is making {folder}")
             told = True

@@ -368,8 +368,9 @@ class LocalSource(TextSource):
     seed: int = 0  # draws the order of the files
 
     def is_sample(self):
-        """Whether a budget needs only a part of several files: a token has fewer than 8 bytes on average."""
-        return len(self.layouts) > 1 and 0 < 8 * self.budget < self.origin["file_bytes"]
+        """Whether a budget may end before several files do, so that all are to give some of it: a token has a byte of
+        text at least, and a byte of a compressed file seldom holds more than ten."""
+        return len(self.layouts) > 1 and 0 < self.budget < 10 * self.origin["file_bytes"]
 
     def reader(self, state=None, wanted=None):
         # one short file must still give documents for both splits

@@ -250,17 +250,22 @@ def pages(text):
 def read_rows(path):
     """The rows of a local file: of a .jsonl file its lines, of text the pages. UserError if it is damaged."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
     if path.suffix != ".jsonl":
         return [dict(page=page) for page in pages(text)]
     rows = []
-    for i, line in enumerate(text.splitlines(), 1):
+    for i, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             rows.append(json.loads(line))
         except ValueError:
             raise UserError(f"{path}, line {i}: not JSON") from None
+        lacks = [name for name in rows[0] if name not in rows[-1]] if isinstance(rows[-1], dict) else ["its fields"]
+        if lacks:
+            raise UserError(f"{path}, line {i} lacks {lacks[0]}, which the others have")
     if not rows:
         raise UserError(f"{path} is empty")
     return rows
@@ -479,8 +484,14 @@ def run_tasks(lm, names, limit=0, tasks_dir=""):
                 lm.scorer.show(f"loading {name}")
                 found += load_task(name, manager, tasks_dir)
             groups = {one.name: one for one in found if is_group(one)}
-            results = evaluate(lm, dict(tasks=prepared(found), groups=groups), limit=limit or None, log_samples=False,
-                               bootstrap_iters=100)
+            try:
+                results = evaluate(lm, dict(tasks=prepared(found), groups=groups), limit=limit or None,
+                                   log_samples=False, bootstrap_iters=100)
+            except (ValueError, TypeError, KeyError, IndexError) as e:
+                if not tasks_dir:
+                    raise
+                raise UserError(f"a row of the local files in {tasks_dir} is not as the task needs it "
+                                f"({type(e).__name__}: {str(e)[:200]})") from None
             scores = {}
             for one in found:
                 scores |= scores_of(one, results)

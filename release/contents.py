@@ -104,10 +104,10 @@ class Release:
 
     @functools.cached_property
     def evaluation(self):
-        """eval.json; empty if it is not there, or about other weights."""
+        """eval.json; empty if it is not there, or about other weights, or not eval.py's."""
         found = read_json(self.beside("eval.json"))
-        is_mine = found.get("step", self.checkpoint["step"]) == self.checkpoint["step"]
-        is_mine &= str(found.get("weights", self.weights)).lower() == self.weights
+        is_mine = found.get("step") == self.checkpoint["step"]
+        is_mine &= str(found.get("weights")).lower() == self.weights
         return found if is_mine else {}
 
     @property

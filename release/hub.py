@@ -47,7 +47,7 @@ def push(folder, name):
 def fetch(name):
     """A folder with the files of a model of the Hub that can be imported. UserError if the Hub has no such model."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     api = connect()
     try:
         info = api.model_info(name, timeout=8)
@@ -55,6 +55,9 @@ def fetch(name):
         weights = [file for file in there if re.fullmatch(r"model[\w-]*\.safetensors(\.index\.json)?", file)]
         wanted = [file for file in TEXT_FILES if file in there] + (weights or ["pytorch_model.bin"])
         return Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted))
+    except GatedRepoError:
+        raise UserError(f"{name} is on the Hub for those who accept its terms: do so on its page, then log in with "
+                        "hf auth login") from None
     except RepositoryNotFoundError:
         raise UserError(f"there is no folder {name} here, and no public model of this name on the Hub") from None
     except Exception as e:  # the Hub's client and its HTTP library raise many types

@@ -162,6 +162,13 @@ def test_the_lock_is_held_inside_and_free_afterwards(tmp_path):
         assert not Path(folder.parent).exists()
 
 
+def test_in_a_folder_that_was_deleted_nobody_waits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.rmdir(tmp_path)
+    with pytest.raises(FileNotFoundError), alone(Path("data/x")):
+        pass
+
+
 @pytest.mark.parametrize("words", [["book.txt"], ["pydocs", "--out_dir=book.txt"]])
 def test_where_no_folder_can_be_made_one_line_says_so(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import example, given, strategies as st
 
 from common import (LastingOutput, Progress, UserError, clock, columns, flag_value, lock, mended, number, parse_flags,
@@ -154,6 +155,9 @@ ENDINGS = {
     "a full disk": (OSError(errno.ENOSPC, "No space left on device", "a.bin"), 2,
                     "tool.py: a.bin: no space left on the disk; nothing was overwritten\n"),
     "Ctrl-C": (KeyboardInterrupt(), 130, "\ntool.py: stopped\n"),
+    "a GPU's memory": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has"), 2,
+                       "tool.py: there is not enough memory; fewer rows at once need less: --micro_batch of train.py, "
+                       "finetune.py and eval.py, --num_samples of sample.py (CUDA out of memory)\n"),
 }
 
 
@@ -205,6 +209,17 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     with replacing(path) as f:
         f.write(b"new")
     assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_link_stays_a_link_and_a_file_of_ones_own_stays_ones_own(tmp_path):
+    (tmp_path / "there").mkdir()
+    path, link = tmp_path / "there/chats", tmp_path / "link"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    link.symlink_to(path)
+    with replacing(link) as f:
+        f.write(b"new")
+    assert link.is_symlink() and path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("text, expected", [("caffè 😀", "caffè 😀"), ("\ud83d\ude00", "😀"), ("a\ud83db", "a\ufffdb")])

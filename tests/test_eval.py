@@ -11,7 +11,7 @@ import finetune
 import prepare
 import run
 from common import UserError
-from conftest import ROOT, rows, run_train, together
+from conftest import ALONE, ROOT, rows, run_train, together
 from made_up import made_up_chats
 
 MEASURE = ["--device=cpu", "--micro_batch=3"]
@@ -99,6 +99,30 @@ def test_what_was_found_is_kept_beside_the_checkpoint_until_it_is_another_one(tr
     assert json.loads(Path("run/eval.json").read_text())["tasks"] == "of an earlier call"
     measured(capsys, "--ckpt=run/ckpt.pt", "--eval_tokens=512")
     assert "tasks" not in json.loads(Path("run/eval.json").read_text())
+
+    for text in ('{"question": "?"}', "[1]", '{"a": 1}\n{"a": 2}\n'):  # somebody's data
+        Path("run/eval.json").write_text(text)
+        _, table = measured(capsys, *flags)
+        assert "run/eval.json" in table and Path("run/eval.json").read_text() == text
+
+
+def test_checkpoints_of_different_sets_have_no_order_and_a_path_may_have_spaces(trained, workdir, capsys):
+    run_train("--data=two-hybrid", "--out=my other", "--max_steps=2", "--ema_beta=0")
+    flags = ["--device=cpu", "--eval_tokens=512", f"{trained}/best.pt"]
+    with pytest.raises(UserError, match="best.pt was trained on pydocs, .*/best.pt on .*: --data names one for all"):
+        eval.main(["--compare=my other/best.pt", *flags])
+    capsys.readouterr()
+    eval.main(["--compare", "my other/best.pt", "--data=pydocs-hybrid", *flags])
+    assert "my other" in capsys.readouterr().out
+
+
+def test_scores_of_one_protocol_stay_together(trained, workdir):
+    shutil.copytree(trained, "run")
+    one = eval.Measured(eval.Settings(ckpt="run/best.pt", device="cpu"), ALONE)
+    for task, limit in (("a", 0), ("b", 0), ("c", 5)):
+        eval.keep(one, tasks={task: 1}, protocol=dict(limit=limit))
+        kept = json.loads(Path("run/eval.json").read_text())
+        assert set(kept["tasks"]) == (set("ab"[:"ab".index(task) + 1]) if task != "c" else {"c"})
 
 
 def test_a_fine_tuned_checkpoint_is_measured_on_replies_base_data_and_relevance(tuned, workdir, capsys):

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -625,6 +626,17 @@ for flags in json.loads(sys.argv[1]):
     if len(sys.argv) > 2:
         os.environ[sys.argv[2]] = "something"
 """
+
+
+def test_a_model_behind_terms_is_said_to_be_one(monkeypatch):
+    from huggingface_hub.errors import GatedRepoError
+    from release import hub
+
+    def model_info(name, timeout):
+        raise GatedRepoError.__new__(GatedRepoError)
+    monkeypatch.setattr(hub, "connect", lambda: types.SimpleNamespace(model_info=model_info))
+    with pytest.raises(UserError, match="org/model is on the Hub for those who accept its terms: .* hf auth login"):
+        hub.fetch("org/model")
 
 
 def test_a_release_goes_up_to_the_hub_and_comes_down_again(checkpoints, tmp_path, monkeypatch):

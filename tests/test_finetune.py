@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+import types
 
 import numpy as np
 import pytest
@@ -591,6 +592,15 @@ def test_init_from_and_a_set_of_chats_is_all_that_tuning_needs(model, chat_data,
     assert s.max_steps == math.ceil(3 * loader.per_epoch[0] / 16)
     before, *_, after = (row["val_loss"] for row in evaluations(out))
     assert "base" in before["raw"] and after["raw"]["mixed"] < before["raw"]["mixed"]
+
+
+@pytest.mark.parametrize("lengths, asked", [((200, 200, 3), 3), ((200, 200), 0), ((5, 3), 5)])
+def test_a_sample_is_asked_the_first_question_that_fits_into_a_row(lengths, asked):
+    bos, eos, assistant, word = 1, 2, 5, 9
+    tokens = [token for n in lengths for token in (bos, *[word] * n, assistant, 8, eos)]
+    task = types.SimpleNamespace(T=64, bos=bos, eos=eos, measured_sources=lambda: [FakeSource([0], val=tokens)])
+    question = finetune.FineTuning.first_question(task, assistant)
+    assert question == ([bos, *[word] * asked, assistant] if asked else [])
 
 
 def test_what_is_typed_goes_before_what_is_gentle(chat_data, workdir):

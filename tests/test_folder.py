@@ -48,6 +48,8 @@ def test_folder_is_named_after_text_and_tokenizer(given, name, tmp_path):
     ("here/novels.jsonl.gz@it/books", "novels"),
     ("here/", "here"),
     ("here@en", "here"),
+    ("gone/novels.en.JSONL.GZ", "novels.en"),
+    ("v1.0", "v1.0"),
     ("gone/novels.jsonl", "novels"),  # the text may be deleted when the folder is read
     ("ORG/NAME", "NAME"),
     ("ORG/NAME-1.5B@it/web", "NAME-1.5B"),
@@ -55,6 +57,7 @@ def test_folder_is_named_after_text_and_tokenizer(given, name, tmp_path):
 ])
 def test_a_name_without_its_path_is_what_a_folder_is_called(word, base, tmp_path, monkeypatch):
     (tmp_path / "the_place/here").mkdir(parents=True)
+    (tmp_path / "the_place/v1.0").mkdir()
     (tmp_path / "the_place/here/novels.jsonl.gz").touch()
     monkeypatch.chdir(tmp_path / "the_place")
     assert corpus_name([word], "bpe", 16_384) == f"{base}-bpe"

@@ -415,10 +415,30 @@ def test_what_is_wrong_with_the_data_is_one_line(tmp_path):
                         mistake(["blimp_wh_island"], tmp_path))
     path.write_text('{"sentence_good": "a", "sentence_bad": "b"}\n{"sentence')
     assert mistake(["blimp"], tmp_path) == f"{path}, line 2: not JSON"
+    path.write_text('{"sentence_good": "a", "sentence_bad": "b"}\n\n{"sentence_good": "a"}\n')
+    assert mistake(["blimp"], tmp_path) == f"{path}, line 3 lacks sentence_bad, which the others have"
+    path.write_text('{"sentence_good": "a", "sentence_bad": "b"}\n[1]\n')
+    assert mistake(["blimp"], tmp_path) == f"{path}, line 2 lacks its fields, which the others have"
     path.write_bytes(b"\xff\xfe")
     assert mistake(["blimp"], tmp_path) == f"{path} is not UTF-8 text"
     path.write_bytes(b"")
     assert mistake(["blimp"], tmp_path) == f"{path} is empty"
+
+
+def test_a_row_that_the_task_cannot_use_is_one_line(tmp_path):
+    (tmp_path / "arc_easy").mkdir()
+    choices = dict(text=["a", "b"], label=["A", "B"])
+    rows = [dict(id="1", question="?", choices=choices, answerKey=key) for key in ("A", "Z")]
+    (tmp_path / "arc_easy/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert re.fullmatch(r"a row of the local files in .* is not as the task needs it \(ValueError: .*\)",
+                        mistake(["arc_easy"], tmp_path))
+
+
+def test_rows_are_lines_whatever_else_ends_a_line_elsewhere(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    text = "one\u2028two\x85three"
+    path.write_text("\ufeff" + json.dumps(dict(a=text), ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert harness.read_rows(path) == [dict(a=text)]
 
 
 def test_a_task_that_is_not_possible_is_one_line(tasks_dir, tmp_path):

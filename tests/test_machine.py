@@ -64,17 +64,48 @@ def test_compiling_without_a_compiler_says_so(workdir):
     assert not (workdir / "out").exists()
 
 
-def test_of_several_processes_only_the_first_one_speaks(monkeypatch, capsys):
+def test_of_several_processes_the_first_one_speaks_and_the_others_if_nothing_ends_them(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "SILENT_SECONDS", 0.01)
     said = {}
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        with pytest.raises((UserError, SystemExit)) as end, machine.World().one_voice():
+        monkeypatch.setenv("MASTER_PORT", "1")
+        with pytest.raises(UserError) as end, machine.World().one_voice():
             print("about to fail")
             raise UserError("wrong")
-        said[rank] = end.type, capsys.readouterr().out
-    assert said == {"0": (UserError, "about to fail\n"), "1": (SystemExit, "")}
+        said[rank] = str(end.value), capsys.readouterr().out
+    assert said == {"0": ("wrong", "about to fail\n"), "1": ("process 1 of 2: wrong", "")}
+
+
+def test_on_a_gpu_a_process_that_failed_ends_at_once_because_the_others_wait_for_it(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *how, **more: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: ended.append("in good order"))
+    monkeypatch.setattr("os._exit", ended.append)
+    world = machine.World()
+    world.size = 2
+    for error, status, line in ((UserError("wrong"), 2, ": wrong\n"), (ZeroDivisionError("1 / 0"), 1, "Error: 1 / 0\n")):
+        with pytest.raises(type(error)), world.joined(torch.device("cuda")):
+            raise error
+        assert ended[0] == status and capsys.readouterr().err.endswith(line)
+        ended.clear()
+    with world.joined(torch.device("cuda")):
+        pass
+    assert ended == ["in good order"]
+
+
+def test_a_gpu_without_what_compiling_needs_trains_all_the_same(monkeypatch, capsys):
+    on = machine.Device(torch.device("cuda"), torch.float32, compiler=True)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/none")
+    assert not machine.can_compile(on)
+    assert capsys.readouterr().err == ("compile      torch.compile lacks /none/Python.h and a Triton for this GPU, so "
+                                       "training takes longer\n")
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr("os.path.exists", lambda path: True)
+    assert machine.can_compile(on)
 
 
 def test_a_signal_asks_once_and_a_second_one_ends_the_process():
@@ -103,7 +134,7 @@ def test_the_watch_stands_still_while_it_is_paused(monkeypatch):
 
 @pytest.mark.parametrize("env, expected", [
     (dict(RANK="3", WORLD_SIZE="8"), (0, 1)),  # left over from a cluster's launcher, which gives no address
-    (dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1"), (1, 2)),
+    (dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"), (1, 2)),
     (dict(MASTER_ADDR="127.0.0.1"), (0, 1)),
 ])
 def test_processes_are_counted_only_if_somebody_started_them_together(env, expected, monkeypatch):
@@ -119,6 +150,7 @@ def test_processes_are_counted_only_if_somebody_started_them_together(env, expec
     ("WORLD_SIZE", "all", "WORLD_SIZE=all in the environment is not a number"),
     ("RANK", "-1", "RANK=-1 in the environment is not a number"),
     ("RANK", "1", "RANK=1 is not below WORLD_SIZE=1"),
+    ("WORLD_SIZE", "2", "WORLD_SIZE=2 in the environment, but no RANK and no MASTER_PORT: start several"),
 ])
 def test_an_odd_environment_is_one_line(name, value, line, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

@@ -82,6 +82,14 @@ def half_a_mask(d):
     cut(d / "data/chats/train.0-chats.mask.bin")
 
 
+def two_novels(d):
+    """Two files of one name, of which one is prepared."""
+    for folder in ("a", "b"):
+        (d / folder).mkdir()
+        (d / folder / "novels.txt").write_text((d / "book.txt").read_text() + folder)
+    prepare.prepare(["a/novels.txt"], prepare.Settings(tokenizer="hybrid", vocab_size=600))
+
+
 def short(d):
     """data/short: another text with another tokenizer."""
     prepare.prepare(["book.txt"], prepare.Settings(tokenizer="hybrid", vocab_size=300, name="short"))
@@ -166,6 +174,9 @@ MISTAKES = {
         train, [*TRAIN, "--data=book.txt"], nothing,
         "book.txt is not a prepared folder; make one of it: "
         "python prepare.py book.txt --tokenizer=hybrid --vocab_size=600"),
+    "another file of the same name": (
+        train, [*TRAIN, "--data=b/novels.txt"], two_novels,
+        "b/novels.txt is not a prepared folder; make one of it: python prepare.py b/novels.txt"),
     "a token file is missing": (
         train, TRAIN, lambda d: (d / "data/mine/train.0-pydocs.bin").unlink(), "train.0-pydocs.bin is missing"),
     "a token file is cut short": (

@@ -421,6 +421,13 @@ def test_every_name_is_a_source_with_language_and_kind(tmp_path):
         assert sorted(texts) == sorted(map(document, range(30 * i, 30 * i + 30)))
 
 
+def test_the_names_of_many_files_make_no_name_of_a_folder(tmp_path):
+    names = [write_jsonl(tmp_path / f"chapter_{i:02}.jsonl", [document(i), document(100 + i)]) for i in range(40)]
+    with pytest.raises(UserError, match="made of 40 names and be too long: give --name, or name the folder that holds"):
+        run(names, tmp_path / "data")
+    assert run(names, tmp_path / "data", name="all", vocab_size=300)[0].name == "all"
+
+
 def test_every_source_may_have_a_budget_of_its_own(tmp_path):
     names = []
     for i, name in enumerate("abc"):

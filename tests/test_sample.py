@@ -7,7 +7,9 @@ import select
 import shutil
 import signal
 import sys
+import threading
 import time
+import types
 from dataclasses import replace
 
 import pytest
@@ -197,6 +199,15 @@ def test_several_samples_are_marked_and_differ(trained, capsys):
 def test_the_prompt_may_come_from_standard_input(trained, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("class A\n"))
     assert show(capsys, f"--ckpt={trained}/best.pt", "--max_new_tokens=4").startswith("class A")
+
+
+def test_who_waits_for_a_prompt_that_does_not_end_is_told_so(trained, capsys, monkeypatch):
+    told = threading.Event()
+    monkeypatch.setattr(sample, "note", lambda text: told.set() if "read from standard input" in text else None)
+    monkeypatch.setattr(sample, "PATIENCE", 0.01)
+    stdin = types.SimpleNamespace(isatty=lambda: False, read=lambda: "def" if told.wait(30) else "")
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert show(capsys, f"--ckpt={trained}/best.pt", "--max_new_tokens=2").startswith("def")
 
 
 @pytest.fixture

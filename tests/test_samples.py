@@ -1,4 +1,5 @@
 """corpus/samples.py: a part of a set comes from all over it, and a stop changes nothing."""
+import gzip
 import itertools
 import json
 import math
@@ -59,6 +60,11 @@ def test_a_budget_that_needs_a_part_of_a_folder_comes_from_all_its_files_in_an_o
     assert made[0] == made[1] and made[0][1] != made[2][1]
     assert made[0][1] != sorted(made[0][1]) and set(made[0][1]) == {f"{k:02}.jsonl" for k in range(12)}
 
+    for path in (tmp_path / "in").iterdir():  # compressed files hold more text than their sizes say
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    folder, meta = run(f"{tmp_path}/in:8000", tmp_path, name="packed")
+    assert len({text.split()[0] for text in texts_of(folder, "train")}) == 12
     folder, meta = run(f"{tmp_path}/in:2M", tmp_path, name="all")  # a budget that needs all of it: in the files' order
     assert "files" not in meta["sources"][0]
     words = [text.split()[0] for text in texts_of(folder, "train")]
