@@ -367,10 +367,9 @@ class FineTuning(Pretraining):
 
     def next_batch(self, step):
         s, world, device = self.s, self.world, self.on.device
-        rows = self.loader.next_rows(self.rows)
+        rows, (x, y, reset) = self.read_next()
         numbers = range(world.rank, self.rows, world.size)  # of the rows that this process computes
         mine = [rows[i] for i in numbers]
-        x, y, reset = self.loader.tensors(mine)
         self.check_ids(x, y)
 
         # what counts, how much, and the sums of it over all processes

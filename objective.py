@@ -4,6 +4,7 @@ train.py's loop asks a task for the next batch and for the loss of each micro-ba
 like `Pretraining`: finetune.py has one for chats. The order of the rows is in corpus/loader.py.
 """
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,6 +82,9 @@ class Pretraining:
         self.loader = self.make_loader(s)
         self.s = self.settled(s)  # --epochs needs the number of rows, which the loader has counted
         self.loader.set_length(self.s.max_steps * self.rows)
+        self.place = None  # the loader's state behind the step's rows, which a checkpoint keeps
+        self.reads_ahead = on.device.type == "cuda"
+        self.reader, self.ahead = ThreadPoolExecutor(1), None
 
     def measured_sources(self):
         return self.sources
@@ -107,11 +111,27 @@ class Pretraining:
             raise UserError(f"the data holds token id {highest}, the model's vocabulary ends at {self.vocab_size - 1}; "
                             "prepare the data again")
 
-    def next_batch(self, step):
-        """The rows of the next step. Every process draws all of them and reads only its own."""
+    def read_next(self):
+        """(rows of the next step, the tensors of those that fall to this process). Every process draws all rows and
+        reads only its own. For a GPU they are read while it computes the step before."""
+        if not self.reads_ahead:
+            rows, tensors, self.place = self.read()
+            return rows, tensors
+        self.ahead = self.ahead or self.reader.submit(self.read)
+        rows, tensors, self.place = self.ahead.result()
+        self.ahead = self.reader.submit(self.read)
+        return rows, tensors
+
+    def read(self):
         rows = self.loader.next_rows(self.rows)
+        tensors = self.loader.tensors(rows[self.world.rank::self.world.size])
+        if self.on.device.type == "cuda":  # from pinned memory a copy needs nobody to wait for it
+            tensors = [x if x is None else x.pin_memory() for x in tensors]
+        return rows, tensors, self.loader.state_dict()
+
+    def next_batch(self, step):
+        rows, (x, y, reset) = self.read_next()
         targets = sum(n for _, pieces in rows for _, n in pieces)
-        x, y, reset = self.loader.tensors(rows[self.world.rank::self.world.size])
         self.check_ids(x, y)
         counts = (y >= 0).float()
         weights, whole = counts, targets
@@ -122,10 +142,9 @@ class Pretraining:
         micros = []
         for i in range(0, len(x), self.micro):
             part = slice(i, i + self.micro)
-            micros.append(Micro(x[part].to(self.on.device), y[part].to(self.on.device),
-                                None if reset is None else reset[part].to(self.on.device),
-                                None if self.boost is None else weights[part].to(self.on.device),
-                                share=float(weights[part].sum()) / whole))
+            moved = [None if t is None else t[part].to(self.on.device, non_blocking=True)
+                     for t in (x, y, reset, None if self.boost is None else weights)]
+            micros.append(Micro(*moved, share=float(weights[part].sum()) / whole))
         self.nats = torch.zeros((), device=self.on.device)
         return Batch(micros, targets, y[y >= 0])
 

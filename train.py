@@ -414,7 +414,7 @@ class Trainer:
             format=run.FORMAT, step=state.step, tokens=state.tokens, model_name=self.s.model, cfg=asdict(self.plan.cfg),
             train=asdict(self.s), model=self.model.state_dict(),
             ema={} if self.ema is None else dict(zip(self.names, self.ema)), use_ema=state.use_ema,
-            optimizer=self.optimizers.state_dict(), rng=self.world.gather(rng), loader=self.task.loader.state_dict(),
+            optimizer=self.optimizers.state_dict(), rng=self.world.gather(rng), loader=self.task.place,
             tokenizer=self.task.tokenizer_text,
             metrics=dict(best=dict(loss=state.best_loss, step=state.best_step), elapsed=state.elapsed)))
 

@@ -174,10 +174,20 @@ def fill_rows(tokens, rows, T):
     Inputs and targets are int64; a target is -1 where it does not count. reset is bool: true where a piece begins and
     where the padding begins.
     """
+    return rows_of([(tokens, pieces) for pieces in rows], T)
+
+
+def row_tensors(sources, rows, T):
+    """Rows as (number of the source, pieces) -> (inputs, targets, reset), see `fill_rows`."""
+    return rows_of([(sources[i].train, pieces) for i, pieces in rows], T)
+
+
+def rows_of(rows, T):
+    """The same of rows as (tokens, pieces of them)."""
     x = np.zeros((len(rows), T), np.int64)
     y = np.full((len(rows), T), -1, np.int64)
     reset = np.zeros((len(rows), T), bool)
-    for r, pieces in enumerate(rows):
+    for r, (tokens, pieces) in enumerate(rows):
         at = 0
         for start, n in pieces:
             piece = tokens[start:start + n + 1]
@@ -189,13 +199,6 @@ def fill_rows(tokens, rows, T):
             at += n
         reset[r, at:at + 1] = True
     return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(reset)
-
-
-def row_tensors(sources, rows, T):
-    """Rows as (number of the source, pieces) -> (inputs, targets, reset), see `fill_rows`."""
-    filled = [fill_rows(sources[i].train, [pieces], T) for i, pieces in rows]
-    x, y, reset = map(torch.cat, zip(*filled))
-    return x, y, reset
 
 
 # ---------------------------------------------------------------------------------------------------- the loader
@@ -278,10 +281,11 @@ class Loader:
 
     def next_row(self):
         """(number of the source, pieces) of the next row."""
+        i = 0
         if self.order == "sequential":
             i = int(np.searchsorted(self.turn_ends, sum(self.taken), side="right"))
             i = min(i, len(self.sources) - 1)
-        else:
+        elif len(self.sources) > 1:
             i = int(np.argmin((np.array(self.taken) + 0.5) / self.row_share))
         epoch, k = divmod(self.taken[i], self.per_epoch[i])
         if i not in self.dealt or self.dealt[i][0] != epoch:

@@ -86,7 +86,8 @@ def test_on_a_gpu_a_process_that_failed_ends_at_once_because_the_others_wait_for
     monkeypatch.setattr("os._exit", ended.append)
     world = machine.World()
     world.size = 2
-    for error, status, line in ((UserError("wrong"), 2, ": wrong\n"), (ZeroDivisionError("1 / 0"), 1, "Error: 1 / 0\n")):
+    for error, status, line in (
+            (UserError("wrong"), 2, ": wrong\n"), (ZeroDivisionError("1 / 0"), 1, "Error: 1 / 0\n")):
         with pytest.raises(type(error)), world.joined(torch.device("cuda")):
             raise error
         assert ended[0] == status and capsys.readouterr().err.endswith(line)

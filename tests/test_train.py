@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -609,6 +610,25 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(flags, wo
     a, b = (run.read_checkpoint(workdir / out / "ckpt.pt") for out in ("whole", "parts"))
     for key in ("model", "ema", "optimizer", "loader", "step", "tokens"):
         assert same_tensors(a[key], b[key]), key
+
+
+@pytest.mark.parametrize("flags", [[], ["--pack=document", "--order=balanced"]], ids=["stream", "documents"])
+def test_rows_that_are_read_ahead_are_the_same_and_a_checkpoint_knows_which_were_trained_on(
+        flags, workdir, monkeypatch):
+    run_train("--data=two-hybrid", "--out=plain", "--max_steps=8", "--decay_steps=2", *flags)
+    make, threads = objective.Pretraining.__init__, set()
+
+    def ahead(self, *args):
+        make(self, *args)
+        self.reads_ahead, read = True, self.read
+        self.read = lambda: threads.add(threading.current_thread()) or read()
+    monkeypatch.setattr(objective.Pretraining, "__init__", ahead)
+    run_train("--data=two-hybrid", "--out=ahead", "--max_steps=4", "--decay_fraction=0", *flags)
+    run_train("--resume", "--out=ahead", "--max_steps=8", "--decay_steps=2")
+    a, b = (run.read_checkpoint(workdir / out / "ckpt.pt") for out in ("plain", "ahead"))
+    for key in ("model", "optimizer", "loader", "tokens"):
+        assert same_tensors(a[key], b[key]), key
+    assert len(threads) == 2 and threading.main_thread() not in threads
 
 
 def test_a_run_killed_after_its_last_checkpoint_is_finished_by_resuming_it(workdir):
