@@ -136,10 +136,27 @@ def replies_of(measured):
     return Replies(plan, world, measured.on)
 
 
+def is_about_replies(measured, sources):
+    """Whether replies alone count: those of a model that was fine-tuned on chats."""
+    return run.is_fine_tuning(measured.recorded) and any(source.is_chat for source in sources)
+
+
+def losses_of(measured, sources):
+    """The losses that rank a checkpoint, of --eval_tokens or BUNDLE_TOKENS tokens of each source."""
+    tokens = measured.s.eval_tokens or BUNDLE_TOKENS
+    if not is_about_replies(measured, sources):
+        return measured.losses(sources, tokens)
+    with torch.no_grad():
+        return replies_of(measured).measure(measured.model, tokens)
+
+
 def show_losses(measured):
     """Measures the losses, prints them and, with --plot, draws them. Returns the record for eval.json."""
     s, sources = measured.s, measured.sources()
-    if run.is_fine_tuning(measured.recorded) and any(source.is_chat for source in sources):
+    if is_about_replies(measured, sources):
+        if s.plot or s.stride:
+            raise UserError("replies are measured in rows of whole chats: --plot and --stride are for text, and --data "
+                            "names some")
         task = replies_of(measured)
         with torch.no_grad():
             result = task.measure(measured.model, s.eval_tokens)
@@ -206,7 +223,7 @@ def make_bundle(measured, scores):
     s, sources = measured.s, measured.sources()
     bundle.check_folder(s.bundle)
     questions = probes.read_probes(s.probes)
-    text = measured.losses(sources, s.eval_tokens or BUNDLE_TOKENS)
+    text = losses_of(measured, sources)
     found = bundle.write_bundle(s.bundle, s.ckpt, measured.model, measured.tokenizer, measured.checkpoint, sources,
                                 text, measured.on, measured.weights, questions, scores, s.seed)
     print("\n".join(bundle.summary_lines(found)))
@@ -227,7 +244,7 @@ def compare(s, world, paths):
         if texts[-1].keys() != texts[0].keys():
             raise UserError(f"{path} was trained on {', '.join(texts[-1])}, {paths[0]} on {', '.join(texts[0])}, and "
                             "losses of different texts have no order: --data names one for all")
-        text = measured.losses(sources, s.eval_tokens or BUNDLE_TOKENS)
+        text = losses_of(measured, sources)
         run_text = decoding.RunText(sources, measured.tokenizer, measured.model.max_len // 2)
         behaves = decoding.greedy_behaviour(measured.model, measured.tokenizer, run_text)
         rows.append(bundle.checkpoint_row(path, measured.checkpoint, text, behaves))
@@ -276,11 +293,26 @@ def work(measured):
             keep(measured, losses=found)
 
 
+# flag -> the flag without which it would do nothing
+PART_OF = dict(row="tasks", limit="tasks", tasks_dir="tasks", probes="bundle", seed="bundle")
+
+
+def check_modes(s, given):
+    """Raises UserError for a flag that would do nothing in what is asked for."""
+    for name, other in PART_OF.items():
+        if name in given and not getattr(s, other):
+            raise UserError(f"--{name} is a part of --{other}, which is not asked for")
+    alone = [name for name in ("ckpt", "tasks", "bundle", "plot") if s.compare and name in given]
+    if alone:
+        raise UserError(f"--compare ranks checkpoints by their losses; --{alone[0]} is for a single one")
+
+
 def main(argv):
     description = " ".join((__doc__ or "").split("\n\n")[0].split())
     given, words = parse_flags(argv, Settings(), description=description,
                                positional=("CHECKPOINT", "more checkpoints, behind --compare"))
     s, world = Settings(**given), machine.World()
+    check_modes(s, given)
     if words and not s.compare:
         raise UserError(f"what is {words[0]!r}? flags are written --name=value")
     if world.size > 1 and (s.tasks or s.bundle or s.compare):

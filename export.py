@@ -103,7 +103,7 @@ def write_checkpoint(folder, release):
 def copy_what_the_run_left(folder, release):
     """Copies files of the run and of its evaluation, as far as they are there. Returns name -> what it is."""
     names = {
-        "config.json": ("training_config.json", "settings of the training"),
+        release.record_path.name: ("training_config.json", "settings of the training"),
         "best_validation.json": ("best_validation.json", "best evaluation during the training"),
         "metrics.jsonl": ("metrics.jsonl", "log of the training"),
         "eval_metrics.jsonl": ("eval_metrics.jsonl", "evaluations with probes during the training"),

@@ -106,7 +106,7 @@ class WithReplay:
 
     def state_dict(self):
         own, base = self.own.state_dict(), self.base.state_dict()
-        return {key: own[key] + base[key] for key in own}
+        return {key: own[key] + base.get(key, []) for key in own}
 
     def load_state_dict(self, state):
         n = len(self.own.sources)
@@ -442,7 +442,7 @@ class FineTuning(Pretraining):
         result = evaluate(model, self.sources, *common, self.bytes_per_token, self.world, self.frame, mark_replies)
         if math.isnan(result["loss"]["mixed"]):  # long prompts, short replies, few rows
             raise UserError(f"no reply is in the validation rows that --eval_tokens={tokens} takes; "
-                            "raise it, or --block_size")
+                            "raise it, or the length of the rows")
         if self.base:
             base = evaluate(model, self.base, *common, self.bytes_per_token, self.world)
             for name in ("loss", "bits_per_byte"):

@@ -114,7 +114,7 @@ def causal_attention(q, k, v, mask=None):
     T, S = q.size(2), k.size(2)
     q, k = q.type_as(v), k.type_as(v)
     if mask is not None or (v.is_cuda and v.dtype == torch.float32):
-        # CUDA's attention with a mask, or in fp32, has no shared heads, so every query head gets a copy
+        # CUDA's attention with a mask, or in fp32, has no shared heads: every query head gets a copy
         k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
         v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
     if mask is not None:

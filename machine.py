@@ -106,7 +106,7 @@ def pick_device(device, dtype="auto", compile="auto", deterministic=False, local
 
 # ---------------------------------------------------------------------------------------------------- processes
 
-SILENT_SECONDS = 5.0  # torchrun looks after its processes ten times a second
+SILENT_SECONDS = 2.0  # torchrun looks after its processes ten times a second
 
 
 class World:

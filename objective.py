@@ -237,5 +237,7 @@ def evaluate(model, sources, tokens, T, rows, on, bytes_per_token, world, frame=
             sums[i, 0] += losses.double().sum().cpu()
             sums[i, 1] += len(counted)
             sums[i, 2] += float(bytes_per_token[counted].sum())
-    mixed = [source for source in sources if mark is None or source.is_chat]
-    return report.grouped(world.sum(sums) * factor, sources, mixed)
+    mixed, sums = [source for source in sources if mark is None or source.is_chat], world.sum(sums)
+    if mark is not None:  # how much of a row counts differs from set to set
+        factor = sums[:, 1:2].max() / sums[:, 1:2].clamp(min=1)
+    return report.grouped(sums * factor, sources, mixed)

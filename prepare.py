@@ -78,6 +78,7 @@ class Settings:
     column: str = ""  # field that holds the text of a row; empty: text or content, and rows of chats are chats
     encoding: str = ""  # encoding of your text files, such as cp1252; empty: UTF-8, and what their first bytes tell
     config: str = ""  # configuration of the data sets that are given as ORG/NAME; empty: their only or default one
+    split: str = "train"  # split of the data sets that are given as ORG/NAME
     source_dir: str = ""  # read the Hub's data sets from copies of them here: DIR/ORG/NAME, DIR/NAME, or DIR itself
     seed: int = 0  # draws which part of a large set a budget takes, and the order of the Hub's documents
     list: bool = False  # show the data sets and mixes that can be named, and nothing else
@@ -89,6 +90,7 @@ SAMPLE_BYTES = 32 * 2 ** 20  # text that a tokenizer learns from, shared equally
 HUB_SCAN = 2 ** 20  # bytes of a Hub data set that the first pass reads at least
 BATCH_BYTES = 4 * 2 ** 20  # text that is encoded at once: enough to keep every core busy, and little memory
 BATCH_ROWS = 100_000  # rows that are encoded at once at most
+WITHOUT_TEXT = 100_000  # rows without a document at the beginning, after which no more are read
 LONGEST_NAME = 200  # bytes of a folder's name; file systems take 255, and the lock beside it has a longer one
 SAVE_SECONDS = 10  # between two records of how far the work is
 
@@ -176,6 +178,8 @@ def plan_sources(names, s):
         known = [name for name in budgets if name in HUB or name in MIXES]
         why = f"; {known[0]} has a configuration of its own" if known else ""
         raise UserError(f"--config is for data sets that are given as ORG/NAME{why}")
+    if s.split != Settings.split and not any(is_of_the_hub(name) for name in budgets):
+        raise UserError("--split is for data sets that are given as ORG/NAME")
     if s.encoding and not any(map(is_local, budgets)):
         raise UserError("--encoding is for files of yours")
     if s.column and not any(is_local(name) or is_of_the_hub(name) for name in budgets):
@@ -208,7 +212,7 @@ def make_source(name, s, several):
     if name in HUB:
         return hub_source(name, s.source_dir, several, s.seed)
     if is_of_the_hub(name):
-        return find_source(name, s.config, s.column, s.source_dir, several, s.seed)
+        return find_source(name, s.config, s.split, s.column, s.source_dir, several, s.seed)
     return local_source(name, s.column, (*EMBEDDED, *HUB, *MIXES), s.encoding, s.seed)
 
 
@@ -439,6 +443,8 @@ def scan(source, threshold, sample_bytes):
     for document in clean(source.reader(wanted=wanted), chat=source.chat):
         if not isinstance(document, Document):
             skipped[document] += 1
+            if n == 0 and skipped.total() == WITHOUT_TEXT:
+                break
             continue
         progress.show(f"{source.name:<12} reading, {total / 1e6:,.1f} MB")
         n += 1
@@ -588,10 +594,11 @@ class Encoder:
             all_ids = self.encode([document.text for document in documents])
             pairs = ((np.concatenate((self.bos, ids, self.eos)), None) for ids in all_ids)
         for document, (ids, mask) in zip(documents, pairs):
-            texts = [document.text]
+            # what frames a text may also be the tokenizer's token for unknown text
+            texts, bare = [document.text], ids[1:-1]
             if chat:
-                texts = [text for _, text in document.messages]
-            yield EncodedDocument(document, ids, mask, self.counts.of(texts, len(document.utf8), ids))
+                texts, bare = [text for _, text in document.messages], ids
+            yield EncodedDocument(document, ids, mask, self.counts.of(texts, len(document.utf8), bare))
 
 
 class TimeLeft:

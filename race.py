@@ -12,7 +12,7 @@ a tie. See races/verdicts.py.
 """
 from dataclasses import dataclass, replace
 
-from common import UserError, parse_flags, run_tool
+from common import UserError, field_notes, parse_flags, run_tool
 from races.architectures import architectures
 from races.nanogpt import nanogpt
 from races.recipe import recipe
@@ -52,8 +52,11 @@ def main(argv):
     for name in ("seeds", "tokens", "size", "max_steps", "questions"):
         if getattr(s, name) < 1:
             raise UserError(f"--{name} must be above 0")
-    if s.dry and words[0] not in ("architectures", "recipe"):
-        raise UserError(f"--dry is for architectures and recipe, not for {words[0]}")
+    notes = field_notes(s)
+    for name in given:  # the comments of the settings say whose they are
+        whose = notes[name].split(":")[0].split(", ")
+        if set(whose) <= set(EXPERIMENTS) and words[0] not in whose:
+            raise UserError(f"--{name} is for {' and '.join(whose)}, not for {words[0]}")
     if s.minutes <= 0 or s.val_tokens < 0:
         raise UserError("--minutes must be above 0, and --val_tokens not below it")
     EXPERIMENTS[words[0]](replace(s, out=s.out or f"out/{words[0]}"))

@@ -248,8 +248,11 @@ FINE_TUNING = ("loss_on", "response_start_tokens", "response_start_weight", "bas
 
 
 def is_fine_tuning(settings):
-    """Whether a recipe, or the settings that a run recorded, let replies alone count in the loss."""
-    return settings.get("loss_on") == "responses"
+    """Whether a recipe, or the settings that a run recorded, are finetune.py's, which alone has --loss_on.
+
+    A first version had one tool for both, which said loss_on=all of pretraining. It had no --minutes.
+    """
+    return settings.get("loss_on") == "responses" or "loss_on" in settings and "minutes" in settings
 
 
 def recorded_settings(folder):
@@ -389,7 +392,7 @@ def new_run(argv, Settings):
             raise UserError("--decay_only needs --init_from=CHECKPOINT")
         plan.kind, plan.recorded = "decay", start["train"]
         plan.settings = replace(known_settings(Settings, start["train"]), out="", init_from=init_from,
-                                overwrite=False, resume=False, decay_only=False)
+                                overwrite=False, resume=False, decay_only=False, minutes=0.0)
     return plan
 
 
@@ -417,6 +420,8 @@ def apply_flags(plan, argv, description):
     if plan.kind == "new" and plan.start and "tokenizer" not in given:
         # names in the start's --data go with it
         follows["tokenizer"] = plan.start["train"].get("tokenizer", s.tokenizer)
+    if "max_steps" in given and given.get("epochs"):
+        raise UserError("--max_steps and --epochs both say how long the run is: give one of them")
     if "max_steps" in given and "epochs" not in given:
         follows["epochs"] = 0.0
     if "block_size" not in given:
@@ -689,8 +694,9 @@ class RunFolder:
         for old in own_files(self.path):
             if old.suffix == ".part" or resumed_at is None and old.name != ".lock":
                 old.unlink()
-        if resumed_at is None:  # what eval.py recommended for the old weights
-            (self.path / "bundle/recommended_decoding_params.json").unlink(missing_ok=True)
+        if resumed_at is None:  # what eval.py found out about the old weights
+            for name in ("recommended_decoding_params", "eval_summary"):
+                (self.path / f"bundle/{name}.json").unlink(missing_ok=True)
         for log in filter(Path.exists, (self.path / name for name in LOGS)):
             rows = [row for row in read_rows(log) if row["step"] <= resumed_at and not row.get("final")]
             self.write(log.name, "".join(json.dumps(row) + "\n" for row in rows))

@@ -25,6 +25,8 @@ class HubSet:
     budget: int = 0  # training tokens unless the user names a number; 0: all
     articles: bool = False  # rows are lines, which belong together up to the next title
     chat: bool = False  # rows are chats, see chat_messages()
+    split: str = "train"  # name of the split that is read
+    whole_files: bool = False  # files are text, each of which is one row, and not its lines
 
 
 M = 10 ** 6

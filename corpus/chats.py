@@ -25,7 +25,10 @@ class NoChat(ValueError):
 
 # ---------------------------------------------------------------------------------------------------- reading
 
-# Names of the columns that hold all messages, a question, what belongs to the question, and the reply
+# Names of the columns that hold the system's message, what was said before, all messages, a question, what belongs to
+# the question, and the reply
+SYSTEMS = ("system", "system_prompt")
+HISTORY = "history"
 MESSAGES = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "prompt", "question")
 EXTRAS = ("input", "context")
@@ -34,11 +37,12 @@ REPLIES = ("output", "response", "completion", "answer")
 
 def chat_columns(names):
     """Those of the columns `names` that a chat is read from; none if they hold none."""
+    before = [name for name in SYSTEMS if name in names]
     for name in MESSAGES:
         if name in names:
-            return [name]
+            return [*before, name]
     if any(name in names for name in QUESTIONS) and any(name in names for name in REPLIES):
-        return [name for name in (*QUESTIONS, *EXTRAS, *REPLIES) if name in names]
+        return [name for name in (*before, HISTORY, *QUESTIONS, *EXTRAS, *REPLIES) if name in names]
     return []
 
 
@@ -69,12 +73,14 @@ def first_of(names, row):
 def chat_messages(row):
     """The chat in a row, as tidy() returns it: [(role, text)].
 
-    The row may have one of these layouts, also with the other names that MESSAGES, QUESTIONS, EXTRAS and REPLIES list:
+    The row may have one of these layouts, also with the other names that MESSAGES, QUESTIONS, EXTRAS and REPLIES list,
+    and with the system's message in a column of its own (SYSTEMS):
 
         {"messages": [{"role": "user", "content": "..."}, ...]}
         {"conversations": [{"from": "human", "value": "..."}, ...]}         ShareGPT
         {"instruction": "...", "input": "...", "output": "..."}             alpaca: one question and its reply
         {"instruction": "...", "context": "...", "response": "..."}         dolly: the same with other names
+        {"history": [["question", "reply"], ...], "instruction": ...}       the same with what was said before
         {"prompt": [messages], "completion": [messages]}
         [INST] question [/INST] reply [INST] question ...                   TinyChat: a line of text
         <s>[INST] <<SYS>>system<</SYS>> question [/INST] reply </s><s>...   Llama 2: the same with more marks
@@ -86,21 +92,28 @@ def chat_messages(row):
     if not isinstance(row, dict):
         raise NoChat("not a chat")
 
+    system = row.get(first_of(SYSTEMS, row))
+    begin = [("system", system)] if isinstance(system, str) else []
     messages = row.get(first_of(MESSAGES, row))
     if is_list_of_messages(messages):
-        return tidy(map(role_and_text, messages))
+        said = list(map(role_and_text, messages))
+        if said and said[0][0] == "system":  # twice the same, or the message's own
+            begin = []
+        return tidy([*begin, *said])
 
     question, reply = first_of(QUESTIONS, row), first_of(REPLIES, row)
     if question is None or reply is None:
         raise NoChat("not a chat")
     if is_list_of_messages(row[question]) and is_list_of_messages(row[reply]):
-        return tidy(map(role_and_text, row[question] + row[reply]))
+        return tidy([*begin, *map(role_and_text, row[question] + row[reply])])
 
-    # alpaca has its input with an output, dolly its context with a response
-    extras = dict(output=("input",), response=("context",)).get(reply, EXTRAS)
+    for turn in row.get(HISTORY) or []:
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise NoChat("history that is no list of questions and replies")
+        begin += [("user", turn[0]), ("assistant", turn[1])]
     turn = [("user", row[question])]
-    turn += [("user", row[extra]) for extra in extras if str(row.get(extra) or "").strip()]  # tidy() joins them
-    return tidy([*turn, ("assistant", row[reply])])
+    turn += [("user", row[extra]) for extra in EXTRAS if str(row.get(extra) or "").strip()]  # tidy() joins them
+    return tidy([*begin, *turn, ("assistant", row[reply])])
 
 
 def is_list_of_messages(value):
@@ -108,7 +121,12 @@ def is_list_of_messages(value):
 
 
 def role_and_text(message):
-    """(role, text) of a message, {"role", "content"} or ShareGPT's {"from", "value"}. An unknown role is None."""
+    """(role, text) of a message, {"role", "content"} or ShareGPT's {"from", "value"}. An unknown role is None.
+
+    Raises NoChat for a reply that calls a tool, which no text of ours can express.
+    """
+    if message.get("tool_calls") or message.get("function_call"):
+        raise NoChat("calls a tool")
     name = message.get(first_of(("role", "from"), message))
     role = ROLE_NAMES.get(name.lower()) if isinstance(name, str) else None
     if role == "assistant" and message.get("weight") == 0:
@@ -146,7 +164,8 @@ def tidy(messages):
 
     Messages of the same role that follow each other become one, with an empty line between them; replies become one
     that is SHOWN if one of them is. Questions at the end that have no reply are removed, because nothing is learned
-    from them. An empty text is a message like any other.
+    from them. A user's empty text is a message like any other; a system's is left out, and an empty reply is SHOWN, so
+    that nobody learns to say nothing.
 
     Raises NoChat if
 
@@ -164,8 +183,12 @@ def tidy(messages):
             raise NoChat("not text")
 
         before = chat[-1][0] if chat else None
+        if not text.strip():
+            if role == "system" and before is None or role in replies and before in replies:
+                continue
+            role = SHOWN if role == "assistant" else role
         if role == before or role in replies and before in replies:
-            if before == SHOWN:
+            if before == SHOWN and chat[-1][1].strip():
                 role = SHOWN
             chat[-1] = (role, "\n\n".join(filter(None, (chat[-1][1], text))))
             continue
@@ -179,10 +202,10 @@ def tidy(messages):
         chat.pop()
     if not chat or chat[-1][0] not in replies:
         raise NoChat("no reply")
-    if not any(role == "assistant" for role, _ in chat):
-        raise NoChat("no reply that is to be learned")
     if not any(text.strip() for _, text in chat):
         raise NoChat("empty")
+    if not any(role == "assistant" for role, _ in chat):
+        raise NoChat("no reply that is to be learned")
     return chat
 
 

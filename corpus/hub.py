@@ -28,7 +28,7 @@ from corpus.catalogue import HUB, HubSet
 from corpus.chats import chat_columns
 from corpus.files import SUFFIXES
 from corpus.samples import Wanted, begun, drawn_order, in_turns, wanted_for
-from corpus.text import LOOK, Reader, TextSource, layout_of, split_label
+from corpus.text import LOOK, Reader, TextSource, cut_documents, layout_of, split_label
 
 
 # ---------------------------------------------------------------------------------------------------- sources
@@ -78,6 +78,8 @@ def source_of_spec(name, spec, folder, revision="", origin_columns=None, seed=0)
         configs=[config for config, _ in spec.configs],
         columns=list(spec.read_columns if origin_columns is None else origin_columns),
         filter=[list(condition) for condition in spec.filters])
+    if spec.split != "train":
+        origin["split"] = spec.split
     return HubSource(
         name, spec.language, spec.kind, origin, budget=spec.budget, chat=spec.chat, hub=spec, revision=revision,
         folder=folder, seed=seed)
@@ -124,12 +126,13 @@ def hub_name(word):
     return repo, language, kind
 
 
-def find_source(word, config, column, source_dir, several, seed=0):
+def find_source(word, config, split, column, source_dir, several, seed=0):
     """A data set that is not in the catalogue as a source. `word` is what hub_name() reads.
 
-    config: the name of its configuration; empty: its only one, or its default. column: the field that holds the text;
-    empty: the rows are chats if most of the first ones are, else `text` or `content`. Raises UserError if there is no
-    such data set, configuration or column, or no split called train. Needs the network without a copy in source_dir.
+    config: the name of its configuration; empty: its only one, or its default. split: the one to read. column: the
+    field that holds the text; empty: the rows are chats if most of the first ones are, else `text` or `content`. Raises
+    UserError if there is no such data set, configuration, split or column. Needs the network without a copy in
+    source_dir.
     """
     hub_setup()
     repo, language, kind = hub_name(word)
@@ -139,7 +142,7 @@ def find_source(word, config, column, source_dir, several, seed=0):
     patience = Patience(name, repo)
     while True:
         try:
-            found = inspect_rows(repo, location(repo, revision, folder), config, column)
+            found = inspect_rows(repo, location(repo, revision, folder), config, split, column)
             break
         except UserError:
             raise
@@ -149,7 +152,7 @@ def find_source(word, config, column, source_dir, several, seed=0):
     spec = HubSet(
         repo, about="", licence="", language=language or "und", kind=kind or ("chat" if found.chat else "text"),
         configs=((config or None, 1),), read_columns=tuple(found.columns) if found.can_choose else (),
-        text_field=found.text_field, chat=found.chat)
+        text_field=found.text_field, chat=found.chat, split=split, whole_files=found.whole_files)
     return source_of_spec(name, spec, folder, revision, found.columns, seed)
 
 
@@ -159,12 +162,13 @@ class RowLayout(NamedTuple):
     text_field: str  # the one that holds the text; empty: the whole row is a chat
     chat: bool  # whether the rows are chats
     can_choose: bool  # whether the format can read some columns without the others
+    whole_files: bool  # whether the rows are lines of text files that are to be read as a whole
 
 
-def inspect_rows(repo, where, config, column):
+def inspect_rows(repo, where, config, split, column):
     """The RowLayout of a data set, found out from its configurations, its splits and its first rows.
 
-    where: see location(). config, column: as for find_source(). Raises UserError as find_source() does.
+    where: see location(). config, split, column: as for find_source(). Raises UserError as find_source() does.
     """
     import datasets
     configs = datasets.get_dataset_config_names(**where)
@@ -175,19 +179,20 @@ def inspect_rows(repo, where, config, column):
 
     builder = datasets.load_dataset_builder(**where, name=config or None)
     splits = builder.as_streaming_dataset()
-    if "train" not in splits:
-        raise UserError(f"{repo} has no split called train; it has {some_of(splits)}")
+    if split not in splits:
+        raise UserError(f"{repo} has no split called {split}{nearest(split, splits)}; it has {some_of(splits)}; choose "
+                        "one with --split")
 
     # A parquet file names its columns without a row being read. A row may be large, so only a part of it is read.
     can_choose = hasattr(builder.config, "columns")
-    rows = splits["train"]
+    rows = splits[split]
     if can_choose:
         names = rows.column_names
         telling = [name for name in names if name in (column, "text", "content", *chat_columns(names))]
         rows = []
         if telling:
             rows = datasets.load_dataset(
-                **where, name=config or None, split="train", streaming=True, columns=telling)
+                **where, name=config or None, split=split, streaming=True, columns=telling)
         rows = list(itertools.islice(rows, LOOK))
     else:
         rows = list(itertools.islice(rows, LOOK))
@@ -197,7 +202,9 @@ def inspect_rows(repo, where, config, column):
 
     layout = layout_of(repo, rows, names, column)
     needed = [layout.column] if layout.column else chat_columns(names)
-    return RowLayout(needed, text_field=layout.column, chat=layout.chat, can_choose=can_choose)
+    # the library makes a row of each line of a text file, unless somebody asks for its column of lines
+    whole_files = hasattr(builder.config, "sample_by") and not layout.chat and not column
+    return RowLayout(needed, text_field=layout.column, chat=layout.chat, can_choose=can_choose, whole_files=whole_files)
 
 
 def some_of(names):
@@ -302,18 +309,20 @@ class HubReader:
             choice["columns"] = list(self.spec.read_columns)
         if self.spec.filters:
             choice["filters"] = list(self.spec.filters)
+        if self.spec.whole_files:
+            choice["sample_by"] = "document"
         config, share = self.spec.configs[i]
         builder = datasets.load_dataset_builder(**self.where, name=config, **choice)
-        data = builder.as_streaming_dataset(split="train")
-        shards = [str(file).rpartition(self.root)[2] for file in builder.config.data_files["train"]]
+        data = builder.as_streaming_dataset(split=self.spec.split)
+        shards = [str(file).rpartition(self.root)[2] for file in builder.config.data_files[self.spec.split]]
         if len(shards) != data.num_shards:  # some formats have several files in one
             shards = [f"part {k}" for k in range(data.num_shards)]
 
         share /= sum(share for _, share in self.spec.configs)
-        portion = Wanted(self.wanted.least * share, self.wanted.likely * share).first_portion(len(shards))
-        names = shards
+        names = list(dict.fromkeys(shards))  # a file that two patterns find is listed twice
+        portion = Wanted(self.wanted.least * share, self.wanted.likely * share).first_portion(len(names))
         if portion < math.inf:
-            names = drawn_order(shards, self.seed)
+            names = drawn_order(names, self.seed)
         self.opened[i] = data, shards, names, portion
         return self.opened[i]
 
@@ -321,6 +330,14 @@ class HubReader:
         """The texts or chats of one file, each with the state of the library behind it."""
         data, shards, _, _ = self.open(i)
         data = data.shard(len(shards), shards.index(name))
+        if self.spec.whole_files:  # the state is how many documents were cut from the file
+            given = state or 0
+            with contextlib.closing(iter(data)) as rows:
+                documents = (document for row in rows for document in cut_documents(row[self.spec.text_field]))
+                for document in itertools.islice(documents, given, None):
+                    given += 1
+                    yield document, given
+            return
         if state:
             data.load_state_dict(state)
         with contextlib.closing(iter(data)) as rows:

@@ -303,11 +303,20 @@ class Loader:
         return x, y, None if self.frame is None else reset
 
     def state_dict(self):
-        return dict(taken=list(self.taken), per_epoch=list(self.per_epoch),
-                    fingerprint=[s.fingerprint for s in self.sources])
+        state = dict(taken=list(self.taken), per_epoch=list(self.per_epoch),
+                     fingerprint=[s.fingerprint for s in self.sources])
+        if self.order == "sequential":
+            state["turn_ends"] = self.turn_ends.tolist()
+        return state
 
     def load_state_dict(self, state):
         """Goes on where the loader of `state` was, or at the same part of each epoch if its rows had another length."""
         before = state.get("per_epoch", self.per_epoch)  # the first checkpoints of this format lack it
         self.taken = [taken if n == m else round(taken * n / m)
                       for taken, n, m in zip(state["taken"], self.per_epoch, before)]
+
+        # a run that has become longer or shorter is in the turn where it was, and what is left of the turns changes
+        if self.order == "sequential" and "turn_ends" in state and self.per_epoch == before:
+            ends, here = np.array(state["turn_ends"]), sum(self.taken)
+            stretch = (self.turn_ends[-1] - here) / max(1, ends[-1] - here)
+            self.turn_ends = np.where(ends <= here, ends, np.round(here + (ends - here) * stretch))

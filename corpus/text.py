@@ -232,9 +232,11 @@ def layout_of(where, rows, names, column):
         return found.most_common(1)[0][0]
     if not text_column and chat_columns(names):
         return Layout(chat=True, column="")
+    there = ", ".join(map(repr, names))
     if text_column not in names:
-        there = ", ".join(map(repr, names))
         raise NoColumn(f"{where} has no column {text_column or 'text'!r}, it has {there}; choose one with --column")
+    if any(row.get(text_column) is not None for row in rows):
+        raise NoColumn(f"{where} holds no text in its column {text_column!r}, it has {there}; choose one with --column")
     return Layout(chat=False, column=text_column)
 
 
@@ -302,6 +304,16 @@ def text_documents(path, limit=PIECE, encoding=""):
                 yield rest[:cut]
                 rest = rest[cut:]
     yield rest
+
+
+def cut_documents(text, limit=PIECE):
+    """The same of a text that is in memory."""
+    at = 0
+    while len(text) - at > limit:
+        end = at + last_break(text[at:at + limit], limit)
+        yield text[at:end]
+        at = end
+    yield text[at:]
 
 
 def last_break(text, limit):

@@ -89,7 +89,7 @@ def tokenizer_text(checkpoint):
     import torch  # nothing else here needs it
     try:
         return torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["tokenizer"]
-    except (OSError, MemoryError):
+    except (PermissionError, MemoryError):
         raise
     except Exception as e:  # torch raises many types for a damaged file
         raise UserError(f"{checkpoint} is not a checkpoint that holds a tokenizer ({type(e).__name__})") from None

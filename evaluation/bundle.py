@@ -95,8 +95,8 @@ def comparison_lines(comparison):
     return columns(comparison_table(comparison))
 
 
-def run_comparison(path, checkpoint, losses, run_text, device):
-    """The comparison of all checkpoints in the folder of `path`.
+def run_comparison(path, checkpoint, losses, weights, run_text, device):
+    """The comparison of all checkpoints in the folder of `path`, of which that one has the `weights` "EMA" or "raw".
 
     Their losses are those that the run measured at their steps, from metrics.jsonl. If it did not measure the one at
     `path`, that one alone is in the comparison, with `losses`. The behaviour is that of the likeliest text.
@@ -111,15 +111,15 @@ def run_comparison(path, checkpoint, losses, run_text, device):
 
     rows, measured = [], {}  # measured: (step, weights) -> behaviour; best.pt and ckpt.pt often hold the same weights
     for other in sorted(paths, key=lambda other: other.name):
-        model, tokenizer, loaded = run.load_checkpoint(other, device)
-        step, kind = loaded["step"], "raw"
-        if loaded["use_ema"]:
-            kind = "ema"
+        model, tokenizer, loaded = run.load_checkpoint(other, device, weights == "EMA" if other == path else None)
+        step, kind = loaded["step"], "ema" if loaded["use_ema"] else "raw"
+        if other == path:
+            kind = weights.lower()
         if (step, kind) not in measured:
             measured[step, kind] = decoding.greedy_behaviour(model, tokenizer, run_text)
 
         other_losses = None
-        if step in evaluations:
+        if step in evaluations and kind in evaluations[step]["val_loss"]:
             row = evaluations[step]
             other_losses = dict(loss=row["val_loss"][kind], bits_per_byte=row["val_bits_per_byte"][kind])
         elif other == path:
@@ -158,7 +158,7 @@ def examine(path, model, tokenizer, checkpoint, sources, losses, on, weights, pr
     return Findings(
         about, report.best_validation(losses, sources), scores or {}, run_text,
         decoding.sweep(model, tokenizer, run_text, seed), probes.run_probes(model, tokenizer, probe_list, on),
-        run_comparison(path, checkpoint, losses, run_text, on.device))
+        run_comparison(path, checkpoint, losses, weights, run_text, on.device))
 
 
 def sampling_flags(preset):

@@ -84,13 +84,25 @@ def front_matter(release):
     return "\n".join(["---", *lines, "---"])
 
 
+def goes_on(release):
+    """Whether the training began with the weights of a model that was trained before."""
+    return bool(release.settings.get("init_from")) and not release.settings.get("decay_only")
+
+
 def introduction(release):
     text = f"A language model of {release.model.n_params:,} parameters: {ABOUT[release.architecture][0]}."
     codes, tokens = languages(release), release.checkpoint["tokens"]
     tongue = f" in {spoken(codes)}" if codes else ""
     if release.is_chat_model:
-        return f"{text} It is fine-tuned on chats{tongue}, {human(tokens)} tokens of replies: it answers messages."
-    if tokens:
+        what = "replies"
+        if release.settings["loss_on"] != "responses":
+            what = "chats"
+        elif release.settings.get("replay"):
+            what = "replies and of replayed text"
+        return f"{text} It is fine-tuned on chats{tongue}, {human(tokens)} tokens of {what}: it answers messages."
+    if tokens and goes_on(release):
+        text += f" It goes on from {release.settings['init_from']}, with {human(tokens)} tokens of text{tongue}."
+    elif tokens:
         text += f" It was trained on {human(tokens)} tokens of text{tongue}."
     return f"{text} It is a base model: it continues text, and was not taught to answer."
 
@@ -247,7 +259,6 @@ def source_name(source):
 SETTINGS = {
     "AdamW lr": ("lr", None, "{:g}"),
     "Warmup steps": ("warmup_steps", None, "{:,}"),
-    "Final lr": ("final_lr_fraction", None, "{:.0%} of the peak"),
     "Weight decay": ("weight_decay", None, "{:g}"),
     "Gradient clipping": ("grad_clip", 0, "{:g}"),
     "Tokens per step": ("batch_tokens", None, "{:,}"),
@@ -269,9 +280,11 @@ def hyperparameters(release):
     if optimizer == "muon":
         rows.append(("Muon lr", f"{s['muon_lr']:g}"))
     rows.append(("LR schedule", dict(wsd="warm-up, stable, linear decay (WSD)").get(schedule, schedule)))
-    if schedule == "wsd":
-        decay = f"{s['decay_steps']:,} steps" if s["decay_steps"] else f"{s['decay_fraction']:.0%} of the steps"
-        rows.append(("Decay", decay))
+    decays = s.get("decay_steps") or s.get("decay_fraction")
+    if schedule == "wsd" and decays:
+        rows.append(("Decay", f"{decays:,} steps" if s.get("decay_steps") else f"{decays:.0%} of the steps"))
+    if schedule == "cosine" or schedule == "wsd" and decays:
+        rows.append(("Final lr", f"{s['final_lr_fraction']:.0%} of the peak"))
     for head, (name, nothing, form) in SETTINGS.items():
         if s.get(name, nothing) != nothing:
             rows.append((head, form.format(s[name])))
@@ -358,6 +371,9 @@ def gguf_section(release, files, seen):
         return ""
     own = release.name.lower()
     commands = ["```", f"llama-cli -m {names[0]}", f"ollama create {own} -f Modelfile && ollama run {own}", "```"]
+    if release.decoding.get("no_repeat_ngram_size"):
+        commands.append("\nThe recommended way to sample forbids repeated n-grams, which llama.cpp cannot do, so these "
+                        "files bring no settings of it.")
     compared = "\n".join(["Compared with the model in PyTorch:", "", *(f"- {line}" for line in seen)]) if seen else ""
     return section("llama.cpp and ollama", "\n".join(commands), compared)
 
@@ -373,10 +389,10 @@ def limitations_section(release):
     if release.is_chat_model:
         lines = ["It answers in the manner of the chats that it was fine-tuned on, whatever it is asked."]
     size = f"{human(release.model.n_params)} parameters"
-    if tokens and not release.is_chat_model:
+    if tokens and not release.is_chat_model and not goes_on(release):
         size += f" and {human(tokens)} training tokens"
     lines.append(f"{size} hold few facts: it invents others. It repeats itself, most of all without sampling.")
-    if codes:
+    if codes and not goes_on(release):
         lines.append(f"It was trained on {spoken(codes)} only.")
     if trained_rows(release) < cfg.context_length:
         lines.append(f"It was trained on no more than {trained_rows(release):,} tokens at a time, though its context "

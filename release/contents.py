@@ -56,7 +56,7 @@ class Release:
 
     @property
     def is_chat_model(self):
-        """Whether the model was fine-tuned on replies."""
+        """Whether the model was fine-tuned on chats."""
         return run.is_fine_tuning(self.settings)
 
     @property
@@ -93,8 +93,13 @@ class Release:
 
     @functools.cached_property
     def record(self):
-        """config.json of the run; empty if it is gone."""
-        return read_json(self.beside("config.json"))
+        """config.json of the run, which a release calls training_config.json; empty if it is gone."""
+        return read_json(self.record_path)
+
+    @property
+    def record_path(self):
+        released = self.beside("training_config.json")
+        return released if released.is_file() else self.beside("config.json")
 
     @functools.cached_property
     def rows(self):
@@ -108,15 +113,29 @@ class Release:
         found = read_json(self.beside("eval.json"))
         is_mine = found.get("step") == self.checkpoint["step"]
         is_mine &= str(found.get("weights")).lower() == self.weights
+        if not self.checkpoint["step"]:  # models of others, of which a folder may hold several
+            is_mine &= found.get("checkpoint") == self.path.name
         return found if is_mine else {}
 
-    @property
+    @functools.cached_property
     def bundle_folder(self):
-        return Path(self.bundle) if self.bundle else self.beside("bundle")
+        """The evaluation's folder: the one that was named, or one beside the checkpoint that is about these weights,
+        which need not be there."""
+        if self.bundle:
+            return Path(self.bundle)
+        about = read_json(self.beside("bundle/eval_summary.json"))
+        is_mine = all(about.get(name) == self.checkpoint[name] for name in ("step", "tokens"))
+        is_mine &= str(about.get("weights")).lower() == self.weights
+        if not self.checkpoint["step"]:
+            is_mine &= about.get("checkpoint") == self.path.name
+        return self.beside("bundle") if is_mine else self.beside("no bundle of these weights")
 
     @functools.cached_property
     def decoding(self):
-        """The sampling settings that the evaluation recommends, see DECODING; empty if there are none."""
+        """The sampling settings that the evaluation recommends, see DECODING; empty if there are none, and for chats:
+        a penalty would count the tokens that end each reply before."""
+        if self.is_chat_model:
+            return {}
         for folder in (self.bundle_folder, self.path.parent):
             found = read_json(folder / "recommended_decoding_params.json")
             known = {name: kind(found[name]) for name, kind in DECODING.items() if is_number(found.get(name))}

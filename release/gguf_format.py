@@ -48,8 +48,8 @@ def write_gguf(path, release, kind):
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_sizes(writer, release)
     add_tokenizer(writer, release)
-    if release.decoding:
-        add_decoding(writer, release.decoding)
+    if decoding_of(release):
+        add_decoding(writer, decoding_of(release))
     add_tensors(writer, release, gguf.GGMLQuantizationType[kind])
 
     writer.write_header_to_file()
@@ -107,6 +107,11 @@ def add_tokenizer(writer, release):
     writer.add_add_bos_token(True)
     if release.has_roles:
         writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def decoding_of(release):
+    """The recommended decoding settings, unless llama.cpp lacks the rule that makes them good."""
+    return {} if release.decoding.get("no_repeat_ngram_size") else release.decoding
 
 
 def add_decoding(writer, decoding):
@@ -179,11 +184,10 @@ def modelfile(release, gguf_name):
         template = OLLAMA_CHAT
         stops.append("<|user|>")
     parameters = dict(num_ctx=release.cfg.context_length)
-    decoding = release.decoding
+    decoding = decoding_of(release)
     if decoding:
         parameters["temperature"] = temperature(decoding)
-        theirs = dict(top_k="top_k", top_p="top_p", min_p="min_p", repetition_penalty="repeat_penalty",
-                      max_new_tokens="num_predict")
+        theirs = dict(top_k="top_k", top_p="top_p", min_p="min_p", repetition_penalty="repeat_penalty")
         parameters |= {theirs[name]: decoding[name] for name in theirs if name in decoding}
         parameters["repeat_last_n"] = -1
 

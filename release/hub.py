@@ -4,6 +4,8 @@ from pathlib import Path
 
 from common import UserError, columns
 
+# Weights of an older release, which a new one replaces whatever their names were
+OURS = ("model.safetensors", "pytorch_model.bin", "step_*.pt")
 # What is fetched of a model, beside its weights
 TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -32,7 +34,8 @@ def push(folder, name):
     again = f"then python export.py --out={folder} --push={name} uploads it"
     try:
         api.create_repo(name, exist_ok=True)
-        done = api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Release of {name}")
+        done = api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Release of {name}",
+                                 delete_patterns=OURS)  # those of an older release; what is uploaded now stays
     except LocalTokenNotFoundError:
         raise UserError(f"you are not logged in to the Hub; {log_in}; {again}") from None
     except HfHubHTTPError as e:

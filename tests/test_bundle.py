@@ -163,8 +163,8 @@ def test_a_bundle_compares_the_checkpoints_of_the_run_by_the_losses_it_measured(
     shutil.copytree(trained, folder)
     checkpoint = run.read_checkpoint(trained / "best.pt")
 
-    def compared():
-        found = bundle.run_comparison(folder / "best.pt", checkpoint, LOSSES, written[1].run_text, "cpu")
+    def compared(weights="EMA" if checkpoint["use_ema"] else "raw"):
+        found = bundle.run_comparison(folder / "best.pt", checkpoint, LOSSES, weights, written[1].run_text, "cpu")
         return {row["checkpoint"]: row for row in found["checkpoints"]}
     rows = compared()
     assert set(rows) == {"best.pt", "ckpt.pt"}
@@ -174,6 +174,11 @@ def test_a_bundle_compares_the_checkpoints_of_the_run_by_the_losses_it_measured(
         (of_run,) = [found for found in evaluations(folder) if found["step"] == other["step"]]
         assert row["step"] == other["step"] and row["val_loss_mixed"] == of_run["val_loss"][kind]["mixed"]
         assert 0 <= row["loop_rate"] <= 1
+
+    # the weights that were not chosen have losses of their own
+    (of_run,) = [found for found in evaluations(folder) if found["step"] == checkpoint["step"]]
+    for weights in ("EMA", "raw"):
+        assert compared(weights)["best.pt"]["val_loss_mixed"] == of_run["val_loss"][weights.lower()]["mixed"]
 
     # without its log, a checkpoint is compared with nothing
     (folder / "metrics.jsonl").unlink()

@@ -172,8 +172,8 @@ ROWS = {
         said((U, "a"), (A, "b")) | {"source": "smol-magpie", "output": "x"},
         [(U, "a"), (A, "b")]),
     "empty texts": (
-        said((U, ""), (A, ""), (U, "a"), (A, "")),
-        [(U, ""), (A, ""), (U, "a"), (A, "")]),
+        said((S, " "), (U, ""), (A, "x"), (U, "a"), (A, ""), (U, "b"), (A, "y"), (A, "\n")),
+        [(U, ""), (A, "x"), (U, "a"), (SHOWN, ""), (U, "b"), (A, "y")]),
     "neighbours": (
         said((S, "a"), (S, "b"), (U, "c"), (U, ""), (U, "d"), (A, ""), (A, "e")),
         [(S, "a\n\nb"), (U, "c\n\nd"), (A, "e")]),
@@ -194,6 +194,21 @@ ROWS = {
         {"conversations": [{"role": None, "from": "human", "content": None, "value": "a"},
                            {"role": "assistant", "from": None, "content": "b", "value": None}]},
         [(U, "a"), (A, "b")]),
+    "sharegpt with the system's message in a column": (
+        {"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        [(S, "s"), (U, "a"), (A, "b")]),
+    "a system's message in both places": (
+        {"system": "t"} | said((S, "s"), (U, "a"), (A, "b")),
+        [(S, "s"), (U, "a"), (A, "b")]),
+    "a system prompt beside question and response": (
+        {"id": "1", "system_prompt": "Think.", "question": "a", "response": "b"},
+        [(S, "Think."), (U, "a"), (A, "b")]),
+    "what was said before": (
+        {"instruction": "c", "input": "", "output": "d", "system": "", "history": [["a", "b"]]},
+        [(U, "a"), (A, "b"), (U, "c"), (A, "d")]),
+    "an input of a response": (
+        {"instruction": "a", "input": "i", "response": "b"},
+        [(U, "a\n\ni"), (A, "b")]),
     "prompt and completion": (
         {"prompt": "How far?", "completion": " A mile."},
         [(U, "How far?"), (A, " A mile.")]),
@@ -253,6 +268,9 @@ NO_CHATS = {
     "a reply that is no text": ({"question": "a", "answer": 3}, "not text"),
     "a prompt of messages and a completion of none": ({"prompt": [{"role": U, "content": "a"}], "completion": "b"},
                                                       "not text"),
+    "a call of a tool": ({"messages": [{"role": U, "content": "a"},
+                                       {"role": A, "content": "", "tool_calls": [{"name": "f"}]}]}, "calls a tool"),
+    "odd history": ({"instruction": "a", "output": "b", "history": ["c"]}, "history that is no list"),
     "tool": (said((U, "a"), (A, "b"), ("tool", "c"), (A, "d")), "role other than"),
     "no role": ({"messages": [{"content": "a"}]}, "role other than"),
     "no content": ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, "not text"),
@@ -296,9 +314,9 @@ def test_a_row_that_is_no_chat_is_skipped_with_its_reason(name):
 @given(chat=CHAT)
 def test_a_tinychat_line_is_read_back(chat):
     bare = [(role, re.sub(r"\[/?INST\]", "", text).strip()) for role, text in chat if role != "system"]
-    if any(text for _, text in bare):
+    if any(text for role, text in bare if role == "assistant"):
         line = " ".join(f"[INST] {text} [/INST]" if role == "user" else text for role, text in bare)
-        assert chat_messages(line) == [(role, re.sub(r"\[/?INST\]", "", text)) for role, text in bare]
+        assert chat_messages(line) == [(role if role == "user" or text else SHOWN, text) for role, text in bare]
 
 
 def test_who_says_what_belongs_to_a_chats_hash():
@@ -475,7 +493,8 @@ def test_rows_that_are_no_chats_are_counted_by_reason(tmp_path):
     assert source["skipped"] == {
         "empty": 1, "not text": 5, "duplicate": 1, "role other than system, user and assistant": 4,
         "begins with a reply": 2, "system message inside the chat": 1, "no reply": 3, "not a chat": 4,
-        "no reply that is to be learned": 1,
+        "no reply that is to be learned": 1, "calls a tool": 1,
+        "history that is no list of questions and replies": 1,
     }
 
 

@@ -239,9 +239,14 @@ def test_muons_stacks_are_shared_out_over_the_processes(workdir):
     assert sum(done) == 3 * 2 + 4 + 1 and done[0] >= 4  # eleven maps, each once, about half on either side
 
 
-def test_a_mistake_that_all_processes_meet_is_told_once(workdir):
-    (first, _, told), (second, _, silence) = together(2, ROOT / "train.py", "--lr=-1")
-    assert first == second == 2 and told.count("train.py: --lr=-1.0 must be at least 0") == 1 and silence == ""
+@pytest.mark.parametrize("launch", [together, pytest.param(torchrun, marks=pytest.mark.slow)])
+def test_a_mistake_that_all_processes_meet_is_told_once_if_the_launcher_ends_the_others(launch, workdir):
+    ends = launch(2, ROOT / "train.py", "--lr=-1")
+    assert all(status for status, *_ in ends) and ends[0][2].count("train.py: --lr=-1.0 must be at least 0") == 1
+    if launch is torchrun:
+        assert "process 1" not in ends[0][2]
+    else:
+        assert "train.py: process 1 of 2: --lr=-1.0 must be at least 0" in ends[1][2]
 
 
 # ----------------------------------------------------------------------------------------------- disk, terminal, memory

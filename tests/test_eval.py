@@ -134,6 +134,12 @@ def test_a_fine_tuned_checkpoint_is_measured_on_replies_base_data_and_relevance(
     assert f"loss {loss['mixed']:.4f}" in table["chats"] and f"loss {loss['base']:.4f}" in table["base"]
     assert f"{final['relevance_accuracy'][kind]:.1%} of replies are likelier" in table["relevance"]
 
+    # so are those that are compared
+    one = eval.Measured(eval.Settings(ckpt="run/best.pt", eval_tokens=2048, device="cpu", micro_batch=3), ALONE)
+    assert eval.losses_of(one, one.sources())["loss"]["mixed"] == pytest.approx(loss["mixed"], rel=1e-5)
+    with pytest.raises(UserError, match="--plot and --stride are for text"):
+        eval.main(["--ckpt=run/best.pt", "--plot", "--device=cpu"])
+
     # text is measured as text even so
     _, table = measured(capsys, "--ckpt=run/best.pt", "--data=pydocs-hybrid", "--eval_tokens=1024")
     assert set(table) == {"pydocs"}
@@ -195,6 +201,9 @@ def test_what_cannot_be_measured_is_one_line(trained, workdir):
         (["--ckpt=best.pt", "--data=pydoc"], "no prepared data 'pydoc' (did you mean"),
         (["--ckpt=best.pt", "--context=129"], "longer than the model's context of 128"),
         (["--ckpt=best.pt", "--eval_tokens=-1"], "cannot be negative"),
+        (["--ckpt=best.pt", "--row"], "--row is a part of --tasks, which is not asked for"),
+        (["--ckpt=best.pt", "--probes=card"], "--probes is a part of --bundle, which is not asked for"),
+        (["--compare=best.pt", "--plot"], "--compare ranks checkpoints by their losses; --plot is for a single one"),
         (["--ckpt=best.pt", "--dtype=float23"], "float23 is not one of auto, bfloat16, float32 (did you mean float32"),
         (["--ckpt=best.pt", "--device=gpu"], "--device=gpu is not a device"),
     ]

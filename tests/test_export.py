@@ -461,6 +461,13 @@ def test_a_chat_in_llama_cpp_ends_where_ours_ends(tmp_path, monkeypatch):
     assert "part" not in llama_cpp.check(tmp_path / "it.gguf", release, "F32")
 
 
+def about_weights(folder):
+    """What eval_summary.json says of the weights that a bundle is about."""
+    checkpoint = run.read_checkpoint(folder / "best.pt")
+    return dict(checkpoint="best.pt", step=checkpoint["step"], tokens=checkpoint["tokens"],
+                weights="EMA" if checkpoint["use_ema"] else "raw")
+
+
 def test_recommended_decoding_goes_into_every_format(with_bpe, tmp_path):
     pytest.importorskip("xllamacpp")
     folder = tmp_path / "run"
@@ -470,6 +477,10 @@ def test_recommended_decoding_goes_into_every_format(with_bpe, tmp_path):
     (folder / "bundle").mkdir()
     (folder / "bundle/recommended_decoding_params.json").write_text(json.dumps(decoding | dict(preset="balanced")))
     (folder / "bundle/decoding_report.md").write_text("# Balanced wins\n")
+    for about in ({}, dict(about_weights(folder), step=7), dict(about_weights(folder), weights="other")):
+        (folder / "bundle/eval_summary.json").write_text(json.dumps(about))  # of other weights
+        assert contents.open_release(folder / "best.pt").decoding == {}
+    (folder / "bundle/eval_summary.json").write_text(json.dumps(about_weights(folder)))
     release = contents.open_release(folder / "best.pt")
     assert release.decoding == decoding
 
@@ -478,8 +489,9 @@ def test_recommended_decoding_goes_into_every_format(with_bpe, tmp_path):
     assert decoding.items() <= json.loads((out / "generation_config.json").read_text()).items()
     assert (out / "decoding_report.md").exists() and "| top_p | `0.875` |" in (out / "README.md").read_text()
     modelfile = (out / "Modelfile").read_text()
-    for line in ("temperature 0.75", "top_k 13", "top_p 0.875", "repeat_penalty 1.25", "num_predict 7", "num_ctx 96"):
+    for line in ("temperature 0.75", "top_k 13", "top_p 0.875", "repeat_penalty 1.25", "num_ctx 96"):
         assert f"PARAMETER {line}\n" in modelfile
+    assert "num_predict" not in modelfile  # how long a text is, is not how to sample it
     settings = llama_cpp.LlamaCpp(out / "run-F32.gguf", 96).ask("/completion", prompt="a", n_predict=1)
     settings = settings["generation_settings"]
     ours = dict(temperature=0.75, top_k=13, top_p=0.875, min_p=0.0, repeat_penalty=1.25)
@@ -494,6 +506,48 @@ def test_greedy_decoding_leaves_out_what_nothing_is_drawn_by(checkpoints):
     assert "PARAMETER temperature 0\n" in gguf_format.modelfile(release, "it.gguf")
 
 
+def test_what_llama_cpp_cannot_do_is_not_half_done(checkpoints):
+    release = opened(checkpoints, "ivme")
+    release.decoding = dict(do_sample=True, temperature=0.7, top_p=0.9, no_repeat_ngram_size=3)
+    assert gguf_format.decoding_of(release) == {} and "temperature" not in gguf_format.modelfile(release, "it.gguf")
+    assert "which llama.cpp cannot do" in card.gguf_section(release, {"it.gguf": ""}, [])
+    assert transformers_format.generation_config(release)["no_repeat_ngram_size"] == 3
+
+
+def test_chats_are_not_sampled_as_texts_are(checkpoints):
+    """Also those of which all that is said was learned."""
+    release = opened(checkpoints, "ivme")
+    for loss_on in ("responses", "all"):
+        chat = dataclasses.replace(release, checkpoint=dict(release.checkpoint, train=dict(
+            release.checkpoint["train"], loss_on=loss_on, minutes=0.0)))
+        assert chat.is_chat_model and chat.decoding == {} and "<|user|>" in gguf_format.modelfile(chat, "it.gguf")
+        assert f"tokens of {'replies' if loss_on == 'responses' else 'chats'}: it answers" in card.introduction(chat)
+
+
+@pytest.mark.parametrize("settings, said, unsaid", [
+    (dict(schedule="constant"), [], ["Final lr", "| Decay |"]),
+    (dict(schedule="wsd", decay_steps=0, decay_fraction=0.0), [], ["Final lr", "| Decay |"]),
+    (dict(schedule="wsd", decay_steps=20, final_lr_fraction=0.1), ["| Decay | 20 steps |", "10% of the peak"], []),
+    (dict(schedule="cosine", final_lr_fraction=0.1), ["10% of the peak"], ["| Decay |"]),
+    (dict(init_from="gpt2/gpt2.pt"), ["goes on from gpt2/gpt2.pt, with"], ["on English only", "training tokens"]),
+    (dict(init_from="card/1.pt", decay_only=True), ["It was trained on ", "on English only"], ["It goes on from"]),
+])
+def test_the_card_tells_of_the_training_what_happened(settings, said, unsaid, trained):
+    release = trained_release(trained)
+    release = dataclasses.replace(release, checkpoint=dict(release.checkpoint, train=dict(
+        release.checkpoint["train"], **settings)))
+    text = card.model_card(release, {})
+    assert all(part in text for part in said) and not any(part in text for part in unsaid)
+
+
+def test_a_release_of_a_release_keeps_what_is_known_of_the_training(evaluated):
+    export.main([f"--ckpt={evaluated / 'best.pt'}"])
+    (again,) = (evaluated / "release").glob("step_*.pt")
+    export.main([f"--ckpt={again}", f"--out={evaluated / 'again'}"])
+    first, second = ((evaluated / name / "training_config.json").read_text() for name in ("release", "again"))
+    assert first == second and "NVIDIA H100" in (evaluated / "again/README.md").read_text()
+
+
 # ---------------------------------------------------------------------------------------------------- the model card
 
 @pytest.fixture
@@ -501,7 +555,8 @@ def evaluated(trained, tmp_path):
     """A copy of the small run, with eval.json and what the run says of its machine."""
     folder = tmp_path / "my-model"
     shutil.copytree(trained, folder)
-    scores = dict(tasks=dict(blimp=dict(score=0.614, stderr=0.0017, metric="acc"), odd="no score"),
+    blimp = dict(score=0.614, stderr=0.0017, metric="acc")
+    scores = dict(about_weights(folder), tasks=dict(blimp=blimp, odd="no score"),
                   protocol=dict(harness="lm_eval 0.4.13", num_fewshot=0, window=1024))
     (folder / "eval.json").write_text(json.dumps(scores))
     record = json.loads((folder / "config.json").read_text())

@@ -49,13 +49,15 @@ def tune(trained, chat_data, workdir):
     def tune(*flags, still=True):
         """still: nothing is learned, so that the weights stay those of `trained`."""
         out = workdir / f"tuned{len(list(workdir.glob('tuned*')))}"
-        rates = ["--lr=0", "--muon_lr=0"] if still else []
+        more = ["--lr=0", "--muon_lr=0"] if still else []
+        if not any(flag.startswith("--epochs=") for flag in flags):
+            more.append("--max_steps=4")
         assert finetune.main([
             f"--init_from={trained}/best.pt", "--model=tinymemory-sft", f"--data={chat_data}",
             "--base_data=pydocs-hybrid", f"--out={out}", "--block_size=64", "--batch_tokens=512", "--micro_batch=4",
-            "--max_steps=4", "--eval_every=2", "--eval_tokens=1024", "--warmup_steps=1", "--final_eval_tokens=1024",
+            "--eval_every=2", "--eval_tokens=1024", "--warmup_steps=1", "--final_eval_tokens=1024",
             "--save_every=2", "--log_every=1", "--sample_tokens=0", "--dtype=float32", "--compile=off", "--device=cpu",
-            *rates, *flags]) == 0
+            *more, *flags]) == 0
         return out
     return tune
 
@@ -520,7 +522,7 @@ def test_beside_other_text_it_is_replies_that_count(tune, chat_data, capsys):
 def test_rows_without_a_reply_to_validate_on_are_no_measure(tune, chat_data, workdir):
     long = [dict(instruction=f"{i} {' '.join(WORDS * 40)}", output="yes") for i in range(40)]
     prepare_chats(workdir, "long", long, f"{chat_data}/tokenizer.json", val_fraction=0.2)
-    line = "no reply is in the validation rows that --eval_tokens=64 takes; raise it, or --block_size"
+    line = "no reply is in the validation rows that --eval_tokens=64 takes; raise it, or the length of the rows"
     with pytest.raises(UserError, match=line):
         tune(f"--data={workdir}/long", "--eval_tokens=64")
 

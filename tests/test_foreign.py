@@ -209,6 +209,15 @@ def test_words_outside_a_vocabulary_of_words_are_counted_whole():
     assert counted["bytes"] == size([text]) and counted["unknown"] == 1 and counted["unknown_bytes"] == size(unknown)
 
 
+def test_what_frames_a_document_is_no_unknown_text(tmp_path):
+    end = "<|endoftext|>"
+    bpe(decoders.ByteLevel(), pre_tokenizers.ByteLevel(add_prefix_space=False), dict(EVERY_BYTE, special_tokens=[end]),
+        unk_token=end).save(str(tmp_path / "tok.json"))
+    path = write_jsonl(tmp_path / "x.jsonl", map(document, range(30)))
+    _, meta = run(path, tmp_path, tokenizer=str(tmp_path / "tok.json"))
+    assert [meta["sources"][0][split]["unknown"] for split in ("train", "val")] == [0, 0]
+
+
 def test_prepare_says_how_much_of_a_text_is_left_out(tmp_path, capsys):
     MAKE["BPE without an unknown token"]().save(str(tmp_path / "tok.json"))
     texts = [f"plain {document(i)} 中国" for i in range(60)]

@@ -129,6 +129,21 @@ def test_prepared_languages_and_kinds_are_drawn_as_the_order_says(order, pack, b
 
 # ---------------------------------------------------------------------------------------------------- going on
 
+@pytest.mark.parametrize("total", [1100, 1447, 3000])
+def test_a_sequence_whose_run_is_made_shorter_or_longer_goes_on_in_the_turn_where_it_was(total):
+    sources = [FakeSource([i] * 5000, budget=budget) for i, budget in enumerate((710, 160, 235, 395, 80))]
+    before, after = Loader(sources, "sequential", 10, 1447, 0), Loader(sources, "sequential", 10, total, 0)
+    begun = deal(before, 1000)[0][:, 0].tolist()
+    after.load_state_dict(before.state_dict())
+    left = deal(after, total - 1000)[0][:, 0].tolist()
+    whole = deal(before, 447)[0][:, 0].tolist()
+    assert begun[-1] == left[0] == 2 and left == sorted(left) and set(left) == {2, 3, 4}
+    for i in range(5):  # what was left has its shares
+        assert left.count(i) / len(left) == pytest.approx(whole.count(i) / len(whole), abs=0.02)
+    if total == 1447:
+        assert left == whole
+
+
 def test_the_loader_goes_on_from_its_counts():
     sources = [FakeSource(range(500)), FakeSource(range(1000, 1300))]
     whole, first, second = (Loader(sources, "random", 7, 500, 5) for _ in range(3))

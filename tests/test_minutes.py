@@ -91,6 +91,8 @@ def test_a_run_of_a_few_seconds_ends_with_the_steps_it_chose(corpora, tmp_path, 
     assert len(step_rows(out)) == recorded["max_steps"] + 3
     with pytest.raises(UserError, match="--minutes is for a new run"):
         train.main(["--resume", f"--out={out}", "--minutes=1"])
+    train.main([f"--init_from={out}/ckpt.pt", "--decay_only", "--decay_steps=2", f"--out={tmp_path / 'decay'}"])
+    assert run.read_checkpoint(tmp_path / "decay/ckpt.pt")["step"] == recorded["max_steps"] + 5
 
 
 def test_two_processes_choose_the_same(corpora, tmp_path, monkeypatch):

@@ -156,6 +156,7 @@ MISTAKES = {
     "neither yes nor no": (train, [*TRAIN, "--overwrite=perhaps"], nothing, "'perhaps' is neither true nor false"),
     "a negative number": (train, [*TRAIN, "--lr=-1"], nothing, "--lr=-1.0 must be at least 0"),
     "a number without end": (train, [*TRAIN, "--lr=inf"], nothing, "--lr=inf must be at least 0"),
+    "two lengths": (train, [*TRAIN, "--epochs=2"], nothing, "--max_steps and --epochs both say how long the run is"),
     "zero steps": (train, [*TRAIN, "--max_steps=0"], nothing, "--max_steps=0 must be above 0"),
     "an average that never moves": (train, [*TRAIN, "--ema_beta=1"], nothing, "--ema_beta must be below 1"),
     "windows beyond the context": (

@@ -1,5 +1,6 @@
 """prepare.py: the same input gives the same bytes in the same split, and nothing is lost when it is stopped."""
 import collections
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -88,6 +89,17 @@ def test_a_run_on_text_of_unknown_characters_alone_ends_well(tmp_path, monkeypat
 
 
 # ---------------------------------------------------------------------------------------------------- the sample
+
+def test_rows_without_text_do_not_keep_anybody_waiting_for_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "WITHOUT_TEXT", 50)
+    path = str(write_rows(tmp_path / "x.jsonl", [dict(text="a")] + [dict(text="")] * 500))
+    source, read = local_source(path, ""), []
+    reader = source.reader()
+    source.reader = lambda **how: (read.append(row) or row for row in itertools.islice(reader, 1, None))
+    with pytest.raises(UserError, match="x holds no document of text.*50 empty"):
+        prepare.scan(source, 2 ** 62, 10 ** 6)
+    assert len(read) < 60
+
 
 def test_a_tokenizer_learns_from_training_text_alone(tmp_path):
     for i in range(10):  # two documents: here the split moves up to the lower hash, and the sample must follow
@@ -186,7 +198,7 @@ def test_meta_counts_are_those_of_the_files(prepared, tokenizer):
 
 def test_files_hold_what_the_library_encodes_in_the_sources_order(corpus):
     root, names = corpus
-    texts = list(local_source(names[1], "").reader())
+    texts = list(dataclasses.replace(local_source(names[1], ""), budget=250_000).reader())
     for kind in KINDS:
         tokenizer, _, train = split_ids(root / "data" / kind, "train", 1)
         val = split_ids(root / "data" / kind, "val", 1)[2]

@@ -77,7 +77,9 @@ def test_what_cannot_be_tried_is_one_line(flags):
     mistakes = [
         ([], "which experiment? architectures, recipe, nanogpt, tricks"),
         (["ablation"], "nanogpt, tricks, not ablation"),
-        (["tricks", "--dry"], "--dry is for architectures and recipe"),
+        (["tricks", "--dry"], "--dry is for architectures and recipe, not for tricks"),
+        (["recipe", "--size=20M"], "--size is for architectures, not for recipe"),
+        (["architectures", "--minutes=3"], "--minutes is for nanogpt, not for architectures"),
         ([*flags, "--seeds=0"], "must be above 0"),
         (["tricks", "--init_from=none.pt"], "no checkpoint none.pt"),
         ([*flags, "--data=data/pydocs-hybrid"], "holds no chats to validate on"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from common import UserError
-from corpus.text import Document, Reader, Seen, clean, local_source, split_budget, text_documents
+from corpus.text import Document, Reader, Seen, clean, cut_documents, local_source, split_budget, text_documents
 from corpus_helpers import TEXT, document, properties, run, write_rows
 
 
@@ -134,6 +134,19 @@ def test_rows_of_nulls_alone_say_nothing_and_the_columns_decide(tmp_path):
 def test_a_row_without_the_column_or_that_is_no_object_is_left_out_and_counted(tmp_path):
     (tmp_path / "x.jsonl").write_text('null\n{"text": "a"}\n{"body": "b"}\n[1]\n7\n{"text": "c"}\n"d"\n')
     assert shape(tmp_path / "x.jsonl") == (False, 3, {"empty": 2, "not text": 2})
+
+
+def test_a_column_without_text_is_refused_at_once(tmp_path):
+    for name, value in (("x.jsonl", {"a": 1}), ("y.parquet", [1, 2])):
+        path = write_rows(tmp_path / name, [{"metadata": value, "text": "a"}] * 30)
+        with pytest.raises(UserError, match=f"{name} holds no text in its column 'metadata', it has .*; choose one"):
+            shape(path, column="metadata")
+
+
+@given(st.text(alphabet="ab \n", max_size=400), st.integers(4, 60))
+def test_a_text_in_memory_is_cut_as_a_file_is(text, limit):
+    parts = list(cut_documents(text, limit))
+    assert "".join(parts) == text and all(len(part) <= limit for part in parts)
 
 
 def test_a_chat_among_texts_is_no_text_and_a_text_among_chats_no_chat(tmp_path):

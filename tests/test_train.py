@@ -29,6 +29,7 @@ from conftest import (
 from corpus.folder import read_meta
 from corpus.loader import Loader
 from corpus.tokenizer import bos_eos, load_tokenizer, token_byte_counts
+from finetune import mark_replies
 
 # ---------------------------------------------------------------------------------------------------- optimizers
 
@@ -583,6 +584,17 @@ def test_the_mixed_loss_is_over_equally_much_text_of_each_source_also_where_rows
     result = objective.evaluate(Gauge(), sources, 6000, 100, 4, CPU, torch.ones(50), ALONE, (1, 2))
     assert result["loss"]["source"] == pytest.approx({"of 10": 0.1, "of 30": 0.3})
     assert result["loss"]["mixed"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("tokens", [0, 3000])
+def test_the_mixed_loss_of_chats_gives_each_set_an_equal_share_however_much_of_it_counts(tokens):
+    sources = []
+    for token, share in ((10, 0.9), (30, 0.1)):
+        source = FakeSource([0], val=np.full(20_001, token), name=f"of {token}")
+        source.train_mask, source.val_mask = source.train, (np.arange(20_001) % 100 < 100 * share).astype(np.uint8)
+        sources.append(source)
+    result = objective.evaluate(Gauge(), sources, tokens, 100, 4, CPU, torch.ones(50), ALONE, None, mark_replies)
+    assert result["loss"]["mixed"] == pytest.approx(0.2) == result["loss"]["language"]["en"]
 
 
 def test_evaluation_spreads_its_windows_and_leaves_the_random_numbers_alone():
