@@ -7,9 +7,10 @@ Losses    of each source, language and kind of the data that it was trained on, 
           loss over the position in the context.
 --tasks   Benchmarks by their names in EleutherAI's lm-evaluation-harness, such as wikitext, blimp, arc_easy.
 --bundle  The evaluation of the 1gpu-llm card in a folder: source losses, behaviour, probes, and a search for decoding
-          parameters, which sample.py then uses.
+          parameters, which sample.py then uses if DIR is bundle/ beside the checkpoint.
 
-What was found is kept in eval.json beside the checkpoint. Nothing else of the run is changed.
+Losses and scores are kept in eval.json beside the checkpoint, the picture of --plot is loss_by_position.png. Nothing
+else of the run is changed.
 """
 import json
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +45,7 @@ class Settings:
 
     # benchmarks
     tasks: str = ""  # names of lm-evaluation-harness, such as wikitext,blimp,arc_easy
-    limit: int = 0  # documents of each task; 0: all
+    limit: int = 0  # documents of each benchmark, and of each subtask if it has some, as blimp has 67; 0: all
     tasks_dir: str = ""  # folder with the tasks' data as local files, for machines without network
     row: bool = False  # show a row for a leaderboard too
 
@@ -262,11 +263,8 @@ def keep(measured, **found):
     about = dict(checkpoint=Path(measured.s.ckpt).name, step=measured.checkpoint["step"], weights=measured.weights)
     record = about
     if path.exists():
-        try:
-            record = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or not about.keys() <= record.keys():
+        record = run.read_evaluation(path)
+        if record is None:
             print(f"{path} was not written by this program and is left as it is; what was found is not kept")
             return
     if {name: record[name] for name in about} != about:

@@ -1,4 +1,4 @@
-"""`python bench.py gpu`: what a GPU makes of this repository, in one table, in under eight minutes.
+"""`python bench.py gpu`: what a GPU makes of this repository, in one table. It should take less than eight minutes.
 
 Is the selective scan right, and how fast beside the others that are installed; what does a training step of every
 preset cost at its own recipe; what do packed documents cost; how fast are sampling and the loader; how long would the

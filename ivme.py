@@ -341,7 +341,7 @@ class IvmeConversate(nn.Module):
         """Continues idx (B, T) by up to max_new_tokens: returns (B, T + new). temperature 0 takes the likeliest token.
 
         top_k keeps the k likeliest tokens, top_p the smallest set of at least that probability (arXiv 1904.09751),
-        repetition_penalty divides the odds of tokens already present (arXiv 1909.05858). Ends early once every row has
+        repetition_penalty makes tokens already present less likely (arXiv 1909.05858). Ends early once every row has
         produced stop_token. When the context is full, its second half is read anew: generation can go on for ever.
         """
         cache, new = None, idx

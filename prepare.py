@@ -1,11 +1,12 @@
-"""Text in, token files out: `python prepare.py NAME...` writes a folder that train.py and nanoGPT can read.
+"""Text in, token files out: `python prepare.py NAME...` writes a folder that train.py can read, and nanoGPT too if the
+files are renamed.
 
 NAME is one of these. A budget of training tokens may follow it, after a colon (`finemath:50M`), unless it is a mix:
 
     pydocs           this Python's own library and help topics, with nothing to download
     pydocs-chat      questions and answers about that library
     finemath, ivme   a data set of the Hugging Face Hub that is known here, or a mix of them: `python prepare.py --list`
-    ORG/NAME         any other data set of the Hub, with --config and --column where they are needed
+    ORG/NAME         any other data set of the Hub, with --config, --split and --column where they are needed
     PATH             a file or folder of yours with texts or chats (.txt, .md, .jsonl, .jsonl.gz, .json, .parquet)
 
 PATH and ORG/NAME take a language and a kind after an @: `novels_it@it/books:50M`. Several names become several
@@ -18,10 +19,10 @@ sources of one corpus. Each has files of its own, and one tokenizer learns from 
     meta.json                       the settings and where the text is from; counts, sizes and checksums of the files
 
 The input is read as a stream, twice: first for a sample of the text, from which the tokenizer learns (of a Hub data set
-only a part is read for that), then to encode it. Memory does not grow with the input. If the program is stopped while
-it encodes, the same command resumes the work, and the result is the same to the byte. If two of them make the same
-folder, one waits for the other. A budget that needs only a part of a set of files takes parts from all over it, of 64
-files at least.
+only a part is read for that), then to encode it. Memory is bounded, whatever the size of the input: the hashes that
+tell duplicates need a gigabyte at most. If the program is stopped while it encodes, the same command resumes the work,
+and the result is the same to the byte. If two of them make the same folder, one waits for the other. A budget that
+needs only a part of a set of files takes parts from all over it: of 64 files at least, or of all if there are fewer.
 
 Exact duplicates within a source are left out; each document is compared with the last 4 million at least. Whether a
 document is training or validation text depends on the hash of its text alone, not on the order of files or on what is
@@ -73,7 +74,7 @@ class Settings:
     name: str = ""  # the prepared folder's name; empty: NAME-TOKENIZER
     tokenizer: str = "bpe"  # bpe, hybrid, chunk or gpt2, or a tokenizer.json or checkpoint whose tokenizer is reused
     vocab_size: int = 0  # tokens in a new tokenizer's vocabulary; 0: bpe 16,384, hybrid 2,111, chunk 4,466
-    max_tokens: int = -1  # training tokens from each source without a budget; 0: all; -1: all, or what --list says
+    max_tokens: int = -1  # training tokens of each source without a :BUDGET, also in a mix; 0: all; -1: as --list says
     val_fraction: float = 0.05  # fraction of the documents that become validation text
     column: str = ""  # field that holds the text of a row; empty: text or content, and rows of chats are chats
     encoding: str = ""  # encoding of your text files, such as cp1252; empty: UTF-8, and what their first bytes tell

@@ -211,7 +211,7 @@ def load_weights(model, checkpoint, ema, path):
         model.load_state_dict(checkpoint["model"] | (checkpoint["ema"] if ema else {}))
     except RuntimeError as e:
         file = type(model).__module__
-        raise UserError(f"{path} does not fit {file}.py as it is now: {str(e).splitlines()[0]}") from None
+        raise UserError(f"{path} does not fit {file}.py as it is now: {' '.join(str(e).split())[:300]}") from None
 
 
 # --------------------------------------------------------------------------------------------------- which run is meant
@@ -636,7 +636,7 @@ def read_rows(path, key="step", kind=int):
     return rows
 
 
-# Files that a run writes, and that --overwrite deletes; no other file is ever touched
+# Files of a run and of its evaluation, which --overwrite deletes; no other file is ever touched
 OWN = re.compile(r"(ckpt|best|step_\d+)\.pt|best_validation\.json|loss\.png|config\.json|tokenizer\.json|\.lock|"
                  r"eval\.json|loss_by_position\.png|" + "|".join(map(re.escape, LOGS)))
 
@@ -646,7 +646,17 @@ def own_files(folder):
     if not Path(folder).is_dir():
         return []
     return [path for path in sorted(Path(folder).iterdir())
-            if OWN.fullmatch(path.name.removesuffix(".part")) and (path.is_symlink() or not path.is_dir())]
+            if OWN.fullmatch(path.name.removesuffix(".part")) and (path.is_symlink() or not path.is_dir())
+            and not (path.name == "eval.json" and read_evaluation(path) is None)]
+
+
+def read_evaluation(path):
+    """What eval.py has written into an eval.json; None if the file is somebody else's."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and {"checkpoint", "step", "weights"} <= found.keys():
+            return found
+    return None
 
 
 def check_folder(s):

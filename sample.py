@@ -1,5 +1,6 @@
 """Text from a trained model: `python sample.py --prompt="def "`, or a conversation with a fine-tuned one:
-`python sample.py --chat`. --ckpt names the model; without it, it is the best of the latest run.
+`python sample.py --chat`. --ckpt names the model; without it, it is the best of the latest
+pretraining run, with --chat of the latest fine-tuning run.
 
 One sample is shown while it is generated. Several are generated together and shown when all are done. Tokens are
 decoded one at a time, through the model's cache. The model looks back over at most as many tokens as a row of its
@@ -9,8 +10,8 @@ no such end. The same seed gives the same text on the same kind of device.
 
 If no rule of sampling is given (--temperature, --top_k, --top_p, --min_p, --repetition_penalty,
 --no_repeat_ngram_size), and `python eval.py --bundle` has found out which ones suit the model, those are used. They are
-in recommended_decoding_params.json, in the folder bundle/ next to the checkpoint or next to it. A chat does not use
-them.
+in recommended_decoding_params.json, in the folder bundle/ beside the checkpoint, or directly beside it. A chat does not
+use them.
 
 On a CPU, a compiled step computes the tokens of models with Llama's blocks, see kernels/decode.py. It is built, in five
 seconds, when a long sample or a chat first repays it, and KERNELS=reference leaves it out.
@@ -44,8 +45,8 @@ from run import is_fine_tuning, load_checkpoint, recorded_settings
 
 @dataclass
 class Settings:
-    ckpt: str = ""  # checkpoint to sample from; empty: the best of the latest run, or fine-tuned run with --chat
-    prompt: str = ""  # text to continue; empty: piped standard input, else a new document; --chat: the first message
+    ckpt: str = ""  # checkpoint to sample from; empty: the best of the latest pretraining run, or --chat: fine-tuning
+    prompt: str = ""  # text to continue; --chat: the first message; not given: piped input; empty: new document
     chat: bool = False  # a conversation at the terminal or through a pipe
     system: str = ""  # with --chat: instructions before the first message
     num_samples: int = 1  # continuations of the prompt, 10,000 at most

@@ -31,10 +31,10 @@ from objective import Pretraining
 @dataclass(frozen=True)
 class Settings:
     model: str = "tinymemory"  # preset of an architecture file: tinymemory, ivme, i3, gpt2preln..., or one of your own
-    data: str = ""  # prepared folders, or names under data/, as NAME or NAME:WEIGHT,NAME:WEIGHT; empty: the recipe's
+    data: str = ""  # prepared folders, or names under data/: NAME or NAME:FACTOR,NAME:FACTOR; empty: the recipe's
     tokenizer: str = "bpe"  # tokenizer that a bare name in --data means: pydocs with hybrid is data/pydocs-hybrid
     out: str = ""  # folder of the run; empty: out/MODEL
-    resume: bool = False  # go on from the run's ckpt.pt with its recorded settings
+    resume: bool = False  # go on with the run in --out from its ckpt.pt, with its recorded settings; =FOLDER, =latest
     overwrite: bool = False  # start anew in a folder that holds a run, and delete that run
     init_from: str = ""  # start from this checkpoint's weights
     decay_only: bool = False  # with --init_from: keep optimizer, EMA and place in the data, and run --decay_steps
@@ -48,7 +48,7 @@ class Settings:
     grad_checkpoint: bool = False  # keep only the blocks' inputs for the backward pass: less memory, a third more work
     max_steps: int = 600  # optimizer steps of the run
     epochs: float = 0.0  # in place of --max_steps: passes over the training data
-    minutes: float = 0.0  # in place of --max_steps: time to train; steps, batch and evaluations are chosen to fit
+    minutes: float = 0.0  # in place of --max_steps: minutes to train; steps, batch and warm-up are made to fit
     word_boost: float = 1.0  # weight in the loss of target tokens of more than one character; 1: off
 
     # optimizer
@@ -69,7 +69,7 @@ class Settings:
     eval_tokens: int = 32_768  # validation tokens of each source in an evaluation, spread evenly; 0: all
     final_eval_tokens: int = 4_000_000  # the same for the last evaluation, of best.pt; 0: all
     eval_tasks: str = ""  # benchmarks to score at evaluations too, as eval.py's --tasks; empty: none
-    eval_limit: int = 100  # documents of each benchmark; 0: all
+    eval_limit: int = 100  # documents of each benchmark, and of each subtask if it has some, as blimp has 67; 0: all
     tasks_dir: str = ""  # folder with the benchmarks' data, for machines without network
     probes: str = ""  # probes to put at evaluations too: a JSON file as eval.py's, or "card" for the four of the card
     save_every: int = 100  # steps between checkpoints; 0: only at the end

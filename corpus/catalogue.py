@@ -90,21 +90,22 @@ MIXES = {
         (("fineweb-hq", 710 * M), ("python-stack", 160 * M), ("finemath", 235 * M), ("cosmopedia", 395 * M),
          ("wikipedia", 80 * M))),
     "gpt2preln": (
-        "gpt2preln: English and Italian as on its card, budgets for web and wiki alike "
+        "gpt2preln (--vocab_size=32000): English and Italian as on its card, budgets for web and wiki alike "
         "(our reading; wiki40b-it ends at about 0.7B)",
         (("fineweb-hq", 1_796_855_746), ("wiki40b-en", 1_796_855_746),
          ("fineweb2-hq-it", 1_652_941_754), ("wiki40b-it", 1_652_941_754))),
     "i3": (
-        "i3-22m: its card's TinyChat, all of it",
+        "i3-22m (--tokenizer=chunk): its card's TinyChat, all of it",
         (("tinychat", 0),)),
     "i3-80m": (
-        "i3-80m: its card's three sets, about 3M tokens in all; how much of each is our choice",
+        "i3-80m (--tokenizer=chunk --vocab_size=35560): its card's three sets, about 3M tokens in all; how much of "
+        "each is our choice",
         (("tinystories", M), ("tinychat", M), ("hq-sentences", M))),
     "i3-200m": (
-        "i3-200m: its card's four sets; how much of each is our choice",
+        "i3-200m (--vocab_size=32000): its card's four sets; how much of each is our choice",
         (("tinystories", M), ("tinychat", M), ("hq-sentences", M), ("wikitext", M))),
     "tinymemory": (
-        "tinymemory, larger than pydocs; its card names no data, the choice is ours",
+        "tinymemory (--tokenizer=hybrid), larger than pydocs; its card names no data, the choice is ours",
         (("tinystories", 40 * M), ("hq-sentences", 10 * M))),
 }
 
@@ -135,4 +136,4 @@ def list_table():
                 yield f"  {name:<{width}}  {budget / M:>8,.0f}M  {budget / total:.0%}"
     yield ""
     yield "A source that holds less than its budget gives all that it has."
-    yield "Any other data set of the Hub works by its name, ORG/NAME; --config and --column say what to read of it."
+    yield "Any other data set of the Hub works by its name, ORG/NAME; --config, --split and --column say what to read."

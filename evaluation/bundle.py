@@ -323,7 +323,7 @@ def decoding_report(found):
     sweep, run_text = found.sweep, found.run_text
     winner = PRESETS[sweep.winner]
     lines = [f"# Decoding of {found.about['model']}, step {found.about['step']:,}", "", *conclusion(found)[1:], "",
-             "```", f"python sample.py --ckpt={found.about['checkpoint']} {sampling_flags(winner)}", "```", ""]
+             "```", f"python sample.py --ckpt=out/RUN/{found.about['checkpoint']} {sampling_flags(winner)}", "```", ""]
     lines += [f"## {len(run_text.tuning)} tuning prompts", "",
               *table(leaderboard_rows(sweep.tuning, sweep.tuning_text)), "",
               f"## {len(run_text.holdout)} holdout prompts", "",

@@ -154,7 +154,7 @@ def selective_scan(u, delta, A, B, C, D=None, h0=None, reset=None, return_state=
 
     u, delta, B and C are fp32, bf16 or fp16 and of any strides; states, A, D and all sums are fp32. If u is fp64, for
     gradient checks, all is fp64. y has u's type and shape, and contiguous strides. For the backward pass the inputs are
-    kept, and a state every 64 steps. Raises ValueError for shapes, devices or types that do not fit.
+    kept, and a state every 64 steps. Raises ValueError for shapes or devices that do not fit, and if reset is not bool.
     """
     if u.ndim != 3 or A.ndim != 2:
         raise ValueError("u must be (batch, T, channels) and A (channels, N), "
