@@ -659,6 +659,9 @@ def read_evaluation(path):
     return None
 
 
+STRAY = (".lock", "config.json.part", ".DS_Store")  # what a run that was killed at once, or a system, leaves
+
+
 def check_folder(s):
     """UserError if the run must not write into its folder, because of another run there or of files of somebody's."""
     out = Path(s.out)
@@ -669,7 +672,7 @@ def check_folder(s):
             raise UserError(f"{out} holds a run: --resume --out={quoted(out)} goes on with it, --out names another "
                             "folder, --overwrite deletes it")
         return
-    foreign = sorted(path.name for path in out.glob("*") if path.name not in (".lock", ".DS_Store"))
+    foreign = sorted(path.name for path in out.glob("*") if path.name not in STRAY)
     if foreign:
         raise UserError(f"{out} holds files of others ({', '.join(foreign[:3])}), which stay as they are; "
                         "--out names another folder")

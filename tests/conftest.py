@@ -27,9 +27,10 @@ ROOT = Path(train.__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # such small models are slower on two, and two test processes share the machine
 torch.set_num_threads(1)
 
-# a test is right or wrong, however busy the machine is
-settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("suite")
+# A test is right or wrong, however busy the machine is and whenever it runs; HYPOTHESIS=search draws other examples
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS", "suite"))
 
 # a model that trains in milliseconds, and a run of it; tests add or override flags
 SMALL = ["--n_layer=2", "--d_model=32", "--n_head=2", "--d_ff=48", "--context_length=128", "--block_size=64",

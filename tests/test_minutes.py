@@ -83,7 +83,6 @@ def test_a_run_of_a_few_seconds_ends_with_the_steps_it_chose(corpora, tmp_path, 
     train.main([*flags, "--vocab_size=600", "--data=pydocs-hybrid", "--minutes=0.04", "--log_every=1", f"--out={out}"])
     recorded = run.recorded_settings(out)
     assert recorded["minutes"] == 0.04 and len(step_rows(out)) == recorded["max_steps"] > 0
-    assert recorded["batch_tokens"] == 512  # small enough already
     assert run.read_checkpoint(out / "ckpt.pt")["step"] == recorded["max_steps"]
 
     # what goes on has its steps

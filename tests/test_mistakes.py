@@ -412,10 +412,6 @@ def test_a_mistake_is_one_line_status_2_and_nothing_written_over(what, desk, mon
     assert not {path for path in after if path.suffix in (".pt", ".bin")} - set(before)  # nothing half-made looks whole
 
 
-def test_there_are_more_than_25_mistakes():
-    assert len(MISTAKES) > 25
-
-
 def test_a_mistake_in_a_process_of_its_own_shows_no_traceback(workdir):
     for words in (["train.py", "--model=none"], ["finetune.py", "--model=none"], ["sample.py", "--ckpt=none"],
                   ["prepare.py", "none"]):

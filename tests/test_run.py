@@ -16,7 +16,7 @@ import run
 import sample
 import train
 from common import UserError
-from conftest import ALONE, ROOT, SMALL, pretraining_plan, run_train, same_tensors, tuning_plan
+from conftest import (ALONE, ROOT, SMALL, evaluations, pretraining_plan, rows, run_train, same_tensors, tuning_plan)
 from made_up import made_up_chats
 
 TUNE = ["--block_size=64", "--batch_tokens=512", "--max_steps=1", "--eval_tokens=256", "--final_eval_tokens=256",
@@ -171,6 +171,27 @@ def test_load_checkpoint_picks_the_winner_unless_told(trained):
     raw, ema = (run.load_checkpoint(trained / "best.pt", ema=e)[0].state_dict() for e in (False, True))
     assert same_tensors(chosen.state_dict(), ema if checkpoint["use_ema"] else raw) and not same_tensors(raw, ema)
     assert not chosen.training and tokenizer.encode("<|bos|>").ids != [1]
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_the_weights_that_won_are_those_of_a_new_run_and_of_the_last_measurement(use_ema, trained, workdir):
+    shutil.copytree(trained, "won")
+    run.save_checkpoint("won/best.pt", run.read_checkpoint("won/best.pt") | dict(use_ema=use_ema))
+    won = run.load_checkpoint("won/best.pt", ema=use_ema)[0].state_dict()
+    assert same_tensors(dict(run.load_checkpoint("won/best.pt")[0].state_dict()), dict(won))
+
+    flags = [flag for flag in SMALL if not flag.startswith(("--n_", "--d_", "--context"))]
+    train.main([*flags, "--init_from=won/best.pt", "--data=pydocs-hybrid", "--max_steps=1", "--lr=0", "--muon_lr=0",
+                "--out=new"])
+    assert same_tensors(run.read_checkpoint("new/ckpt.pt")["model"], dict(won))
+
+    log = Path("won/metrics.jsonl")
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    train.main(["--resume", "--out=won"])
+    (kind, loss), = rows("won")[-1]["val_loss"].items()
+    best = run.read_checkpoint("won/best.pt")
+    (there,) = [row for row in evaluations("won") if row["step"] == best["step"]]
+    assert kind == ("ema" if use_ema else "raw") and loss["mixed"] == pytest.approx(there["val_loss"][kind]["mixed"])
 
 
 def test_settings_of_another_version_are_read_and_what_is_unknown_is_left_out():

@@ -275,9 +275,12 @@ def test_a_tokenizer_that_cannot_frame_documents_is_refused(tokens, tmp_path):
 # ---------------------------------------------------------------------------------------------------- bpe and hybrid
 
 def test_bpe_learns_from_a_document_without_spaces_in_seconds():
-    started = time.process_time()
-    train_bpe(["ab" * 150_000, "some text"], 300)  # one word; 35 s where time grows with the square of its length
-    assert time.process_time() - started < 8
+    def seconds(n):  # one word; 35 s for 150,000 where time grows with the square of its length
+        started = time.process_time()
+        train_bpe(["ab" * n, "some text"], 300)
+        return time.process_time() - started
+
+    assert seconds(150_000) < 8 or seconds(150_000) < 3 * seconds(75_000)
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)

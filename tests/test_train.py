@@ -678,6 +678,42 @@ def test_a_run_that_lost_its_latest_checkpoint_goes_on_from_its_best(workdir):
     assert found["step"] == 9 and found["metrics"]["best"]["loss"] > lost["metrics"]["best"]["loss"] + 0.1
 
 
+def test_a_resumed_run_knows_its_best(workdir):
+    run_train("--data=pydocs-hybrid", "--out=run", "--max_steps=6", "--eval_every=3", "--decay_fraction=0")
+    best = (workdir / "run/best.pt").read_bytes()
+    assert run.read_checkpoint("run/best.pt")["step"] == 6
+    train.main(["--resume", "--out=run", "--max_steps=9", "--muon_lr=0.5", "--lr=0.5", "--ema_beta=0"])
+    assert run.read_checkpoint("run/ckpt.pt")["step"] == 9 and (workdir / "run/best.pt").read_bytes() == best
+
+
+def test_the_average_follows_the_weights_of_each_step(workdir):
+    run_train("--data=pydocs-hybrid", "--out=run", "--max_steps=6", "--keep_every=1", "--ema_beta=0.2")
+    steps = [run.read_checkpoint(f"run/step_{i}.pt") for i in range(1, 7)]
+    for t, (before, after) in enumerate(zip(steps, steps[1:]), start=1):
+        beta = min(0.2, (1 + t) / (10 + t))
+        for name, average in after["ema"].items():
+            expected = beta * before["ema"][name].double() + (1 - beta) * after["model"][name].double()
+            assert torch.allclose(average.double(), expected, atol=1e-6), (t, name)
+
+
+def test_the_share_of_the_peak_is_that_of_the_arithmetic(workdir, monkeypatch):
+    monkeypatch.setattr(machine, "peak_flops", lambda chip, dtype: 1e12)
+    run_train("--data=pydocs-hybrid", "--out=run", "--max_steps=3")
+    model, _, checkpoint = run.load_checkpoint("run/ckpt.pt")
+    for row in step_rows(workdir / "run"):
+        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * model.flops_per_token(64) / 1e12, rel=1e-3)
+
+
+def test_bf16_is_another_arithmetic_of_nearly_the_same_losses(workdir):
+    for dtype in ("float32", "bfloat16"):
+        run_train("--data=pydocs-hybrid", f"--out={dtype}", "--max_steps=2", f"--dtype={dtype}", "--lr=0", "--muon_lr=0")
+    for a, b in zip(rows("float32"), rows("bfloat16"), strict=True):
+        if "train_loss" in a:
+            assert 0 < abs(a["train_loss"] - b["train_loss"]) < 0.05
+        else:
+            assert 0 < abs(a["val_loss"]["raw"]["mixed"] - b["val_loss"]["raw"]["mixed"]) < 0.05
+
+
 def test_decay_only_keeps_optimizer_ema_and_data_position_and_decays(workdir):
     """A stable run continued by its decay alone equals a wsd run that decays from the same step, to the bit."""
     run_train("--data=pydocs-hybrid", "--out=stable", "--max_steps=30", "--decay_fraction=0", "--keep_every=8")
