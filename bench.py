@@ -36,7 +36,6 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import sys
 import tempfile
 import time
@@ -105,6 +104,7 @@ def measure_memory(s, rows, grad_checkpoint, results):
     if grad_checkpoint:
         machine.checkpoint_blocks(model)
     tensors = peak_of_tensors(model, plan.settings, on, plan.settings.block_size, rows)
+    import resource  # Windows has none
     unit = 1 if sys.platform == "darwin" else 1024
     results.put((tensors, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
 
@@ -244,6 +244,8 @@ def sampling(s):
         """A function that draws n tokens behind `begin` others in each of some rows."""
         it = copy.deepcopy(model).to(dtype) if dtype and device.type != "cpu" else model
         quick = sample.quick_step(model, 10 ** 9, dtype) if dtype else None
+        if dtype and quick is None and device.type == "cpu":
+            it = copy.deepcopy(model).to(dtype)
         idx = torch.randint(model.cfg.vocab_size, (rows, begin), device=device)
         cache = it.init_cache(rows)
         it(idx[:, :-1], cache=cache)

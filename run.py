@@ -196,12 +196,14 @@ def make_model(module, cfg):
 
 
 def on_device(model, device):
-    """Moves the model there. UserError if it uses the selective scan and KERNELS asks for what cannot be had."""
-    if hasattr(sys.modules[type(model).__module__], "selective_scan"):
-        try:
-            sys.modules["kernels"].implementation(torch.empty(0, device=device))
-        except (ValueError, RuntimeError) as e:
-            raise UserError(str(e)) from None
+    """Moves the model there. UserError if KERNELS asks for what there is not or, for a scan, what cannot be had."""
+    import kernels  # it registers operators, which most commands do not need
+    try:
+        kernels.build.choice()
+        if hasattr(sys.modules[type(model).__module__], "selective_scan"):
+            kernels.implementation(torch.empty(0, device=device))
+    except (ValueError, RuntimeError) as e:
+        raise UserError(str(e)) from None
     return model.to(device)
 
 

@@ -21,8 +21,6 @@ An empty KERNELS is no KERNELS.
 fp64 on CUDA always goes to the reference. To use the folder in another project, copy it.
 """
 import functools
-import os
-import sys
 
 import torch
 from torch import Tensor
@@ -45,9 +43,7 @@ def compiled(kind, must):
     except (build.CannotBuild, OSError) as e:
         if must:
             raise RuntimeError(f"KERNELS={kind}, but {e}") from None
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"kernels      {e}, so the selective scan runs in PyTorch, several times slower",
-                  file=sys.stderr, flush=True)
+        build.say(f"kernels      {e}, so the selective scan runs in PyTorch, several times slower")
         return None
 
 
@@ -57,18 +53,14 @@ def has_room(device):
     gpu = torch.cuda.get_device_properties(device)
     if gpu.shared_memory_per_block_optin >= SHARED_MEMORY:
         return True
-    print(f"kernels      {gpu.name} has too little shared memory, so the selective scan runs in PyTorch, several times "
-          "slower", file=sys.stderr, flush=True)
+    build.say(f"kernels      {gpu.name} has too little shared memory, so the selective scan runs in PyTorch, several "
+              "times slower")
     return False
 
 
 def implementation(x):
     """The module or operators that compute the scan for tensors like x. Raises ValueError for an unknown KERNELS."""
-    choice = os.environ.get("KERNELS") or "auto"
-    if choice not in ("auto", "reference", "cpu", "cuda"):
-        raise ValueError(f"KERNELS={choice} is not one of auto, reference, cpu, cuda")
-
-    kind = x.device.type
+    choice, kind = build.choice(), x.device.type
     if choice == "reference" or kind not in ("cpu", "cuda"):
         return reference
     if kind == "cuda" and (choice == "cpu" or x.dtype == torch.float64 or not has_room(x.device)):
@@ -190,6 +182,8 @@ def selective_scan_step(h, u, delta, A, B, C, D=None):
     or None: the arithmetic is that of selective_scan. Raises ValueError for shapes or devices that do not fit.
     """
     batch, channels, N = h.shape
+    if not 1 <= N <= MAX_STATES:
+        raise ValueError(f"h has {N} states; 1 to {MAX_STATES} are possible")
     expected = (
         ("u", u, (batch, channels)), ("delta", delta, (batch, channels)), ("A", A, (channels, N)),
         ("B", B, (batch, N)), ("C", C, (batch, N)), ("D", D, (channels,)))

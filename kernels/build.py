@@ -1,7 +1,8 @@
 """Builds the C++ and CUDA sources of this folder at first use and keeps the result.
 
 The library goes to $TORCH_EXTENSIONS_DIR, else to torch_extensions in the user's cache folder. Its name holds a hash of
-the sources, of the flags, of torch's version and of the GPUs it is for. When one of these changes, a new one is built.
+the sources, of the flags, of the versions of torch and of the C library, and of the GPUs it is for. When one of these
+changes, a new one is built.
 """
 import contextlib
 import hashlib
@@ -41,6 +42,14 @@ BUILDING = ".selective_scan-building-"  # folders of builds under way
 
 class CannotBuild(Exception):
     """Why there is no compiled library, in a few words."""
+
+
+def choice():
+    """What the environment variable KERNELS says, see __init__.py. Raises ValueError for anything else."""
+    found = os.environ.get("KERNELS") or "auto"
+    if found not in ("auto", "reference", "cpu", "cuda"):
+        raise ValueError(f"KERNELS={found} is not one of auto, reference, cpu, cuda")
+    return found
 
 
 def flags(kind):
@@ -98,7 +107,7 @@ def cache_folder():
 
 def digest(kind, cxx, nvcc):
     """A hash of everything that a library depends on, in hexadecimal."""
-    total = hashlib.sha256(repr((cxx, nvcc, torch.__version__, platform.machine())).encode())
+    total = hashlib.sha256(repr((cxx, nvcc, torch.__version__, platform.machine(), platform.libc_ver())).encode())
     for name in (*SOURCES[kind], *HEADERS[kind]):
         total.update((HERE / name).read_bytes())
     if kind == "cuda":
@@ -116,9 +125,20 @@ def only_one(path):
         yield
 
 
-def say(text, end):
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process speaks for all of a machine
+def say(text, end="\n"):
+    """Prints on standard error, once for all processes of a machine that torchrun has started."""
+    if os.environ.get("LOCAL_RANK", "0") in ("", "0") or "MASTER_ADDR" not in os.environ:
         print(text, end=end, file=sys.stderr, flush=True)
+
+
+def has_threads():
+    """Whether compiled code uses the threads that torch has; Apple's compiler knows no OpenMP."""
+    return "-fopenmp" in flags("training")[0] or torch.get_num_threads() == 1
+
+
+def is_clang(compiler):
+    said = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True)
+    return "clang" in said.stdout
 
 
 @contextlib.contextmanager
@@ -153,7 +173,9 @@ def compile_into(path, kind, cxx, nvcc):
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=BUILDING) as folder, one_word_compiler(folder):
             cpp_extension.load(
                 path.stem.replace("-", "_"), [str(HERE / name) for name in SOURCES[kind]],
-                extra_cflags=cxx, extra_cuda_cflags=nvcc, build_directory=folder, is_python_module=False)
+                extra_cflags=cxx, extra_cuda_cflags=nvcc, build_directory=folder, is_python_module=False,
+                # torch brings along the runtime that GCC's OpenMP calls, not clang's
+                extra_ldflags=["-fopenmp"] if "-fopenmp" in cxx and is_clang(os.environ.get("CXX") or "c++") else [])
             os.replace(next(Path(folder).glob("*.so")), path)
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as e:
         say(" failed", "\n")

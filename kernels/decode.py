@@ -9,8 +9,6 @@ a text and on the last one that the context has room for.
 """
 import ctypes
 import functools
-import os
-import sys
 
 import torch
 
@@ -37,8 +35,12 @@ OPTIONAL = ("q_norm", "k_norm")
 
 @functools.cache
 def function():
-    """decode.cpp's step, built if need be. Raises CannotBuild or OSError."""
-    step = ctypes.CDLL(str(build.library("decode"))).step
+    """decode.cpp's step, built if need be; None if it cannot be had, which a line then tells."""
+    try:
+        step = ctypes.CDLL(str(build.library("decode"))).step
+    except (build.CannotBuild, OSError) as e:
+        build.say(f"kernels      {e}, so sampling is several times slower")
+        return None
     n = ctypes.c_int64
     step.argtypes = [ctypes.POINTER(Model), ctypes.c_void_p, n, n, n, ctypes.c_int, ctypes.c_void_p]
     step.restype = None
@@ -67,11 +69,14 @@ class CompiledStep:
 
     def __call__(self, tokens, cache):
         assert cache.length < cache.max_len and cache.k[0].dtype == torch.float32
-        for layer, k, v in zip(self.layers, cache.k, cache.v):
+        layers = type(self.layers).from_buffer_copy(self.layers)  # of this call: threads may have a cache each
+        model = Model.from_buffer_copy(self.model)
+        model.layers = layers
+        for layer, k, v in zip(layers, cache.k, cache.v):
             layer.k, layer.v = k.data_ptr(), v.data_ptr()
         tokens = tokens.contiguous()
-        logits = torch.empty(len(tokens), 1, self.model.V)
-        self.function(self.model, tokens.data_ptr(), len(tokens), cache.length, cache.max_len,
+        logits = torch.empty(len(tokens), 1, model.V)
+        self.function(model, tokens.data_ptr(), len(tokens), cache.length, cache.max_len,
                       torch.get_num_threads(), logits.data_ptr())
         cache.length += 1
         return logits
@@ -85,7 +90,8 @@ def is_llama(model):
         shapes = {"embed.weight": (cfg.vocab_size, d), "norm.weight": (d,)}
         block = dict(attn_norm=(d,), q_norm=(D,), k_norm=(D,), ffn_norm=(d,), qkv=((cfg.n_head + 2 * heads) * D, d),
                      out=(d, cfg.n_head * D), gate_up=(2 * cfg.d_ff, d), down=(d, cfg.d_ff))
-        tables = {model.cos.shape, model.sin.shape} == {(cfg.context_length, D // 2)} and cfg.norm_eps > 0
+        tables = all(table.shape == (cfg.context_length, D // 2) and table.dtype == torch.float32
+                     and table.is_contiguous() for table in (model.cos, model.sin)) and cfg.norm_eps > 0
     except (AttributeError, TypeError, ZeroDivisionError):
         return False
     optional = set()
@@ -106,16 +112,12 @@ def compiled_step(model, dtype=torch.float32, may_build=True):
     dtype: in bf16 the matrices are rounded, as they are in training with autocast, and read twice as fast. may_build:
     whether to build decode.cpp if it is not there yet, which takes 5 seconds.
     """
-    if not is_llama(model) or model.training or os.environ.get("KERNELS") == "reference":
+    if build.choice() == "reference" or not is_llama(model) or model.training:
         return None
-    if not (may_build or build.path_of("decode").exists()):
+    if not (may_build or build.path_of("decode").exists()) or function() is None:
         return None
     weights = dict(model.named_parameters())
-    try:
-        exact = CompiledStep(model, weights, torch.float32)
-    except (build.CannotBuild, OSError) as e:
-        print(f"kernels      {e}, so sampling is several times slower", file=sys.stderr, flush=True)
-        return None
+    exact = CompiledStep(model, weights, torch.float32)
 
     # Is it the same arithmetic? The last position comes behind keys and values that are random
     end = model.max_len - 1

@@ -1,7 +1,6 @@
 """Muon's orthogonalization in bf16 on a CPU with AMX (Intel's Xeon since 2023): orthogonalize.cpp."""
 import ctypes
 import functools
-import os
 
 import torch
 
@@ -16,7 +15,7 @@ def library():
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if not (has.get("amx_bf16") and has.get("avx512_bf16")) or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
-    if os.environ.get("KERNELS") == "reference":
+    if build.choice() == "reference":
         return None
     try:
         found = ctypes.CDLL(str(build.library("orthogonalize")))

@@ -5,6 +5,7 @@
 // Rows are tokens, N = B T of them. Results are the same to the bit for any number of threads: a sum over tokens is
 // made of partial sums over 64 of them, each in a row of its own. No header of torch; training.py calls by address.
 #include <algorithm>
+#include <cstdlib>
 #include <vector>
 #include "vectors.h"
 #ifdef __GLIBC__
@@ -348,8 +349,9 @@ extern "C" {
 // costs as much as the arithmetic in it
 void keep_memory() {
 #ifdef __GLIBC__
-    mallopt(M_MMAP_THRESHOLD, 32 << 20);
-    mallopt(M_TRIM_THRESHOLD, 2000 << 20);
+    if (std::getenv("GLIBC_TUNABLES")) return;  // somebody knows better
+    if (!std::getenv("MALLOC_MMAP_THRESHOLD_")) mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    if (!std::getenv("MALLOC_TRIM_THRESHOLD_")) mallopt(M_TRIM_THRESHOLD, 2000 << 20);
 #endif
 }
 

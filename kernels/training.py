@@ -1,6 +1,6 @@
 """A quick training step on a CPU: the matrix products are PyTorch's, all between them is in training.cpp.
 
-    net = quick_net(model)                          None if the model is of another kind, or nothing can be compiled
+    net = quick_net(model, T)                       for rows of T tokens; None if nothing is quicker than the model
     _, loss = net(idx, targets)                     as the model itself, with gradients; also loss_weights, reset
 
 It serves models whose blocks are Llama's: ivme.py's, tinymemory.py's and what is made of them. Whether a model computes
@@ -9,8 +9,6 @@ exactly that is not guessed from its names: with weights drawn at random, loss a
 import copy
 import ctypes
 import functools
-import os
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +21,7 @@ LOGITS = 2 ** 24  # that exist at once; (B, T, V) of them would be a step's larg
 BLOCK = 256  # queries whose scores exist at once
 GROUP = 64  # as in training.cpp
 MAX_HEAD = 512  # as in training.cpp
+MOST_KEPT = 2 ** 30  # bytes of probabilities that a row keeps for the gradients
 
 INT, REAL, TENSOR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -65,7 +64,13 @@ class Functions:
 
 @functools.cache
 def functions(dtype):
-    return Functions(dtype)
+    """The Functions for activations of dtype; None if they cannot be had, which a line then tells."""
+    try:
+        return Functions(dtype)
+    except (build.CannotBuild, OSError) as e:
+        if dtype == torch.float32:
+            build.say(f"kernels      {e}, so training takes longer")
+        return None
 
 
 class Pass:
@@ -208,6 +213,7 @@ class TokenLosses(torch.autograd.Function):
         space = net.take_space(len(h), run.dtype)
         loss, total = run.losses(h, targets, net.chunk, space)
         if any(ctx.needs_input_grad):
+            ctx.save_for_backward(*params)  # for PyTorch's own check that nobody has changed them in the meantime
             ctx.kept = net, run, idx, targets, x, h, kept, space, total
         else:
             net.spaces.append(space)
@@ -216,7 +222,10 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        net, run, idx, targets, x, h, kept, space, total = ctx.kept
+        _, kept = ctx.saved_tensors, getattr(ctx, "kept", None)
+        if kept is None:
+            raise RuntimeError("the gradients of this pass were computed already; retain_graph is not supported")
+        net, run, idx, targets, x, h, kept, space, total = kept
         del ctx.kept  # each block's part is freed when it has been used
         dh, dembed = run.losses_backward(h, targets, net.chunk, space, total, g.contiguous())
         net.spaces.append(space)
@@ -261,6 +270,11 @@ class QuickNet(nn.Module):
         B, T = idx.shape
         if T > self.model.max_len:
             raise ValueError(f"{T} tokens are more than the context of {self.model.max_len}")
+        if max(int(idx.max()), int(targets.max())) >= self.model.cfg.vocab_size or int(idx.min()) < 0:
+            raise IndexError(f"a token id is not within the vocabulary of {self.model.cfg.vocab_size}")
+        if any(p.dtype != torch.float32 for p in self.parameters()):
+            raise TypeError("the weights must be fp32: autocast computes in bf16")
+        idx, targets = idx.long(), targets.long()
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
         first = None
         if reset is not None:  # where the document of each position begins
@@ -319,17 +333,14 @@ def agrees(model, T):
 def quick_net(model, T):
     """A QuickNet of the model for training on rows of T tokens, or None; see above."""
     hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
-    if not is_llama(model) or hooked or model.cfg.d_model // model.cfg.n_head > MAX_HEAD:
+    if build.choice() == "reference" or not is_llama(model) or hooked:
         return None
-    if os.environ.get("KERNELS") == "reference":
+    cfg = model.cfg
+    # the probabilities of all layers are kept, which PyTorch computes anew for the gradients
+    kept = 4 * cfg.n_layer * cfg.n_head * T * (T + BLOCK) / 2
+    if cfg.d_model // cfg.n_head > MAX_HEAD or kept > MOST_KEPT or not build.has_threads():
         return None
-    try:
-        for dtype in (torch.float32, torch.bfloat16):
-            functions(dtype)
-    except (build.CannotBuild, OSError) as e:
-        print(f"kernels      {e}, so training takes longer", file=sys.stderr, flush=True)
-        return None
-    if not agrees(model, T):
+    if not all(map(functions, (torch.float32, torch.bfloat16))) or not agrees(model, T):
         return None
     functions(torch.float32).library.keep_memory()
     return QuickNet(model)

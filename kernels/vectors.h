@@ -74,6 +74,7 @@ inline void store(float *to, floats x) { std::memcpy(to, &x, sizeof x); }
 inline void store(bf16 *to, floats x) {  // rounds to the nearest, a tie to the even one
     words bits = (words)x;
     bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    bits = x == x ? bits : words{} + 0x7fc0;  // the rounding may carry a NaN over into a zero
 #ifdef __AVX512F__
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16((__m512i)bits));
 #else

@@ -154,7 +154,8 @@ def test_it_is_built_only_if_it_pays_and_the_reference_can_be_asked_for(monkeypa
     assert sample.quick_step(model, 1) is None and not (tmp_path / "empty").exists()
     decode.function.cache_clear()
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert sample.quick_step(model, 10 ** 9) is None
+    for _ in range(2):
+        assert sample.quick_step(model, 10 ** 9) is None
     assert capfd.readouterr().err == ("kernels      there is no C++ compiler (no-such-compiler), so sampling is "
                                       "several times slower\n")
     decode.function.cache_clear()

@@ -223,10 +223,50 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, tmp_path, capfd):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "empty"))
     monkeypatch.setenv("CXX", "no-such-compiler")
     training.functions.cache_clear()
-    assert training.quick_net(model, 16) is None
+    for _ in range(3):  # a run asks several times
+        assert training.quick_net(model, 16) is None
     assert capfd.readouterr().err == (
         "kernels      there is no C++ compiler (no-such-compiler), so training takes longer\n")
     training.functions.cache_clear()
+
+
+def test_rows_whose_probabilities_would_fill_the_memory_are_left_to_pytorch(monkeypatch):
+    model = model_of(tinymemory, d_model=64, n_head=4, d_ff=96)
+    assert training.quick_net(model, 30) is not None
+    monkeypatch.setattr(training, "MOST_KEPT", 4 * model.cfg.n_layer * 4 * 30 * (30 + training.BLOCK) // 2 - 1)
+    assert training.quick_net(model, 30) is None
+
+
+def test_what_pytorch_refuses_is_refused(model):
+    net = training.quick_net(model, 30)
+    idx, targets = batch(model, 2, 30)
+    assert torch.equal(net(idx.int(), targets.int())[1], net(idx, targets)[1])
+    for wrong in ((idx, targets.clone().fill_(model.cfg.vocab_size)), (idx - model.cfg.vocab_size, targets)):
+        with pytest.raises(IndexError, match="not within the vocabulary"):
+            net(*wrong)
+
+    loss = net(idx, targets)[1]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="retain_graph is not supported"):
+        loss.backward()
+    loss = net(idx, targets)[1]
+    with torch.no_grad():
+        model.embed.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with pytest.raises(TypeError, match="must be fp32"):
+        training.QuickNet(copy.deepcopy(model).bfloat16())(idx, targets)
+
+
+def test_a_nan_of_any_bits_stays_one_in_bf16(model):
+    for bits in (0x7fffffff, -1, 0x7f800001):
+        nan = torch.tensor([bits], dtype=torch.int64).to(torch.int32).view(torch.float32)
+        broken = copy.deepcopy(model)
+        with torch.no_grad():
+            broken.norm.weight.copy_(nan.expand_as(broken.norm.weight))
+        idx, targets = batch(model, 1, 9)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert training.QuickNet(broken)(idx, targets)[1].isnan()
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs

@@ -411,10 +411,11 @@ def test_what_editors_and_systems_leave_beside_the_programs_is_no_architecture(t
 
 def test_an_unknown_choice_of_kernels_is_one_line(monkeypatch):
     monkeypatch.setenv("KERNELS", "gpu")
-    module, cfg, _ = run.find_preset("i3")
-    model = module.Model(replace(cfg, n_layer=1, d_model=32, vocab_size=40))
-    with pytest.raises(UserError, match="KERNELS=gpu is not one of auto, reference, cpu, cuda"):
-        run.on_device(model, "cpu")
+    for name in ("i3", "ivme"):
+        module, cfg, _ = run.find_preset(name)
+        model = module.Model(replace(cfg, n_layer=1, d_model=32, n_head=2, vocab_size=40))
+        with pytest.raises(UserError, match="KERNELS=gpu is not one of auto, reference, cpu, cuda"):
+            run.on_device(model, "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------- edges

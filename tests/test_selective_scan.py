@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import kernels
 from conftest import ROOT, command
-from kernels import bench
+from kernels import bench, build
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 IMPLEMENTATIONS = ["reference"] + ["cpu"] * bool(COMPILER) + ["cuda"] * torch.cuda.is_available()
@@ -378,9 +378,19 @@ def test_shapes_that_do_not_fit_are_refused(use):
         scan(one, one, many[0], many, many)
     with pytest.raises(ValueError, match="bool"):
         scan(**dict(x, reset=x["reset"].float()))
+    nothing = torch.zeros(1, 4, 0)
+    with pytest.raises(ValueError, match="h has 0 states; 1 to 256"):
+        kernels.selective_scan_step(nothing, one[0, 0].expand(1, 4), one[0, 0].expand(1, 4), nothing[0], nothing[:, 0],
+                                    nothing[:, 0])
 
 
 # ---------------------------------------------------------------------------------------------------- building
+
+def test_a_machine_with_another_c_library_builds_its_own(monkeypatch):
+    ours = build.path_of("cpu")
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.28"))
+    assert build.path_of("cpu") != ours
+
 
 def test_a_gpu_with_too_little_memory_for_a_block_gets_the_reference(monkeypatch, capsys):
     for room, has_room in ((64 * 1024, False), (99 * 1024, True)):

@@ -706,7 +706,8 @@ def test_the_share_of_the_peak_is_that_of_the_arithmetic(workdir, monkeypatch):
 
 def test_bf16_is_another_arithmetic_of_nearly_the_same_losses(workdir):
     for dtype in ("float32", "bfloat16"):
-        run_train("--data=pydocs-hybrid", f"--out={dtype}", "--max_steps=2", f"--dtype={dtype}", "--lr=0", "--muon_lr=0")
+        run_train("--data=pydocs-hybrid", f"--out={dtype}", "--max_steps=2", f"--dtype={dtype}", "--lr=0",
+                  "--muon_lr=0")
     for a, b in zip(rows("float32"), rows("bfloat16"), strict=True):
         if "train_loss" in a:
             assert 0 < abs(a["train_loss"] - b["train_loss"]) < 0.05
