@@ -239,12 +239,14 @@ def compare(s, world, paths):
     from evaluation import bundle, decoding
     rows, texts = [], []
     for path in paths:
-        measured = Measured(replace(s, ckpt=path), world)
-        sources = measured.sources()
+        sources = Measured(replace(s, ckpt=path), world).sources()
         texts.append({source.name: source.entries[1]["bytes"] for source in sources})
         if texts[-1].keys() != texts[0].keys():
             raise UserError(f"{path} was trained on {', '.join(texts[-1])}, {paths[0]} on {', '.join(texts[0])}, and "
                             "losses of different texts have no order: --data names one for all")
+    for path in paths:
+        measured = Measured(replace(s, ckpt=path), world)
+        sources = measured.sources()
         text = losses_of(measured, sources)
         run_text = decoding.RunText(sources, measured.tokenizer, measured.model.max_len // 2)
         behaves = decoding.greedy_behaviour(measured.model, measured.tokenizer, run_text)

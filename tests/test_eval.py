@@ -106,8 +106,10 @@ def test_what_was_found_is_kept_beside_the_checkpoint_until_it_is_another_one(tr
         assert "run/eval.json" in table and Path("run/eval.json").read_text() == text
 
 
-def test_checkpoints_of_different_sets_have_no_order_and_a_path_may_have_spaces(trained, workdir, capsys):
-    run_train("--data=two-hybrid", "--out=my other", "--max_steps=2", "--ema_beta=0")
+def test_checkpoints_of_different_sets_have_no_order_and_a_path_may_have_spaces(trained, workdir, capsys, monkeypatch):
+    behaves = dict(distinct_2=0.5, repeated_4gram_rate=0.5, loop_rate=0.5, language_consistency_mean=0.5)
+    monkeypatch.setattr("evaluation.decoding.greedy_behaviour", lambda *args: behaves)
+    run_train("--data=two-hybrid", "--out=my other", "--max_steps=1", "--ema_beta=0")
     flags = ["--device=cpu", "--eval_tokens=512", f"{trained}/best.pt"]
     with pytest.raises(UserError, match="best.pt was trained on pydocs, .*/best.pt on .*: --data names one for all"):
         eval.main(["--compare=my other/best.pt", *flags])
