@@ -242,10 +242,8 @@ def sampling(s):
 
     def ours(rows, dtype, begin=8, n=s.tokens):
         """A function that draws n tokens behind `begin` others in each of some rows."""
-        it = copy.deepcopy(model).to(dtype) if dtype and device.type != "cpu" else model
         quick = sample.quick_step(model, 10 ** 9, dtype) if dtype else None
-        if dtype and quick is None and device.type == "cpu":
-            it = copy.deepcopy(model).to(dtype)
+        it = copy.deepcopy(model).to(dtype) if dtype and quick is None else model
         idx = torch.randint(model.cfg.vocab_size, (rows, begin), device=device)
         cache = it.init_cache(rows)
         it(idx[:, :-1], cache=cache)

@@ -1,6 +1,6 @@
 """Text from a trained model: `python sample.py --prompt="def "`, or a conversation with a fine-tuned one:
-`python sample.py --chat`. --ckpt names the model; without it, it is the best of the latest
-pretraining run, with --chat of the latest fine-tuning run.
+`python sample.py --chat`. --ckpt names the model; without it, it is the best of the latest pretraining run, with --chat
+of the latest fine-tuning run.
 
 One sample is shown while it is generated. Several are generated together and shown when all are done. Tokens are
 decoded one at a time, through the model's cache. The model looks back over at most as many tokens as a row of its
@@ -686,7 +686,8 @@ def main(argv):
     prompt = mended(s.prompt)
     if "prompt" not in given and sys.stdin and not sys.stdin.isatty():
         waiting = threading.Timer(PATIENCE, note, ["the prompt is read from standard input, which has not ended yet; "
-                                              "--prompt= begins a new document instead"])
+                                                   "--prompt= begins a new document instead"])
+        waiting.daemon = True  # Ctrl-C ends both
         waiting.start()
         prompt = sys.stdin.read().removesuffix("\n")
         waiting.cancel()

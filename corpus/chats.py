@@ -107,10 +107,11 @@ def chat_messages(row):
     if is_list_of_messages(row[question]) and is_list_of_messages(row[reply]):
         return tidy([*begin, *map(role_and_text, row[question] + row[reply])])
 
-    for turn in row.get(HISTORY) or []:
-        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
-            raise NoChat("history that is no list of questions and replies")
-        begin += [("user", turn[0]), ("assistant", turn[1])]
+    history = row.get(HISTORY) or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise NoChat("history that is no list of questions and replies")
+    for asked, replied in history:
+        begin += [("user", asked), ("assistant", replied)]
     turn = [("user", row[question])]
     turn += [("user", row[extra]) for extra in EXTRAS if str(row.get(extra) or "").strip()]  # tidy() joins them
     return tidy([*begin, *turn, ("assistant", row[reply])])

@@ -307,7 +307,7 @@ def text_documents(path, limit=PIECE, encoding=""):
 
 
 def cut_documents(text, limit=PIECE):
-    """The same of a text that is in memory."""
+    """The documents of a text that is in memory, cut as text_documents() does it."""
     at = 0
     while len(text) - at > limit:
         end = at + last_break(text[at:at + limit], limit)

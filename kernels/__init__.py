@@ -28,8 +28,8 @@ from torch import Tensor
 from . import build, reference
 from .reference import CHUNK
 
-MAX_STATES = 256  # what the CUDA kernels are made for,
-SHARED_MEMORY = 92 * 1024  # and the bytes of shared memory that their largest block takes; a T4 and a P100 have less
+MAX_STATES = 256  # what the CUDA kernels are made for
+SHARED_MEMORY = 92 * 1024  # bytes of it that their largest block needs; a T4 and a P100 have less
 
 
 # ---------------------------------------------------------------------------------------------------- implementations

@@ -110,7 +110,7 @@ class Release:
     @functools.cached_property
     def evaluation(self):
         """eval.json; empty if it is not there, or about other weights, or not eval.py's."""
-        found = read_json(self.beside("eval.json"))
+        found = run.read_evaluation(self.beside("eval.json")) or {}
         is_mine = found.get("step") == self.checkpoint["step"]
         is_mine &= str(found.get("weights")).lower() == self.weights
         if not self.checkpoint["step"]:  # models of others, of which a folder may hold several

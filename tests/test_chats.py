@@ -270,6 +270,7 @@ NO_CHATS = {
                                                       "not text"),
     "a call of a tool": ({"messages": [{"role": U, "content": "a"},
                                        {"role": A, "content": "", "tool_calls": [{"name": "f"}]}]}, "calls a tool"),
+    "a number as history": ({"instruction": "a", "output": "b", "history": 5}, "history that is no list"),
     "odd history": ({"instruction": "a", "output": "b", "history": ["c"]}, "history that is no list"),
     "tool": (said((U, "a"), (A, "b"), ("tool", "c"), (A, "d")), "role other than"),
     "no role": ({"messages": [{"content": "a"}]}, "role other than"),
@@ -494,7 +495,7 @@ def test_rows_that_are_no_chats_are_counted_by_reason(tmp_path):
         "empty": 1, "not text": 5, "duplicate": 1, "role other than system, user and assistant": 4,
         "begins with a reply": 2, "system message inside the chat": 1, "no reply": 3, "not a chat": 4,
         "no reply that is to be learned": 1, "calls a tool": 1,
-        "history that is no list of questions and replies": 1,
+        "history that is no list of questions and replies": 2,
     }
 
 
