@@ -49,7 +49,7 @@ def largest_difference(step, model, B, begin=0):
     assert caches[1].length == 48 and expected.std() > 0.3
     if worst < 1e-4:  # the caches hold the same too
         pairs = zip(caches[0].k + caches[0].v, caches[1].k + caches[1].v)
-        assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
+        assert all((a - b).abs().max() < 1e-4 * max(1, a.abs().max()) for a, b in pairs)
     return worst
 
 
