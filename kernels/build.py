@@ -28,7 +28,7 @@ HEADERS = {"cpu": ("selective_scan.h",), "cuda": ("selective_scan.h",), "decode"
 NAMES = {"cpu": "selective_scan_cpu", "cuda": "selective_scan_cuda", "decode": "decode", "training": "training",
          "orthogonalize": "orthogonalize"}
 WHAT = {"cpu": "the selective scan for CPU", "cuda": "the selective scan for CUDA", "decode": "sampling for CPU",
-        "training": "training for CPU", "orthogonalize": "Muon for CPUs with AMX"}
+        "training": "training for CPU", "orthogonalize": "Muon for CPUs with bf16"}
 SECONDS = {"cpu": "20 seconds or so", "cuda": "a few minutes", "decode": "5 seconds or so",
            "training": "10 seconds or so", "orthogonalize": "5 seconds or so"}
 # torch says what this CPU has (ATEN_CPU_CAPABILITY overrides it). -march=native would be wrong in a home directory that
@@ -52,13 +52,18 @@ def choice():
     return found
 
 
+def cpu_has(what):
+    """Whether torch knows that this CPU has instructions such as amx_bf16; before 2.12 or so it knows of none."""
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get(what))
+
+
 def flags(kind):
     """(flags of the C++ compiler, flags of nvcc)."""
     cxx = ["-O3"]
     if kind != "cuda":
         cxx += SIMD.get(torch.backends.cpu.get_cpu_capability(), [])
         if kind == "orthogonalize":
-            cxx += ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+            cxx += ["-mavx512bf16"] + (["-mamx-tile", "-mamx-bf16"] if cpu_has("amx_bf16") else [])
     else:
         cxx += ["-DWITH_CUDA"]
     if platform.system() == "Linux":

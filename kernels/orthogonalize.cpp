@@ -1,14 +1,16 @@
-// Muon's orthogonalization in bf16, for CPUs with AMX, whose instruction TDPBF16PS multiplies tiles. A matrix is the
-// work of one thread from its fp32 numbers to the result, and stays in that core's cache.
+// Muon's orthogonalization in bf16, for CPUs that multiply bf16: those with AMX, whose instruction TDPBF16PS multiplies
+// tiles, and those with AVX512-BF16, whose VDPBF16PS does a row of a tile's work. A matrix is the work of one thread from
+// its fp32 numbers to the result, and stays in that core's cache.
 //
 // A matrix X of m <= k is held as tiles of 16 rows x 32 columns, each 1 KB in one piece, filled up with zeros, which
-// stay zeros. An instruction adds to a 16 x 16 tile of fp32 the product of such a tile and a second operand, which has
+// stay zeros. TDPBF16PS adds to a 16 x 16 tile of fp32 the product of such a tile and a second operand, which has
 // consecutive rows beside each other in pairs: 16 pairs x 16 columns. For X X^T that operand is a tile transposed in
 // units of pairs; for B X it is two tiles' rows interleaved. X X^T and its square are symmetric: half is computed.
 // No header of torch; orthogonalize.py calls by address.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -99,6 +101,7 @@ void pack_pairs(Matrix &x, std::vector<Tile> &to) {
 }
 
 // c (2 x 2 tiles of fp32) = 32 rows of a, `deep` tiles long, times 32 columns of packed
+#ifdef __AMX_BF16__
 inline void product(const std::uint16_t *a, const std::uint16_t *packed, int64_t deep, float c[4][256]) {
     _tile_zero(0);
     _tile_zero(1);
@@ -119,6 +122,34 @@ inline void product(const std::uint16_t *a, const std::uint16_t *packed, int64_t
     _tile_stored(2, c[2], 64);
     _tile_stored(3, c[3], 64);
 }
+#else
+inline void product(const std::uint16_t *a, const std::uint16_t *packed, int64_t deep, float c[4][256]) {
+    constexpr int64_t AT_ONCE = 8;  // rows, whose 16 vectors of sums stay in registers
+    for (int64_t first = 0; first < 2 * ROWS; first += AT_ONCE) {
+        const std::uint16_t *rows = a + first / ROWS * deep * TILE + first % ROWS * COLUMNS;
+        __m512 left[AT_ONCE] = {}, right[AT_ONCE] = {};
+        for (int64_t i = 0; i < deep * TILE; i += TILE)
+            for (int64_t pair = 0; pair < 16; pair++) {
+                const __m512bh l = (__m512bh)_mm512_load_si512(packed + i + pair * 32);
+                const __m512bh r = (__m512bh)_mm512_load_si512(packed + deep * TILE + i + pair * 32);
+#pragma GCC unroll 8
+                for (int64_t row = 0; row < AT_ONCE; row++) {
+                    int both;
+                    std::memcpy(&both, rows + i + row * COLUMNS + 2 * pair, 4);
+                    const __m512bh x = (__m512bh)_mm512_set1_epi32(both);
+                    left[row] = _mm512_dpbf16_ps(left[row], x, l);
+                    right[row] = _mm512_dpbf16_ps(right[row], x, r);
+                }
+            }
+        float(*to)[256] = c + first / ROWS * 2;
+#pragma GCC unroll 8
+        for (int64_t row = 0; row < AT_ONCE; row++) {
+            _mm512_storeu_ps(to[0] + (first % ROWS + row) * 16, left[row]);
+            _mm512_storeu_ps(to[1] + (first % ROWS + row) * 16, right[row]);
+        }
+    }
+}
+#endif
 
 // c = scale c + add's share of the old numbers, whose two tiles lie at `old`
 inline void combine(float c[4][256], float scale, const std::uint16_t *old, int64_t stride, float add) {
@@ -205,11 +236,23 @@ struct Window {
     }
 };
 
-struct TileConfig {
-    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+// While one exists, the thread's tiles are 16 rows of 64 bytes each
+#ifdef __AMX_BF16__
+struct Tiles {
+    struct {
+        std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+
+    Tiles() { _tile_loadconfig(&config); }
+    ~Tiles() { _tile_release(); }
 };
+#else
+struct Tiles {
+    ~Tiles() {}
+};
+#endif
 
 int64_t filled_up(int64_t n) { return (n + 31) / 32 * 32; }
 
@@ -261,18 +304,22 @@ void orthogonalize(float *numbers, int64_t rows, int64_t columns, const float *q
 
 }  // namespace
 
-// Whether the system lets this process use the tiles
-extern "C" int may_use_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+// Whether this process can call what stands below: the system must let it use the tiles
+extern "C" int is_allowed() {
+#ifdef __AMX_BF16__
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+#else
+    return 1;
+#endif
+}
 
 // Each matrix of a stack (count, rows, columns), in place; quintics: (n, 3)
 extern "C" void orthogonalize_stack(float *stack, int64_t count, int64_t rows, int64_t columns, const float *quintics,
                                     int64_t n, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        const TileConfig config;
-        _tile_loadconfig(&config);
+        const Tiles tiles;
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; i++) orthogonalize(stack + i * rows * columns, rows, columns, quintics, n);
-        _tile_release();
     }
 }

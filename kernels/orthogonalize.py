@@ -1,4 +1,7 @@
-"""Muon's orthogonalization in bf16 on a CPU with AMX (Intel's Xeon since 2023): orthogonalize.cpp."""
+"""Muon's orthogonalization in bf16 on a CPU that multiplies bf16: orthogonalize.cpp.
+
+Those are CPUs with AMX (Intel's Xeon since 2023), and with AVX512-BF16 alone (AMD's since 2022).
+"""
 import ctypes
 import functools
 
@@ -12,8 +15,7 @@ INT, TENSOR = ctypes.c_int64, ctypes.c_void_p
 @functools.cache
 def library():
     """The compiled library, or None where it cannot be built or used."""
-    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if not (has.get("amx_bf16") and has.get("avx512_bf16")) or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if not build.cpu_has("avx512_bf16") or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
     if build.choice() == "reference":
         return None
@@ -22,7 +24,7 @@ def library():
     except (build.CannotBuild, OSError):
         return None  # PyTorch's products are quick too
     found.orthogonalize_stack.argtypes = (TENSOR, INT, INT, INT, TENSOR, INT, ctypes.c_int)
-    return found if found.may_use_tiles() else None
+    return found if found.is_allowed() else None
 
 
 def quick_orthogonalize(stack, dtype, quintics):

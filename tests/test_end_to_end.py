@@ -245,7 +245,7 @@ def matrices():
 def counted(stack, *how):
     seen.append(int((stack.abs().sum((1, 2)) > 0).sum()))
     return orthogonalize(stack, *how)
-def in_place(stack, *how):  # as the kernel for AMX does it
+def in_place(stack, *how):  # as the kernel does it
     return stack.copy_(orthogonalize(stack, *how))
 alone, shared, again = matrices(), matrices(), matrices()
 train.Muon(alone).step(0.1)

@@ -1,4 +1,4 @@
-"""kernels/orthogonalize.py: Muon's orthogonalization on a CPU with AMX gives what PyTorch's products give in bf16."""
+"""kernels/orthogonalize.py: Muon's orthogonalization on a CPU that multiplies bf16 gives what PyTorch's products give."""
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +8,7 @@ import machine
 import train
 from kernels.orthogonalize import library, quick_orthogonalize
 
-pytestmark = pytest.mark.skipif(library() is None, reason="this CPU has no AMX, or there is no compiler")
+pytestmark = pytest.mark.skipif(library() is None, reason="this CPU does not multiply bf16, or there is no compiler")
 
 
 def errors(shape, seed=0, quintics=train.NEWTON_SCHULZ):

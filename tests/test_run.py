@@ -55,6 +55,15 @@ def test_ivme_tuned_trains_the_cards_model_on_as_many_tokens_of_its_data(workdir
         "model", "out", "order", "batch_tokens", "max_steps", "muon_lr", "lr", "decay_fraction", "ema_beta"}
 
 
+def test_i3_tuned_differs_from_the_cards_preset_in_how_it_optimizes_alone(workdir):
+    card, tuned = (pretraining_plan(f"--model={name}") for name in ("i3", "i3-tuned"))
+    assert tuned.cfg == card.cfg and tuned.settings.out == "out/i3-tuned"
+    a, b = asdict(card.settings), asdict(tuned.settings)
+    assert {name for name in a if a[name] != b[name]} == {
+        "model", "out", "optimizer", "muon_lr", "lr", "schedule", "decay_fraction", "final_lr_fraction"}
+    assert (b["optimizer"], b["muon_lr"], b["lr"], b["schedule"]) == ("muon", 0.02, 3e-3, "wsd")
+
+
 I3 = {"i3": ("tinychat", "chunk", 3e-4, 100), "i3-80m": ("i3-80m", "chunk", 3e-4, 100),
       "i3-200m": ("i3-200m", "bpe", 4e-4, 25)}
 
