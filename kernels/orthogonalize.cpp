@@ -1,6 +1,6 @@
 // Muon's orthogonalization in bf16, for CPUs that multiply bf16: those with AMX, whose instruction TDPBF16PS multiplies
-// tiles, and those with AVX512-BF16, whose VDPBF16PS does a row of a tile's work. A matrix is the work of one thread from
-// its fp32 numbers to the result, and stays in that core's cache.
+// tiles, and those with AVX512-BF16, where VDPBF16PS does so pair by pair. A matrix is the work of one thread from its
+// fp32 numbers to the result, and stays in that core's cache.
 //
 // A matrix X of m <= k is held as tiles of 16 rows x 32 columns, each 1 KB in one piece, filled up with zeros, which
 // stay zeros. TDPBF16PS adds to a 16 x 16 tile of fp32 the product of such a tile and a second operand, which has

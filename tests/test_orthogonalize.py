@@ -1,4 +1,4 @@
-"""kernels/orthogonalize.py: Muon's orthogonalization on a CPU that multiplies bf16 gives what PyTorch's products give."""
+"""kernels/orthogonalize.py: Muon's orthogonalization on a CPU that multiplies bf16, against PyTorch's products."""
 import pytest
 import torch
 from hypothesis import given, settings
