@@ -22,6 +22,7 @@ import finetune
 import machine
 import report
 import run
+import runfolder
 import train
 from common import Progress, UserError, nearest, parse_flags, replacing, run_tool
 from corpus.loader import bytes_per_token
@@ -265,7 +266,7 @@ def keep(measured, **found):
     about = dict(checkpoint=Path(measured.s.ckpt).name, step=measured.checkpoint["step"], weights=measured.weights)
     record = about
     if path.exists():
-        record = run.read_evaluation(path)
+        record = runfolder.read_evaluation(path)
         if record is None:
             print(f"{path} was not written by this program and is left as it is; what was found is not kept")
             return

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import run
+import runfolder
 from common import Progress, UserError, parse_flags, quoted, run_tool
 from corpus.folder import alone
 from release import card, gguf_format, hub, importing, llama_cpp, transformers_format
@@ -96,7 +97,7 @@ def write_checkpoint(folder, release):
     weights = {name: value.clone() for name, value in release.model.state_dict().items()}
     checkpoint = dict(release.checkpoint, model=weights, ema={}, use_ema=False, optimizer={}, rng=[])
     name = f"step_{checkpoint['step']}.pt"
-    run.save_checkpoint(folder / name, checkpoint)
+    runfolder.save_checkpoint(folder / name, checkpoint)
     return {name: "checkpoint for sample.py, finetune.py and train.py --init_from, without the optimizer's state"}
 
 
@@ -191,7 +192,7 @@ def write_for_model_py(folder, name, release):
     try:
         exec((folder / "model.py").read_text(encoding="utf-8"), model.__dict__)
         cfg = model.Config(**dataclasses.asdict(release.cfg))
-        run.save_checkpoint(folder / name, dict(cfg=cfg, model=release.state))
+        runfolder.save_checkpoint(folder / name, dict(cfg=cfg, model=release.state))
     finally:
         del sys.modules["model"]
         if before is not None:

@@ -40,7 +40,8 @@ from common import UserError, mended, parse_flags, replacing, run_tool
 from corpus.chats import chat_ids
 from corpus.tokenizer import bos_eos
 from machine import find_device
-from run import is_fine_tuning, load_checkpoint, recorded_settings
+from run import is_fine_tuning, load_checkpoint
+from runfolder import recorded_settings
 
 
 @dataclass

@@ -24,6 +24,7 @@ import machine
 import minutes
 import report
 import run
+import runfolder
 from common import UserError, lasting_output, quoted, run_tool
 from objective import Pretraining
 
@@ -359,7 +360,7 @@ class Trainer:
         if plan.continues:
             self.go_on(plan.start)
         self.net, self.how = machine.make_net(self.model, s, on, world)
-        self.folder = run.RunFolder(s.out, world)
+        self.folder = runfolder.RunFolder(s.out, world)
         self.progress = self.folder.progress
 
     def go_on(self, start):

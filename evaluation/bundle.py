@@ -28,6 +28,7 @@ from pathlib import Path
 
 import report
 import run
+import runfolder
 from common import UserError, columns
 from evaluation import behaviour, decoding, probes
 from evaluation.decoding import MAX_NEW_TOKENS, MERITS, PRESETS, RunText
@@ -102,7 +103,7 @@ def run_comparison(path, checkpoint, losses, weights, run_text, device):
     `path`, that one alone is in the comparison, with `losses`. The behaviour is that of the likeliest text.
     """
     path = Path(path)
-    evaluations = {row["step"]: row for row in run.read_rows(path.with_name("metrics.jsonl"))
+    evaluations = {row["step"]: row for row in runfolder.read_rows(path.with_name("metrics.jsonl"))
                    if "val_loss" in row and not row.get("final")}
     paths = {path}
     if checkpoint["step"] in evaluations:

@@ -21,6 +21,7 @@ import torch
 import minutes
 import objective
 import run
+import runfolder
 import train
 from common import clock
 from corpus.folder import document_edges
@@ -66,7 +67,7 @@ def code_of(*modules):
 
 def find(folder, about):
     """What results.jsonl has under `about`, a dict; None if nothing."""
-    for row in run.read_rows(folder / "results.jsonl", "about", dict):
+    for row in runfolder.read_rows(folder / "results.jsonl", "about", dict):
         if row["about"] == about:
             return row["result"]
     return None
@@ -174,7 +175,7 @@ class Runs:
                 train.main(flags)
             except Diverged as e:
                 why = str(e)
-        rows, seconds = run.read_rows(folder / "metrics.jsonl"), time.monotonic() - begun
+        rows, seconds = runfolder.read_rows(folder / "metrics.jsonl"), time.monotonic() - begun
         speeds = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
         speed = statistics.median(speeds) if speeds else 0.0
         curve = [[row["tokens"], row["elapsed"], min(kind["mixed"] for kind in row["val_bits_per_byte"].values())]

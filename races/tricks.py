@@ -24,6 +24,7 @@ import finetune
 import machine
 import objective
 import run
+import runfolder
 import sample
 from common import UserError
 from corpus.folder import document_edges
@@ -159,7 +160,7 @@ class Tricks:
         folder = self.out / "run"
         with contextlib.redirect_stdout(io.StringIO()):
             finetune.main([*flags, f"--out={folder}"])
-        if not run.read_rows(folder / "metrics.jsonl")[-1].get("final"):
+        if not runfolder.read_rows(folder / "metrics.jsonl")[-1].get("final"):
             raise KeyboardInterrupt  # Ctrl-C ends training without an error
         return folder / "best.pt"
 

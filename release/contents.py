@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import run
-from common import UserError
+import runfolder
 from corpus.chats import ROLES
 from corpus.hub import HUB
 from corpus.tokenizer import bos_eos
@@ -104,13 +104,13 @@ class Release:
     @functools.cached_property
     def rows(self):
         """The rows of metrics.jsonl up to this checkpoint's step."""
-        rows = run.read_rows(self.beside("metrics.jsonl"))
+        rows = runfolder.read_rows(self.beside("metrics.jsonl"))
         return [row for row in rows if isinstance(row, dict) and row.get("step", 0) <= self.checkpoint["step"]]
 
     @functools.cached_property
     def evaluation(self):
         """eval.json; empty if it is not there, or about other weights, or not eval.py's."""
-        found = run.read_evaluation(self.beside("eval.json")) or {}
+        found = runfolder.read_evaluation(self.beside("eval.json")) or {}
         is_mine = found.get("step") == self.checkpoint["step"]
         is_mine &= str(found.get("weights")).lower() == self.weights
         if not self.checkpoint["step"]:  # models of others, of which a folder may hold several

@@ -20,6 +20,7 @@ import gpt2preln
 import i3
 import ivme
 import run
+import runfolder
 import tinymemory
 from common import UserError
 from corpus.tokenizer import END_OF_TEXT, bos_eos, vocabulary_size
@@ -61,7 +62,7 @@ def import_model(source, out):
         loader=dict(taken=[], per_epoch=[], fingerprint=[]), tokenizer=tokenizer_text(folder, config, cfg, source),
         metrics=dict(best=dict(loss=math.inf, step=0), elapsed=0.0))
     out.parent.mkdir(parents=True, exist_ok=True)
-    run.save_checkpoint(out, checkpoint)
+    runfolder.save_checkpoint(out, checkpoint)
     return checkpoint
 
 

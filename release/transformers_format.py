@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, processors
 
-import run
+import runfolder
 from common import UserError
 from corpus.chats import ROLES
 
@@ -146,7 +146,7 @@ def weights_in_transformers(release):
 def write_weights(folder, release, as_bin):
     theirs = weights_in_transformers(release)
     if as_bin:
-        run.save_checkpoint(folder / "pytorch_model.bin", theirs)
+        runfolder.save_checkpoint(folder / "pytorch_model.bin", theirs)
         return
     # the package's own writer would hide what the system says of a full disk
     contents = needed("safetensors.torch").save(theirs, metadata=dict(format="pt"))

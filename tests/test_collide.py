@@ -13,7 +13,8 @@ from common import UserError
 from conftest import ROOT, SMALL, command, same_tensors, timeless
 from corpus.folder import alone, read_meta
 from corpus_helpers import document, run, snapshot, write_jsonl, write_rows
-from run import read_checkpoint, read_rows
+from run import read_checkpoint
+from runfolder import read_rows
 
 # As slow as a large text would be: a pause before each batch is encoded
 SLOW = """

@@ -10,6 +10,7 @@ import eval
 import finetune
 import prepare
 import run
+import runfolder
 from common import UserError
 from conftest import ALONE, ROOT, rows, run_train, together
 from made_up import made_up_chats
@@ -191,7 +192,7 @@ def test_the_loss_by_position_is_drawn_over_the_whole_context(trained, workdir, 
 
 
 def test_what_cannot_be_measured_is_one_line(trained, workdir):
-    run.save_checkpoint("best.pt", run.read_checkpoint(trained / "best.pt"))
+    runfolder.save_checkpoint("best.pt", run.read_checkpoint(trained / "best.pt"))
     (workdir / "other.txt").write_text("some text " * 2000)
     prepare.prepare(["other.txt"], prepare.Settings(out_dir="mine", tokenizer="hybrid", vocab_size=400))
     mistakes = [

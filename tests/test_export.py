@@ -22,13 +22,14 @@ import export
 import gpt2preln
 import ivme
 import run
+import runfolder
 import tinymemory
 import train
 from architectures import ARCHITECTURES, tiny
 from common import UserError, run_tool
 from conftest import ROOT, command, finish
 from corpus.chats import chat_ids, encode_chats, tidy
-from corpus.tokenizer import TRAINERS, fast_encoder, from_tiktoken, load_tokenizer
+from corpus.tokenizer import TRAINERS, fast_encoder, from_tiktoken
 from corpus_helpers import small_gpt2
 from fake_hub import FakeHub
 from made_up import made_up_chats, made_up_text
@@ -63,7 +64,7 @@ def write_checkpoint(path, architecture, kind, **overrides):
     model = tiny(architecture, vocab_size=400, context_length=96, **overrides)
     preset = next(iter(ARCHITECTURES[architecture].params))
     path.parent.mkdir(parents=True, exist_ok=True)
-    run.save_checkpoint(path, dict(
+    runfolder.save_checkpoint(path, dict(
         dict.fromkeys(run.KEYS), format=run.FORMAT, step=0, tokens=0, model_name=preset,
         cfg=dataclasses.asdict(model.cfg), train=dict(model=preset), model=model.state_dict(), ema={}, use_ema=False,
         loader={}, tokenizer=trained_tokenizer(kind).to_str(pretty=True), metrics=dict(elapsed=0.0)))
@@ -293,7 +294,7 @@ def test_a_tuned_tinymemory_brings_the_model_that_it_started_from(checkpoints, t
     start = run.read_checkpoint(checkpoints["tinymemory"])
     weights = {name: value + 1 for name, value in start["model"].items()}
     settings = dict(start["train"], loss_on="responses", init_from=str(checkpoints["tinymemory"]))
-    run.save_checkpoint("tuned.pt", dict(start, model=weights, train=settings))
+    runfolder.save_checkpoint("tuned.pt", dict(start, model=weights, train=settings))
     export.main(["--ckpt=tuned.pt", "--out=it", "--card_names"])
     code = """
 import sys, torch
@@ -379,7 +380,7 @@ def test_an_imported_gpt2_is_fine_tuned_as_nanogpt_does_it(in_transformers, tmp_
                        "--micro_batch=4", "--max_steps=6", "--lr=1e-3", "--schedule=constant", "--warmup_steps=0",
                        "--ema_beta=0", "--eval_every=3", "--eval_tokens=1024", "--final_eval_tokens=1024",
                        "--log_every=1", "--sample_tokens=0", "--dtype=float32", "--compile=off", "--device=cpu"]) == 0
-    rows = run.read_rows(Path("out/tuned/metrics.jsonl"))
+    rows = runfolder.read_rows(Path("out/tuned/metrics.jsonl"))
     losses = [row["train_loss"] for row in rows if "train_loss" in row]
     assert losses[-1] < losses[0] - 1
     assert run.read_checkpoint("out/gpt2/gpt2.pt")["cfg"]["tied"]
@@ -570,7 +571,7 @@ def test_the_card_tells_what_the_files_tell(evaluated, corpora, monkeypatch):
     export.main([f"--ckpt={evaluated / 'best.pt'}", "--license=mit"])
     text = (evaluated / "release/README.md").read_text()
     checkpoint = run.read_checkpoint(evaluated / "best.pt")
-    final = run.read_rows(evaluated / "metrics.jsonl")[-1]
+    final = runfolder.read_rows(evaluated / "metrics.jsonl")[-1]
     (kind,) = final["val_loss"]
     n_params = sum(value.numel() for value in checkpoint["model"].values())
     said = [
@@ -594,7 +595,7 @@ def test_the_card_tells_what_the_files_tell(evaluated, corpora, monkeypatch):
 def test_what_no_file_tells_is_left_out_of_the_card(trained, tmp_path):
     checkpoint = run.read_checkpoint(trained / "best.pt")
     checkpoint["train"]["data"] = "gone"
-    run.save_checkpoint(tmp_path / "best.pt", checkpoint)
+    runfolder.save_checkpoint(tmp_path / "best.pt", checkpoint)
     export.main([f"--ckpt={tmp_path / 'best.pt'}"])
     text = (tmp_path / "release/README.md").read_text()
     unknown = ["Validation losses", "Benchmarks", "loss.png", "| Hardware |", "Licence", "license:", "None", "PSF",
@@ -603,7 +604,7 @@ def test_what_no_file_tells_is_left_out_of_the_card(trained, tmp_path):
     assert "| pydocs | 6.14K | 100% |" in text and "| AdamW lr | 0.003 |" in text  # the checkpoint knows them
 
     checkpoint["train"] = dict(model="tinymemory")
-    run.save_checkpoint(tmp_path / "best.pt", checkpoint)
+    runfolder.save_checkpoint(tmp_path / "best.pt", checkpoint)
     export.main([f"--ckpt={tmp_path / 'best.pt'}", f"--out={tmp_path / 'less'}"])
     less = (tmp_path / "less/README.md").read_text()
     assert [part for part in [*unknown, "AdamW lr", "| pydocs |", "rows of"] if part in less] == []
@@ -616,7 +617,7 @@ def test_the_data_table_has_shares_licences_and_revisions(trained, tmp_path, mon
     checkpoint["loader"] = dict(fingerprint=[["finemath", "a" * 64], ["mine", "b" * 64]], taken=[30, 10],
                                 per_epoch=[60, 5])
     checkpoint["train"]["order"] = "sequential"
-    run.save_checkpoint(tmp_path / "best.pt", checkpoint)
+    runfolder.save_checkpoint(tmp_path / "best.pt", checkpoint)
     (tmp_path / "data/mix").mkdir(parents=True)
     origins = [dict(dataset="HuggingFaceTB/finemath", configs=["finemath-4plus"], filter=[["score", ">", 3]],
                     revision="0123456789abcdef"), dict(path="/home/me/mine.txt", files=1)]

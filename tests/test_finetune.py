@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 import finetune
 import prepare
 import run
+import runfolder
 import train
 from architectures import ARCHITECTURES, randomised
 from common import UserError
-from conftest import (ALONE, CPU, FakeSource, evaluations, finish, pretraining_plan, rows, same_tensors,
+from conftest import (ALONE, CPU, FakeSource, evaluations, pretraining_plan, rows, same_tensors,
                       sources_of, step_rows, timeless, together, tuning_plan)
 from corpus.folder import document_edges
 from corpus.loader import Loader
@@ -272,7 +273,7 @@ def test_the_relevance_loss_moves_the_weights_as_its_formula_says(tune, trained,
     """
     checkpoint = run.read_checkpoint(trained / "best.pt")
     loud = randomised(run.load_checkpoint(trained / "best.pt")[0])
-    run.save_checkpoint("start.pt", checkpoint | dict(model=loud.state_dict(), use_ema=False))
+    runfolder.save_checkpoint("start.pt", checkpoint | dict(model=loud.state_dict(), use_ema=False))
     flags = ["--init_from=start.pt", "--max_steps=1", "--ema_beta=0", "--relevance_margin=5", "--batch_tokens=1024"]
     out, without = tune(*OFF, *flags, "--relevance=1", still=False), tune(*OFF, *flags, still=False)
 

@@ -17,7 +17,7 @@ ORDER = [
     ["corpus.pydocs", "corpus.hub"],
     ["corpus.folder"],
     ["corpus.loader", "corpus.describe"],
-    ["prepare"],
+    ["prepare", "runfolder"],
     ["run"],
     ["release.contents", "release.hub"],
     ["release.transformers_format"],

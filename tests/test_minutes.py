@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 import minutes
 import run
+import runfolder
 import train
 from common import UserError
 from conftest import ALONE, CPU, SMALL, pretraining_plan, step_rows, together
@@ -81,7 +82,7 @@ def test_a_run_of_a_few_seconds_ends_with_the_steps_it_chose(corpora, tmp_path, 
     flags = [flag for flag in SMALL if not flag.startswith(("--max_steps", "--eval_", "--final", "--save", "--warmup"))]
     out = tmp_path / "run"
     train.main([*flags, "--vocab_size=600", "--data=pydocs-hybrid", "--minutes=0.04", "--log_every=1", f"--out={out}"])
-    recorded = run.recorded_settings(out)
+    recorded = runfolder.recorded_settings(out)
     assert recorded["minutes"] == 0.04 and len(step_rows(out)) == recorded["max_steps"] > 0
     assert run.read_checkpoint(out / "ckpt.pt")["step"] == recorded["max_steps"]
 
@@ -100,7 +101,7 @@ def test_two_processes_choose_the_same(corpora, tmp_path, monkeypatch):
     for status, _, err in together(2, "-c", QUICKLY, *flags, "--vocab_size=600", "--data=pydocs-hybrid",
                                    "--minutes=0.06", f"--out={tmp_path / 'two'}"):
         assert status == 0, err
-    assert len(step_rows(tmp_path / "two")) == run.recorded_settings(tmp_path / "two")["max_steps"] > 0
+    assert len(step_rows(tmp_path / "two")) == runfolder.recorded_settings(tmp_path / "two")["max_steps"] > 0
 
 
 QUICKLY = """

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import run as run_files
+import runfolder
 from common import UserError
 from conftest import pretraining_plan
 from corpus.counts import TokenCounts
@@ -271,7 +272,7 @@ def try_runs(n, folder, out):
             (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         else:
             (out / name).write_bytes(spoilt_bytes(whole[name], rng))
-        good += ends_well(run_files.recorded_settings, out) and ends_well(run_files.read_rows, out / "metrics.jsonl")
+        good += ends_well(runfolder.recorded_settings, out) and ends_well(runfolder.read_rows, out / "metrics.jsonl")
         good += ends_well(run_files.load_checkpoint, out / "best.pt")
         good += ends_well(pretraining_plan, "--resume", f"--out={out}")
         good += ends_well(pretraining_plan, f"--init_from={out / 'best.pt'}", "--out=none", "--data=x")

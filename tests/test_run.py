@@ -13,6 +13,7 @@ import common
 import finetune
 import prepare
 import run
+import runfolder
 import sample
 import train
 from common import UserError
@@ -60,7 +61,7 @@ def test_i3_tuned_differs_from_the_cards_preset_in_how_it_optimizes_alone(workdi
     assert tuned.cfg == card.cfg and tuned.settings.out == "out/i3-tuned"
     a, b = asdict(card.settings), asdict(tuned.settings)
     assert {name for name in a if a[name] != b[name]} == {
-        "model", "out", "optimizer", "muon_lr", "lr", "schedule", "decay_fraction", "final_lr_fraction"}
+        "model", "out", "optimizer", "lr", "schedule", "decay_fraction", "final_lr_fraction"}
     assert (b["optimizer"], b["muon_lr"], b["lr"], b["schedule"]) == ("muon", 0.02, 3e-3, "wsd")
 
 
@@ -185,7 +186,7 @@ def test_load_checkpoint_picks_the_winner_unless_told(trained):
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_the_weights_that_won_are_those_of_a_new_run_and_of_the_last_measurement(use_ema, trained, workdir):
     shutil.copytree(trained, "won")
-    run.save_checkpoint("won/best.pt", run.read_checkpoint("won/best.pt") | dict(use_ema=use_ema))
+    runfolder.save_checkpoint("won/best.pt", run.read_checkpoint("won/best.pt") | dict(use_ema=use_ema))
     won = run.load_checkpoint("won/best.pt", ema=use_ema)[0].state_dict()
     assert same_tensors(dict(run.load_checkpoint("won/best.pt")[0].state_dict()), dict(won))
 
@@ -469,7 +470,7 @@ def test_other_files_beside_the_architectures_stop_nothing(tmp_path, monkeypatch
 def test_the_record_of_another_program_is_no_run(tmp_path):
     for record in ({"train": {"a": 1}, "model_type": "llama"}, [], 5, {"model": 5, "cfg": {}, "train": {}}):
         (tmp_path / "config.json").write_text(json.dumps(record))
-        assert run.recorded_settings(tmp_path) == {}
+        assert runfolder.recorded_settings(tmp_path) == {}
 
 
 @given(values=st.dictionaries(st.sampled_from([f.name for f in fields(train.Settings)]),
@@ -485,14 +486,14 @@ def test_recorded_settings_have_the_types_of_settings_or_are_damaged(values):
 def test_lines_that_are_no_rows_are_left_out(tmp_path):
     lines = [b'{"step": 1}', b"[1]", b'"x"', b"null", b'{"a": 1}', b"\xff\xfe", b'{"step": 2, "x": "\xff"}', b'{"st']
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
-    assert [row["step"] for row in run.read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [row["step"] for row in runfolder.read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_overwriting_leaves_folders_where_they_are(trained, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(trained, out)
     (out / "best.pt.part").mkdir()
-    names = [path.name for path in run.own_files(out)]
+    names = [path.name for path in runfolder.own_files(out)]
     assert "best.pt" in names and "best.pt.part" not in names
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import ivme
 import run
+import runfolder
 import sample
 import tinymemory
 from architectures import ARCHITECTURES, randomised
@@ -228,7 +229,7 @@ def test_a_prompt_that_spells_a_special_token_is_plain_text(trained, capsys, rea
 def test_a_prompt_in_gpt2s_tokenizer_begins_and_ends_with_its_only_special_token(trained, tmp_path, capsys, read):
     checkpoint = run.read_checkpoint(trained / "best.pt")
     checkpoint["tokenizer"] = from_tiktoken(small_gpt2(vocab_size=500)).to_str()
-    run.save_checkpoint(tmp_path / "gpt2.pt", checkpoint)
+    runfolder.save_checkpoint(tmp_path / "gpt2.pt", checkpoint)
     show(capsys, f"--ckpt={tmp_path}/gpt2.pt", "--prompt=a word")
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     end_of_text, *rest = read[0]
@@ -479,7 +480,7 @@ def chatty(trained, tmp_path):
     checkpoint = run.read_checkpoint(trained / "best.pt")
     for part in ("model", "ema"):
         checkpoint[part]["embed.weight"][:7] = 0
-    run.save_checkpoint(tmp_path / "chatty.pt", checkpoint)
+    runfolder.save_checkpoint(tmp_path / "chatty.pt", checkpoint)
     return tmp_path / "chatty.pt"
 
 
