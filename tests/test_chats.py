@@ -10,11 +10,11 @@ from hypothesis import example, given, settings, strategies as st
 from tokenizers import Tokenizer, models
 
 import corpus_helpers
-import prepare
 from common import UserError
 from conftest import ROOT
 from corpus.chats import SHOWN, NoChat, chat_ids, chat_messages, encode_chats, is_chat, tidy
 from corpus.folder import read_meta
+from corpus.passes import Record
 from corpus.text import Document, chat_document, clean
 from corpus.tokenizer import TRAINERS, fast_encoder, from_tiktoken, load_tokenizer, token_byte_counts
 from corpus_helpers import SPECIAL, expected, loaded, masked, small_gpt2, snapshot, write_rows
@@ -503,9 +503,9 @@ def test_stopped_again_and_again_a_chat_set_is_made_with_the_same_bytes(tmp_path
     rows = [dialogue(i % 250) if i % 7 else {"messages": []} for i in range(300)]  # with duplicates and rows of none
     names = [write_rows(tmp_path / f"{name}.jsonl", rows) for name in "ab"]
     whole, _ = run(names, tmp_path / "whole", name="made")
-    monkeypatch.setattr("prepare.BATCH_BYTES", 2000)
-    monkeypatch.setattr("prepare.SAVE_SECONDS", -1)
-    save, encoder = prepare.Record.save, fast_encoder
+    monkeypatch.setattr("corpus.passes.BATCH_BYTES", 2000)
+    monkeypatch.setattr("corpus.passes.SAVE_SECONDS", -1)
+    save, encoder = Record.save, fast_encoder
     for stop in itertools.count():
         # in turn before a batch is encoded, and when it is on the disk but not in the record
         left = 2 + stop // 2 % 4
@@ -518,8 +518,8 @@ def test_stopped_again_and_again_a_chat_set_is_made_with_the_same_bytes(tmp_path
                     raise MemoryError
                 return f(*args, **kwargs)
             return counted
-        monkeypatch.setattr("prepare.Record.save", countdown(save, stop % 2))
-        monkeypatch.setattr("prepare.fast_encoder", lambda tokenizer: countdown(encoder(tokenizer), 1 - stop % 2))
+        monkeypatch.setattr("corpus.passes.Record.save", countdown(save, stop % 2))
+        monkeypatch.setattr("corpus.passes.fast_encoder", lambda tokenizer: countdown(encoder(tokenizer), 1 - stop % 2))
         try:
             folder, _ = run(names, tmp_path / "stopped", name="made")
             break

@@ -20,12 +20,13 @@ from runfolder import read_rows
 SLOW = """
 import sys, time, prepare
 from common import run_tool
-prepare.BATCH_BYTES, prepare.SAVE_SECONDS = 3000, -1
-encoded, pause = prepare.Encoder.encoded, float(sys.argv[1])
+from corpus import passes
+passes.BATCH_BYTES, passes.SAVE_SECONDS = 3000, -1
+encoded, pause = passes.Encoder.encoded, float(sys.argv[1])
 def slowly(self, *args):
     time.sleep(pause)
     return encoded(self, *args)
-prepare.Encoder.encoded = slowly
+passes.Encoder.encoded = slowly
 sys.argv[:2] = ["prepare.py"]
 run_tool(prepare.main)
 """

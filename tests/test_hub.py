@@ -27,9 +27,10 @@ from fake_hub import FakeHub, Fault, alpaca, prose, talk, turns, write_repositor
 PREPARE = """
 import json, sys, prepare
 from common import run_tool
+from corpus import passes
 from corpus.hub import HubReader, Patience
-HubReader.BLOCK, Patience.TRIES, Patience.PAUSE, prepare.BATCH_BYTES, prepare.SAVE_SECONDS = 7, 3, 0.01, 3000, -1
-prepare.SAMPLE_BYTES, prepare.HUB_SCAN = 20_000, 3000
+HubReader.BLOCK, Patience.TRIES, Patience.PAUSE, passes.BATCH_BYTES, passes.SAVE_SECONDS = 7, 3, 0.01, 3000, -1
+passes.SAMPLE_BYTES, passes.HUB_SCAN = 20_000, 3000
 for words in json.loads(sys.argv[1]):
     prepare.main(words)
 """
@@ -653,11 +654,11 @@ def test_what_was_begun_from_one_copy_does_not_go_on_with_another(spoil, hub_roo
         lines = b"".join(b"%d: sentence %d of a copy\n" % (i, k) for k in range(300))
         (tmp_path / copy / repo / "train.txt.gz").write_bytes(gzip.compress(lines))
     stop = PREPARE.replace("for words", """
-save = prepare.Record.save
+save = passes.Record.save
 def save_and_stop(self, **changes):
     save(self, **changes)
     sys.exit(3)
-prepare.Record.save = save_and_stop
+passes.Record.save = save_and_stop
 for words""")
     words = ["hq-sentences", "--vocab_size=300", f"--out_dir={tmp_path}/data", "--name=x"]
     nowhere = dict(NOWHERE, HF_HOME=str(tmp_path / "home"))

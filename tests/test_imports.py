@@ -16,7 +16,7 @@ ORDER = [
     ["corpus.text"],
     ["corpus.pydocs", "corpus.hub"],
     ["corpus.folder"],
-    ["corpus.loader", "corpus.describe"],
+    ["corpus.loader", "corpus.describe", "corpus.passes"],
     ["prepare", "runfolder"],
     ["run"],
     ["release.contents", "release.hub"],

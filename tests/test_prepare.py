@@ -20,7 +20,8 @@ from hypothesis import given, strategies as st
 
 import prepare
 from common import UserError
-from conftest import ROOT, command, finish, run_train
+from conftest import command, finish, run_train
+from corpus import passes
 from corpus.folder import document_edges, read_meta, read_tokens
 from corpus.pydocs import pydocs
 from corpus.text import TextSource, clean, local_source
@@ -91,13 +92,13 @@ def test_a_run_on_text_of_unknown_characters_alone_ends_well(tmp_path, monkeypat
 # ---------------------------------------------------------------------------------------------------- the sample
 
 def test_rows_without_text_do_not_keep_anybody_waiting_for_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "WITHOUT_TEXT", 50)
+    monkeypatch.setattr(passes, "WITHOUT_TEXT", 50)
     path = str(write_rows(tmp_path / "x.jsonl", [dict(text="a")] + [dict(text="")] * 500))
     source, read = local_source(path, ""), []
     reader = source.reader()
     source.reader = lambda **how: (read.append(row) or row for row in itertools.islice(reader, 1, None))
     with pytest.raises(UserError, match="x holds no document of text.*50 empty"):
-        prepare.scan(source, 2 ** 62, 10 ** 6)
+        passes.scan(source, 2 ** 62, 10 ** 6)
     assert len(read) < 60
 
 
@@ -105,7 +106,7 @@ def test_a_tokenizer_learns_from_training_text_alone(tmp_path):
     for i in range(10):  # two documents: here the split moves up to the lower hash, and the sample must follow
         texts = [f"{w}{i} " * 50 for w in ("left", "right")]
         source = local_source(write_jsonl(tmp_path / f"{i}.jsonl", texts), "")
-        found = prepare.scan(source, int(0.05 * 2 ** 64), 10 ** 6)
+        found = passes.scan(source, int(0.05 * 2 ** 64), 10 ** 6)
         assert found.texts == [d.text for d in clean(source.reader()) if d.hash >= found.threshold]
 
 
@@ -121,7 +122,7 @@ def test_sample_fits_its_budget_and_does_not_depend_on_the_order_of_documents(si
     samples = []
     for order in (texts, shuffled):
         source = TextSource("s", "en", "text", {}, lambda: iter(order))
-        samples.append(prepare.scan(source, 2 ** 62, budget).texts)
+        samples.append(passes.scan(source, 2 ** 62, budget).texts)
     one, other = samples
     assert one == other
     assert sum(map(len, one)) <= budget or len(one) == 1
@@ -129,7 +130,7 @@ def test_sample_fits_its_budget_and_does_not_depend_on_the_order_of_documents(si
 
 def test_the_joint_tokenizer_learns_equally_much_from_every_source(tmp_path, monkeypatch):
     """A source ten times as large as the others does not crowd them out of the vocabulary."""
-    monkeypatch.setattr("prepare.SAMPLE_BYTES", 60_000)
+    monkeypatch.setattr("corpus.passes.SAMPLE_BYTES", 60_000)
     seen, trained = [], train_bpe
     monkeypatch.setitem(TRAINERS, "bpe", lambda texts, n: (seen.extend(texts), trained(texts, n))[1])
     letters = {"a": 10_000, "b": 1000, "c": 1000}
@@ -573,7 +574,8 @@ def test_the_last_line_names_the_command_that_comes_next(what, gpt2, tmp_path, m
 # run makes
 DIE = """
 import os, pathlib, signal, sys, prepare
-fast_encoder, calls = prepare.fast_encoder, []
+from corpus import passes
+fast_encoder, calls = passes.fast_encoder, []
 def deadly(tokenizer):
     encode = fast_encoder(tokenizer)
     def one_and_no_more(texts):
@@ -586,7 +588,7 @@ def deadly(tokenizer):
             raise MemoryError
         return encode(texts)
     return one_and_no_more
-prepare.fast_encoder = deadly
+passes.fast_encoder = deadly
 prepare.main(sys.argv[2:])
 """
 
@@ -609,7 +611,8 @@ def test_what_did_not_finish_leaves_no_folder_and_the_next_run_is_whole(end, tmp
 # Ends the process as a power cut would, before a random one of the things that leave a trace on the disk
 KILL = """
 import os, random, signal, sys, prepare
-prepare.BATCH_BYTES, prepare.SAVE_SECONDS = 2000, -1
+from corpus import passes
+passes.BATCH_BYTES, passes.SAVE_SECONDS = 2000, -1
 left = random.Random(int(sys.argv[1])).randrange(1, 25)
 def countdown(name, module):
     f = getattr(module, name)
@@ -622,7 +625,7 @@ def countdown(name, module):
     setattr(module, name, counted)
 for name in ("replace", "fsync", "rename", "unlink"):
     countdown(name, os)
-countdown("fast_encoder", prepare)
+countdown("fast_encoder", passes)
 prepare.main(sys.argv[2:])
 """
 
@@ -762,6 +765,7 @@ def test_a_row_of_a_hundred_megabytes_is_prepared_whatever_it_holds(kind, what, 
 # Prepares a file of argv[1] megabytes and prints by how many megabytes the process grew
 MEASURE = """
 import random, resource, sys, prepare, tiktoken
+from corpus import passes
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024 ** 2)
 rng, size = random.Random(0), int(sys.argv[1]) * 10 ** 6
@@ -772,7 +776,7 @@ with open("large.txt", "w") as f:
     while f.tell() < size:
         f.write("".join(f"{i + j} {rng.choice(lines)}\\n\\n" for j in range(100)))
         i += 100
-prepare.SAMPLE_BYTES, before = 2 ** 20, peak()
+passes.SAMPLE_BYTES, before = 2 ** 20, peak()
 prepare.main(["large.txt", "--vocab_size=1000"])
 print(peak() - before)
 """

@@ -7,10 +7,10 @@ import sysconfig
 import pytest
 
 import corpus_helpers
-import prepare
 from common import UserError
 from conftest import command, run_train
 from corpus.chats import tidy
+from corpus.passes import scan
 from corpus.pydocs import (described, dialogues, library, library_texts, listing, paragraphs, prose, pydocs,
                            pydocs_chat)
 from corpus.text import text_hash
@@ -50,7 +50,7 @@ def test_masks_of_pydocs_chat_line_up_and_modules_keep_their_side(few_modules, t
 def test_a_split_too_small_for_a_module_takes_the_lowest_and_the_tokenizer_sees_none_of_it(few_modules):
     source, documents = pydocs_chat(), list(pydocs_chat().documents())
     lowest = min(d.split_hash for d in documents)
-    sample, threshold, total = prepare.scan(source, 1, 10 ** 9)
+    sample, threshold, total = scan(source, 1, 10 ** 9)
     assert {d.split_hash for d in documents if d.split_hash < threshold} == {lowest}
     assert sorted(sample) == sorted(d.text for d in documents if d.split_hash != lowest)
     assert total == sum(len(text.encode()) for d in documents for _, text in d.messages)
