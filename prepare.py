@@ -18,11 +18,12 @@ sources of one corpus. Each has files of its own, and one tokenizer learns from 
     train.<i>-<source>.mask.bin     only for chats, and val...: a byte per token, 1 for a reply's, see encode_chats()
     meta.json                       the settings and where the text is from; counts, sizes and checksums of the files
 
-The input is read as a stream, twice (corpus/passes.py): first for a sample of the text, from which the tokenizer learns
-(of a Hub data set only a part is read for that), then to encode it. Memory is bounded, whatever the size of the input: the hashes that
-tell duplicates need a gigabyte at most. If the program is stopped while it encodes, the same command resumes the work,
-and the result is the same to the byte. If two of them make the same folder, one waits for the other. A budget that
-needs only a part of a set of files takes parts from all over it: of 64 files at least, or of all if there are fewer.
+The input is read as a stream, twice (corpus/passes.py): first for a sample of the text, from which the tokenizer
+learns (of a Hub data set only a part is read for that), then to encode it. Memory is bounded, whatever the size of the
+input: the hashes that tell duplicates need a gigabyte at most. If the program is stopped while it encodes, the same
+command resumes the work, and the result is the same to the byte. If two of them make the same folder, one waits for the
+other. A budget that needs only a part of a set of files takes parts from all over it: of 64 files at least, or of all
+if there are fewer.
 
 Exact duplicates within a source are left out; each document is compared with the last 4 million at least. Whether a
 document is training or validation text depends on the hash of its text alone, not on the order of files or on what is
