@@ -79,7 +79,7 @@ class Settings:
     pairs: int = 500  # eval: pairs of sentences to score
     tasks_dir: str = ""  # eval: folder in which blimp/*.jsonl has the pairs; empty: sentences of Python's library
     device: str = "auto"  # cpu, cuda, cuda:1
-    dtype: str = "auto"  # memory, train, step, eval: bfloat16, float32
+    dtype: str = "auto"  # memory, train, step, eval, gpu: bfloat16, float32
 
 
 # ---------------------------------------------------------------------------------------------------- memory

@@ -1,7 +1,7 @@
 """`python bench.py gpu`: what a GPU makes of this repository, in one table. It should take less than eight minutes.
 
-Is the selective scan right, and how fast beside the others that are installed; what does a training step of every
-preset cost at its own recipe; what do packed documents cost; how fast are sampling and the loader; how long would the
+Is the selective scan right, and how fast beside the others that are installed; what does a training step of six
+presets cost at its own recipe; what do packed documents cost; how fast are sampling and the loader; how long would the
 run of İvme's card take. Each part that fails is a line of the table, and the others go on. On a CPU everything runs
 with tiny sizes: the figures then mean nothing, but each part is seen to work.
 """

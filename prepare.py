@@ -15,7 +15,7 @@ sources of one corpus. Each has files of its own, and one tokenizer learns from 
     tokenizer.json                  a file of the Hugging Face `tokenizers` library
     train.<i>-<source>.bin, val...  raw little-endian uint16 token ids (uint32 if the vocabulary is larger than 65,536),
                                     documents as <|bos|> text <|eos|> (for gpt2, <|endoftext|> is both)
-    train.<i>-<source>.mask.bin     only for chats, and val...: a byte per token, 1 for a reply's, see encode_chats()
+    train.<i>-<source>.mask.bin     only for chats, and val...: a byte per token, 1 for a reply's, see corpus/chats.py
     meta.json                       the settings and where the text is from; counts, sizes and checksums of the files
 
 The input is read as a stream, twice (corpus/passes.py): first for a sample of the text, from which the tokenizer
@@ -353,7 +353,7 @@ def next_command(folder, meta, s):
 def main(argv):
     what = (f"{', '.join(EMBEDDED)}, a data set or mix of --list, ORG/NAME for any other data set of the Hub, or a "
             "file or folder of yours; @language/kind may follow the last two, and :TOKENS, a budget, all but mixes")
-    given, names = parse_flags(argv, Settings(), description=(__doc__ or "").split("\n")[0], positional=("NAME", what))
+    given, names = parse_flags(argv, Settings(), description=" ".join((__doc__ or "").split("\n\n")[0].split()), positional=("NAME", what))
     s = Settings(**given)
     if s.list:
         if len(argv) > 1:

@@ -1,7 +1,8 @@
 """Experiments: the same training with one thing changed at a time, over several seeds. `python race.py recipe`.
 
-architectures  Which architecture learns best? The four, and a plain GPT-2, at one size, on the same text and tokens and
-               in the same time, each with its own recipe and with a common one. See races/architectures.py.
+architectures  Which architecture learns best? The four, i3 with attention, and a plain GPT-2, at one size, on the same
+               text and tokens and in the same time, each with its own recipe and with a common one. See
+               races/architectures.py.
 recipe         What does each part of the training recipe bring, and what do newer ideas? See races/recipe.py.
 nanogpt        Which learns more in the same time, train.py or nanoGPT's own? See races/nanogpt.py.
 tricks         What do finetune.py's four tricks bring? See races/tricks.py.

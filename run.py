@@ -1,4 +1,4 @@
-"""A run on disk: which run is meant by the flags, its data, its checkpoints.
+"""Which run is meant by the flags, its data, and the checkpoint that it starts from.
 
     plan_run         flags -> Plan: a new run, a resumed one, or the decay alone; with all settings checked
     find_data        --data -> token sources

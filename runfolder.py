@@ -1,6 +1,7 @@
 """A run's folder, out/RUN: whose it is, and all that a run writes into it.
 
-A file is written under another name and then renamed, so that a crash leaves the old one or the new one.
+A file is written under another name and then renamed, so that a crash leaves the old one or the new one. The logs
+alone grow row by row; a last row that was cut is left out when they are read.
 """
 import contextlib
 import errno

@@ -4,8 +4,8 @@
 The file reads top to bottom: settings, Muon and AdamW, schedules and EMA, the run, the loop. An architecture file
 brings its model and, in PRESETS, its sizes and its recipe. Each field of Settings and of the model's config is a flag,
 --name=value, and a flag overrides the recipe. The batches, their loss and validation are in objective.py, the order of
-the data in corpus/loader.py, runs on disk and checkpoints in run.py, devices and processes in machine.py. Fine-tuning
-on chats is finetune.py, which calls the same loop.
+the data in corpus/loader.py, which run is meant and its checkpoints in run.py, its folder in runfolder.py, devices and
+processes in machine.py. Fine-tuning on chats is finetune.py, which calls the same loop.
 
 A run writes out/RUN: ckpt.pt (the latest state, for --resume), best.pt (lowest validation loss), best_validation.json,
 step_N.pt (--keep_every), metrics.jsonl, loss.png, config.json, tokenizer.json.

@@ -266,8 +266,8 @@ class EncodedDocument(NamedTuple):
 def new_place(stem, chat):
     """How far the work on a source is when it begins: a dict that JSON can keep.
 
-    SourceWriter brings everything in it up to date as it writes, except `state`: that is for prepare.py's
-    encode_source() to set.
+    SourceWriter brings everything in it up to date as it writes, except `state`: that is for encode_source()
+    of corpus/passes.py to set.
     """
     splits = {}
     for split in ("train", "val"):

@@ -11,7 +11,8 @@ of its graph: reference.py (PyTorch), selective_scan.cpp (C++ with SIMD and thre
 compiled ones are built at first use. If that fails, one line says why and the reference runs. The environment variable
 KERNELS chooses:
 
-    auto         the default: CUDA's for tensors on a GPU, the CPU's for others, the reference if they cannot be built
+    auto         the default: CUDA's for tensors on an NVIDIA GPU, the CPU's for those on a CPU, and the reference for
+                 others, if these cannot be built, or if the GPU has too little shared memory
     reference    always the reference
     cpu          the CPU's must build, else RuntimeError; tensors on a GPU go to the reference
     cuda         CUDA's must build, else RuntimeError; tensors on a CPU are treated as with auto

@@ -61,9 +61,12 @@ def flags(kind):
     """(flags of the C++ compiler, flags of nvcc)."""
     cxx = ["-O3"]
     if kind != "cuda":
-        cxx += SIMD.get(torch.backends.cpu.get_cpu_capability(), [])
-        if kind == "orthogonalize":
-            cxx += ["-mavx512bf16"] + (["-mamx-tile", "-mamx-bf16"] if cpu_has("amx_bf16") else [])
+        level = torch.backends.cpu.get_cpu_capability()
+        cxx += SIMD.get(level, [])
+        if level == "AVX512" and kind != "cpu" and cpu_has("avx512_bf16"):
+            cxx += ["-mavx512bf16"]
+        if kind == "orthogonalize" and cpu_has("amx_bf16"):
+            cxx += ["-mamx-tile", "-mamx-bf16"]
     else:
         cxx += ["-DWITH_CUDA"]
     if platform.system() == "Linux":

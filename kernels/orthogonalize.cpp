@@ -304,7 +304,7 @@ void orthogonalize(float *numbers, int64_t rows, int64_t columns, const float *q
 
 }  // namespace
 
-// Whether this process can call what stands below: the system must let it use the tiles
+// Whether this process can call what stands below: with AMX, the system must let it use the tiles
 extern "C" int is_allowed() {
 #ifdef __AMX_BF16__
     return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XTILEDATA

@@ -72,6 +72,10 @@ inline float sum_of(floats x) {
 
 inline void store(float *to, floats x) { std::memcpy(to, &x, sizeof x); }
 inline void store(bf16 *to, floats x) {  // rounds to the nearest, a tie to the even one
+#ifdef __AVX512BF16__
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(to, &rounded, sizeof rounded);
+#else
     words bits = (words)x;
     bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     bits = x == x ? bits : words{} + 0x7fc0;  // the rounding may carry a NaN over into a zero
@@ -80,6 +84,7 @@ inline void store(bf16 *to, floats x) {  // rounds to the nearest, a tie to the 
 #else
     const halves h = __builtin_convertvector(bits, halves);
     std::memcpy(to, &h, sizeof h);
+#endif
 #endif
 }
 

@@ -92,7 +92,8 @@ def draw(path, curves):
     for ax in axes:
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(frameon=False, fontsize=8)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(colours), frameon=False,
+               fontsize=8)
     with replacing(path) as f:
         fig.savefig(f, format="png")
     plt.close(fig)
