@@ -77,7 +77,7 @@ def draw(path, curves):
     import matplotlib.pyplot as plt
     import numpy as np
 
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.8), dpi=100, layout="constrained", sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(11, 5.4), dpi=100, layout="constrained", sharey=True)
     colours, plain = {}, next(iter(curves))[1]
     for (name, recipe), seeds in curves.items():
         points = min(len(curve) for curve in seeds)  # a run that diverged has fewer
@@ -92,8 +92,7 @@ def draw(path, curves):
     for ax in axes:
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(colours), frameon=False,
-               fontsize=8)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     with replacing(path) as f:
         fig.savefig(f, format="png")
     plt.close(fig)
