@@ -353,7 +353,8 @@ def next_command(folder, meta, s):
 def main(argv):
     what = (f"{', '.join(EMBEDDED)}, a data set or mix of --list, ORG/NAME for any other data set of the Hub, or a "
             "file or folder of yours; @language/kind may follow the last two, and :TOKENS, a budget, all but mixes")
-    given, names = parse_flags(argv, Settings(), description=" ".join((__doc__ or "").split("\n\n")[0].split()), positional=("NAME", what))
+    description = " ".join((__doc__ or "").split("\n\n")[0].split())
+    given, names = parse_flags(argv, Settings(), description=description, positional=("NAME", what))
     s = Settings(**given)
     if s.list:
         if len(argv) > 1:
