@@ -235,7 +235,7 @@ def layout_of(where, rows, names, column):
     there = ", ".join(map(repr, names))
     if text_column not in names:
         raise NoColumn(f"{where} has no column {text_column or 'text'!r}, it has {there}; choose one with --column")
-    if any(row.get(text_column) is not None for row in rows):
+    if column and any(row.get(column) is not None for row in rows):  # of another one, what is no text is counted
         raise NoColumn(f"{where} holds no text in its column {text_column!r}, it has {there}; choose one with --column")
     return Layout(chat=False, column=text_column)
 

@@ -144,6 +144,12 @@ def test_a_column_without_text_is_refused_at_once(tmp_path):
             shape(path, column="metadata")
 
 
+def test_of_a_column_that_nobody_named_what_is_no_text_is_counted(tmp_path):
+    for ending in (".jsonl", ".parquet"):
+        path = write_rows(tmp_path / f"x{ending}", [{"id": i, "text": [f"t {i}"]} for i in range(60)])
+        assert shape(path) == (False, 0, {"not text": 60})
+
+
 @given(st.text(alphabet="ab \n", max_size=400), st.integers(4, 60))
 def test_a_text_in_memory_is_cut_as_a_file_is(text, limit):
     parts = list(cut_documents(text, limit))
