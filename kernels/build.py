@@ -53,7 +53,7 @@ def choice():
 
 
 def cpu_has(what):
-    """Whether torch knows that this CPU has instructions such as amx_bf16; before 2.12 or so it knows of none."""
+    """Whether this CPU has instructions such as amx_bf16. False as well if this version of torch cannot tell."""
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get(what))
 
 
@@ -63,7 +63,7 @@ def flags(kind):
     if kind != "cuda":
         level = torch.backends.cpu.get_cpu_capability()
         cxx += SIMD.get(level, [])
-        if level == "AVX512" and kind != "cpu" and cpu_has("avx512_bf16"):
+        if level == "AVX512" and kind != "cpu" and cpu_has("avx512_bf16"):  # the scan has vectors of its own
             cxx += ["-mavx512bf16"]
         if kind == "orthogonalize" and cpu_has("amx_bf16"):
             cxx += ["-mamx-tile", "-mamx-bf16"]

@@ -250,7 +250,7 @@ struct Tiles {
 };
 #else
 struct Tiles {
-    ~Tiles() {}
+    ~Tiles() {}  // there are none; that it does something keeps compilers from calling it unused
 };
 #endif
 

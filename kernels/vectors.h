@@ -71,7 +71,8 @@ inline float sum_of(floats x) {
 }
 
 inline void store(float *to, floats x) { std::memcpy(to, &x, sizeof x); }
-inline void store(bf16 *to, floats x) {  // rounds to the nearest, a tie to the even one
+// Rounds to the nearest, a tie to the even one; VCVTNEPS2BF16 takes numbers below 1e-38 for 0
+inline void store(bf16 *to, floats x) {
 #ifdef __AVX512BF16__
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
     std::memcpy(to, &rounded, sizeof rounded);
