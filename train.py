@@ -333,7 +333,10 @@ def clip_gradients(params, largest):
     for p in params:
         if p.grad is None:  # the loss does not depend on it, and the optimizers need a gradient of each
             p.grad = torch.zeros_like(p)
-    return float(torch.nn.utils.clip_grad_norm_(params, largest or math.inf, foreach=True))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params], foreach=True)
+    if largest and norm > largest:
+        torch.nn.utils.clip_grads_with_norm_(params, largest, norm, foreach=True)
+    return float(norm)
 
 
 class Trainer:

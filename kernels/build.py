@@ -24,7 +24,7 @@ SOURCES = {
     "cpu": ("selective_scan.cpp",), "cuda": ("selective_scan.cpp", "selective_scan.cu"), "decode": ("decode.cpp",),
     "training": ("training.cpp",), "orthogonalize": ("orthogonalize.cpp",)}
 HEADERS = {"cpu": ("selective_scan.h",), "cuda": ("selective_scan.h",), "decode": ("vectors.h",),
-           "training": ("vectors.h",), "orthogonalize": ()}
+           "training": ("attention.h", "vectors.h"), "orthogonalize": ("vectors.h",)}
 NAMES = {"cpu": "selective_scan_cpu", "cuda": "selective_scan_cuda", "decode": "decode", "training": "training",
          "orthogonalize": "orthogonalize"}
 WHAT = {"cpu": "the selective scan for CPU", "cuda": "the selective scan for CUDA", "decode": "sampling for CPU",

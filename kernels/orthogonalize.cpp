@@ -8,15 +8,11 @@
 // units of pairs; for B X it is two tiles' rows interleaved. X X^T and its square are symmetric: half is computed.
 // No header of torch; orthogonalize.py calls by address.
 #include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-using std::int64_t;
+#include "vectors.h"
 
 namespace {
 
@@ -38,44 +34,17 @@ struct Matrix {
 inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline __m512 low(__m512i x) { return widened(_mm512_castsi512_si256(x)); }
 inline __m512 high(__m512i x) { return widened(_mm512_extracti64x4_epi64(x, 1)); }
-inline __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+inline __m512i rounded_both(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-// Transposes 16 x 16 numbers of 32 bits
-inline void transpose(__m512i *r) {
-    __m512i t[16];
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    }
+inline void load16(floats *r, const void *from, int64_t stride) {  // in bytes
+    for (int i = 0; i < 16; i++) std::memcpy(&r[i], (const char *)from + i * stride, 64);
 }
+inline void store16(void *to, const floats *r) { std::memcpy(to, r, 16 * 64); }
 
-inline void load16(__m512i *r, const void *from, int64_t stride) {  // in bytes
-    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512((const char *)from + i * stride);
-}
-inline void store16(void *to, const __m512i *r) {
-    for (int i = 0; i < 16; i++) _mm512_storeu_si512((char *)to + 64 * i, r[i]);
-}
-
-// The second operand of X X^T: each tile transposed in pairs, to[row of tiles][column of tiles]
+// The second operand of a product with X^T: each tile transposed in pairs, to[row of tiles][column of tiles]
 void pack_transposed(const Matrix &x, std::vector<Tile> &to) {
     for (size_t i = 0; i < x.tiles.size(); i++) {
-        __m512i r[16];
+        floats r[16];
         load16(r, x.tiles[i].numbers, 64);
         transpose(r);
         store16(to[i].numbers, r);
@@ -166,10 +135,10 @@ inline void combine(float c[4][256], float scale, const std::uint16_t *old, int6
 inline void round_to(std::uint16_t *tile, const float *left, const float *right) {
     for (int64_t row = 0; row < 16; row++)
         _mm512_storeu_si512(tile + row * COLUMNS,
-                            rounded(_mm512_loadu_ps(left + 16 * row), _mm512_loadu_ps(right + 16 * row)));
+                            rounded_both(_mm512_loadu_ps(left + 16 * row), _mm512_loadu_ps(right + 16 * row)));
 }
 
-// out = scale x x^T + add old, symmetric; old may be null. packed is pack_transposed(x)
+// out = scale x y^T + add old, all of them symmetric; old may be null. packed is pack_transposed(y)
 void symmetric(Matrix &x, const std::vector<Tile> &packed, float scale, Matrix *old, float add, Matrix &out) {
     const int64_t deep = x.k / COLUMNS, blocks = x.m / COLUMNS;
     alignas(64) float c[4][256];
@@ -181,7 +150,7 @@ void symmetric(Matrix &x, const std::vector<Tile> &packed, float scale, Matrix *
             round_to(out.tile(2 * i + 1, j), c[2], c[3]);
             if (i == j) continue;
             for (auto &part : c) {
-                __m512i r[16];
+                floats r[16];
                 load16(r, part, 64);
                 transpose(r);
                 store16(part, r);
@@ -189,6 +158,13 @@ void symmetric(Matrix &x, const std::vector<Tile> &packed, float scale, Matrix *
             round_to(out.tile(2 * j, i), c[0], c[2]);
             round_to(out.tile(2 * j + 1, i), c[1], c[3]);
         }
+}
+
+void add_to_diagonal(Matrix &x, float a) {
+    for (int64_t i = 0; i < x.m; i++) {
+        bf16 *number = x.tile(i / ROWS, i / COLUMNS) + i % ROWS * COLUMNS + i % COLUMNS;
+        store(number, floats{} + (value(*number) + a), 1);
+    }
 }
 
 // x = a x + b x. packed is pack_pairs(x)
@@ -217,22 +193,22 @@ struct Window {
     }
     void read(int64_t row, int64_t column, float scale, float *to) const {
         if (tall) std::swap(row, column);
-        __m512i r[16];
+        floats r[16];
         for (int64_t i = 0; i < 16; i++) {
             __m512 x = _mm512_setzero_ps();
             if (row + i < rows) x = _mm512_maskz_loadu_ps(mask(column), numbers + (row + i) * columns + column);
-            r[i] = _mm512_castps_si512(_mm512_mul_ps(x, _mm512_set1_ps(scale)));
+            r[i] = (floats)x * scale;
         }
         if (tall) transpose(r);
         store16(to, r);
     }
     void write(int64_t row, int64_t column, const float *from) const {
         if (tall) std::swap(row, column);
-        __m512i r[16];
+        floats r[16];
         load16(r, from, 64);
         if (tall) transpose(r);
         for (int64_t i = 0; i < std::min<int64_t>(16, rows - row); i++)
-            _mm512_mask_storeu_ps(numbers + (row + i) * columns + column, mask(column), _mm512_castsi512_ps(r[i]));
+            _mm512_mask_storeu_ps(numbers + (row + i) * columns + column, mask(column), (__m512)r[i]);
     }
 };
 
@@ -280,14 +256,32 @@ void orthogonalize(float *numbers, int64_t rows, int64_t columns, const float *q
             round_to(x.tile(i, j), left, right);
         }
 
+    // A step is x <- y x, with y = q0 + q1 a + q2 a^2 and a = x x^T. In the next one a is y a y, because all of these
+    // commute, so that two steps need only one pass over x: a fifth less work if x is wide. As a first step this would
+    // lose small singular values, after it the result is as exact
+    const bool wide = x.k >= 2 * x.m;
+    Matrix y(wide ? x.m : 0, x.m);
     for (int64_t step = 0; step < n; step++) {
         const float *q = quintics + 3 * step;
         pack_transposed(x, packed);
         symmetric(x, packed, 1, nullptr, 0, a);
         pack_transposed(a, packed);
         symmetric(a, packed, q[2], &a, q[1], b);
+        const bool two = wide && step > 0 && step + 1 < n;
+        if (two) {
+            add_to_diagonal(b, q[0]);
+            symmetric(b, packed, 1, nullptr, 0, y);
+            pack_transposed(y, packed);
+            symmetric(b, packed, 1, nullptr, 0, a);
+            pack_transposed(a, packed);
+            symmetric(a, packed, q[5], &a, q[4], y);
+            pack_transposed(b, packed);
+            symmetric(y, packed, 1, &b, q[3], a);
+            std::swap(a, b);
+            step++;
+        }
         pack_pairs(x, packed);
-        polynomial(x, packed, b, q[0]);
+        polynomial(x, packed, b, two ? 0 : q[0]);
     }
 
     for (int64_t i = 0; i < x.m / ROWS; i++)

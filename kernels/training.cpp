@@ -6,7 +6,7 @@
 // made of partial sums over 64 of them, each in a row of its own. No header of torch; training.py calls by address.
 #include <algorithm>
 #include <cstdlib>
-#include <vector>
+#include "attention.h"
 #include "vectors.h"
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -17,19 +17,9 @@ namespace {
 constexpr int64_t GROUP = 64;  // tokens of a partial sum
 constexpr int64_t MAX_D = 512;  // widest attention head
 
-struct Shape {
-    int64_t B, T, H, K, D;  // sequences, positions, query heads, key and value heads, head width
-    int64_t block;  // queries whose scores are computed at once; the last block may have fewer
-
-    // Queries lie block after block, in each (B, H, positions of the block, D), so that a block is one matrix for each
-    // key head: the place of a query's first number
-    int64_t place(int64_t b, int64_t h, int64_t t) const {
-        const int64_t first = t / block * block, size = std::min(block, T - first);
-        return (B * H * first + (b * H + h) * size + t - first) * D;
-    }
-};
-
-inline float mean_square_scale(const float *x, float eps, int64_t n) {
+// 1 / rms(x)
+template <class E>
+inline float rms_scale(const E *x, float eps, int64_t n) {
     floats sum = {};
     for (int64_t i = 0; i < n; i += WIDTH) {
         const floats v = load(x + i, n - i);
@@ -39,9 +29,9 @@ inline float mean_square_scale(const float *x, float eps, int64_t n) {
 }
 
 // The gradient of y = w x / rms(x) for one row: dx, and dw to add to. Returns 1 / rms(x)
-template <class E>
-inline float rms_backward(const float *x, const float *w, const E *dy, float eps, int64_t n, float *dx, float *dw) {
-    const float scale = mean_square_scale(x, eps, n);
+template <class X, class E>
+inline float rms_backward(const X *x, const float *w, const E *dy, float eps, int64_t n, float *dx, float *dw) {
+    const float scale = rms_scale(x, eps, n);
     floats dot = {};
     for (int64_t i = 0; i < n; i += WIDTH) {
         const floats normed = load(x + i, n - i) * scale, d = load(dy + i, n - i);
@@ -68,7 +58,7 @@ void norm(const float *x, const E *add, const float *w, float eps, int64_t N, in
                 store(sum + n * d + i, load(row + i, d - i) + load(add + n * d + i, d - i), d - i);
             row = sum + n * d;
         }
-        const float scale = mean_square_scale(row, eps, d);
+        const float scale = rms_scale(row, eps, d);
         for (int64_t i = 0; i < d; i += WIDTH)
             store(out + n * d + i, load(row + i, d - i) * scale * load(w + i, d - i), d - i);
     }
@@ -89,14 +79,14 @@ void norm_backward(const float *x, const float *w, const E *dy, const float *g, 
                 floats total = load(dx + n * d + i, d - i);
                 if (g) total += load(g + n * d + i, d - i);
                 store(dx + n * d + i, total, d - i);
-                if (rounded) store(rounded + n * d + i, total, d - i);
+                store(rounded + n * d + i, total, d - i);
                 store(out + n * d + i, load(row + i, d - i) * scale * load(w + i, d - i), d - i);
             }
         }
     }
 }
 
-// (N, (H + 2K) D) -> queries in blocks, keys and values (B, K, T, D): queries and keys are normed, if there are
+// (N, (H + 2K) D) -> queries (B, H, T, D), keys and values (B, K, T, D): queries and keys are normed, if there are
 // weights, and rotated, as apply_rope() of the architecture files does it
 template <class E>
 void heads(const E *qkv, const float *q_norm, const float *k_norm, float eps, const float *cos, const float *sin,
@@ -105,7 +95,6 @@ void heads(const E *qkv, const float *q_norm, const float *k_norm, float eps, co
 #pragma omp parallel for num_threads(threads)
     for (int64_t n = 0; n < s.B * s.T; n++) {
         const int64_t b = n / s.T, t = n % s.T;
-        float x[MAX_D];
         for (int64_t h = 0; h < all; h++) {
             const E *from = qkv + (n * all + h) * D;
             if (h >= s.H + s.K) {
@@ -113,18 +102,16 @@ void heads(const E *qkv, const float *q_norm, const float *k_norm, float eps, co
                 continue;
             }
             const bool is_query = h < s.H;
-            const float *weight = is_query ? q_norm : k_norm;
-            E *to = is_query ? q + s.place(b, h, t) : k + ((b * s.K + h - s.H) * s.T + t) * D;
-            for (int64_t i = 0; i < D; i += WIDTH) store(x + i, load(from + i, D - i), D - i);
-            if (weight) {
-                const float scale = mean_square_scale(x, eps, D);
-                for (int64_t i = 0; i < D; i += WIDTH)
-                    store(x + i, load(x + i, D - i) * scale * load(weight + i, D - i), D - i);
-            }
+            const float *weight = is_query ? q_norm : k_norm, scale = weight ? rms_scale(from, eps, D) : 1;
+            E *to = is_query ? q + ((b * s.H + h) * s.T + t) * D : k + ((b * s.K + h - s.H) * s.T + t) * D;
             for (int64_t i = 0; i < half; i += WIDTH) {
                 const int64_t left = half - i;
                 const floats c = load(cos + t * half + i, left), z = load(sin + t * half + i, left);
-                const floats a = load(x + i, left), u = load(x + half + i, left);
+                floats a = load(from + i, left), u = load(from + half + i, left);
+                if (weight) {
+                    a *= scale * load(weight + i, left);
+                    u *= scale * load(weight + half + i, left);
+                }
                 store(to + i, a * c - u * z, left);
                 store(to + half + i, u * c + a * z, left);
             }
@@ -132,136 +119,61 @@ void heads(const E *qkv, const float *q_norm, const float *k_norm, float eps, co
     }
 }
 
-// The gradient of heads(); dw (groups of tokens, 2, D) are those of q_norm and k_norm
+// The gradient of heads(), with dk and dv of each query head alone, (B, H, T, D); dw (groups of tokens, 2, D) are those
+// of q_norm and k_norm
 template <class E>
 void heads_backward(const E *qkv, const float *q_norm, const float *k_norm, float eps, const float *cos,
-                    const float *sin, Shape s, const E *dq, const E *dk, const E *dv, E *dqkv, float *dw, int threads) {
-    const int64_t all = s.H + 2 * s.K, D = s.D, half = D / 2, N = s.B * s.T;
+                    const float *sin, Shape s, const E *dq, const float *dk, const float *dv, E *dqkv, float *dw,
+                    int threads) {
+    const int64_t all = s.H + 2 * s.K, D = s.D, half = D / 2, N = s.B * s.T, sharing = s.H / s.K;
 #pragma omp parallel for num_threads(threads)
     for (int64_t first = 0; first < N; first += GROUP) {
-        float *sums = dw + first / GROUP * 2 * D, x[MAX_D], up[MAX_D], dx[MAX_D];
+        float *sums = dw + first / GROUP * 2 * D, up[MAX_D], dx[MAX_D];
         std::fill(sums, sums + 2 * D, 0.0f);
         for (int64_t n = first; n < std::min(N, first + GROUP); n++) {
             const int64_t b = n / s.T, t = n % s.T;
             for (int64_t h = 0; h < all; h++) {
+                const E *raw = qkv + (n * all + h) * D;
                 E *to = dqkv + (n * all + h) * D;
-                if (h >= s.H + s.K) {
-                    const E *from = dv + ((b * s.K + h - s.H - s.K) * s.T + t) * D;
-                    std::copy(from, from + D, to);
+                const bool is_query = h < s.H, is_value = h >= s.H + s.K;
+                const int64_t head = is_query ? h : (h - s.H) % s.K * sharing;  // or the first of those that share it
+                const int64_t place = ((b * s.H + head) * s.T + t) * D;
+                const auto gradient = [&](int64_t i, int64_t left) {
+                    if (is_query) return load(dq + place + i, left);
+                    floats sum = {};
+                    for (int64_t j = 0; j < sharing; j++)
+                        sum += load((is_value ? dv : dk) + place + j * s.T * D + i, left);
+                    return sum;
+                };
+                if (is_value) {
+                    for (int64_t i = 0; i < D; i += WIDTH) store(to + i, gradient(i, D - i), D - i);
                     continue;
                 }
-                const bool is_query = h < s.H;
-                const float *weight = is_query ? q_norm : k_norm;
-                const E *from = is_query ? dq + s.place(b, h, t) : dk + ((b * s.K + h - s.H) * s.T + t) * D;
                 for (int64_t i = 0; i < half; i += WIDTH) {
                     const int64_t left = half - i;
                     const floats c = load(cos + t * half + i, left), z = load(sin + t * half + i, left);
-                    const floats a = load(from + i, left), u = load(from + half + i, left);
+                    const floats a = gradient(i, left), u = gradient(half + i, left);
                     store(up + i, a * c + u * z, left);
                     store(up + half + i, u * c - a * z, left);
                 }
-                const float *result = up;
-                if (weight) {
-                    const E *raw = qkv + (n * all + h) * D;
-                    for (int64_t i = 0; i < D; i += WIDTH) store(x + i, load(raw + i, D - i), D - i);
-                    rms_backward(x, weight, up, eps, D, dx, sums + (is_query ? 0 : D));
-                    result = dx;
-                }
-                for (int64_t i = 0; i < D; i += WIDTH) store(to + i, load(result + i, D - i), D - i);
+                const float *weight = is_query ? q_norm : k_norm;
+                if (weight) rms_backward(raw, weight, up, eps, D, dx, sums + (is_query ? 0 : D));
+                for (int64_t i = 0; i < D; i += WIDTH) store(to + i, load((weight ? dx : up) + i, D - i), D - i);
             }
         }
     }
 }
 
-// Queries in blocks <-> (N, H D)
-template <class E>
-void merge(const E *blocks, Shape s, E *rows, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t n = 0; n < s.B * s.T; n++)
-        for (int64_t h = 0; h < s.H; h++) {
-            const E *from = blocks + s.place(n / s.T, h, n % s.T);
-            std::copy(from, from + s.D, rows + (n * s.H + h) * s.D);
-        }
-}
-template <class E>
-void split(const E *rows, Shape s, E *blocks, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t n = 0; n < s.B * s.T; n++)
-        for (int64_t h = 0; h < s.H; h++) {
-            const E *from = rows + (n * s.H + h) * s.D;
-            std::copy(from, from + s.D, blocks + s.place(n / s.T, h, n % s.T));
-        }
-}
-
-inline ints places(int64_t from) {
-    ints i;
-    for (int j = 0; j < WIDTH; j++) i[j] = std::int32_t(from) + j;
-    return i;
-}
-
-// Scores (B, H, size, S) of the queries at positions t0, t0 + 1, ... become probabilities, in place. A query sees the
-// keys from `first` (B, T), or from 0 if that is null, to its own position
-template <class E>
-void softmax(E *scores, const std::int32_t *first, Shape s, int64_t t0, int64_t size, int threads) {
-    const int64_t S = t0 + size;
-    const float scale = 1 / std::sqrt(float(s.D));
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> weights(S + WIDTH);  // of one row, before they are divided by their sum
-#pragma omp for
-        for (int64_t row = 0; row < s.B * s.H * size; row++) {
-            const int64_t t = t0 + row % size, b = row / (s.H * size), begin = first ? first[b * s.T + t] : 0;
-            const int64_t from = begin / WIDTH * WIDTH, end = t + 1;
-            E *r = scores + row * S;
-            floats most = floats{} - 1e30f, all = {};
-            for (int64_t i = from; i < end; i += WIDTH) {
-                floats x = load(r + i, S - i) * scale;
-                if (i < begin || i + WIDTH > end) {  // what a query does not see is as good as infinitely small
-                    const ints at = places(i);
-                    x = (at >= std::int32_t(begin)) & (at < std::int32_t(end)) ? x : floats{} - 1e30f;
-                }
-                store(&weights[i], x);
-                most = x > most ? x : most;
-            }
-            float highest = most[0];
-            for (int j = 1; j < WIDTH; j++) highest = std::max(highest, most[j]);
-            for (int64_t i = from; i < end; i += WIDTH) {
-                const floats x = load(&weights[i]), e = x > -1e29f ? exp_of(x - highest) : floats{};
-                store(&weights[i], e);
-                all += e;
-            }
-            const float share = 1 / sum_of(all);
-            for (int64_t i = from; i < end; i += WIDTH) store(r + i, load(&weights[i]) * share, S - i);
-            std::fill(r, r + from, E{});
-            std::fill(r + std::min(S, (end + WIDTH - 1) / WIDTH * WIDTH), r + S, E{});
-        }
-    }
-}
-
-// Gradient of softmax(), in place of the gradient of the probabilities p, of which unseen ones are 0
-template <class E>
-void softmax_backward(const E *p, E *dp, const std::int32_t *first, Shape s, int64_t t0, int64_t size, int threads) {
-    const int64_t S = t0 + size;
-    const float scale = 1 / std::sqrt(float(s.D));
-#pragma omp parallel for num_threads(threads)
-    for (int64_t row = 0; row < s.B * s.H * size; row++) {
-        const int64_t t = t0 + row % size, b = row / (s.H * size), begin = first ? first[b * s.T + t] : 0;
-        const int64_t from = begin / WIDTH * WIDTH, end = std::min(S, (t + WIDTH) / WIDTH * WIDTH);
-        const E *r = p + row * S;
-        E *d = dp + row * S;
-        floats dot = {};
-        for (int64_t i = from; i < end; i += WIDTH) dot += load(r + i, S - i) * load(d + i, S - i);
-        const float mean = sum_of(dot);
-        for (int64_t i = from; i < end; i += WIDTH)
-            store(d + i, load(r + i, S - i) * (load(d + i, S - i) - mean) * scale, S - i);
-        std::fill(d, d + from, E{});
-        std::fill(d + end, d + S, E{});
-    }
-}
-
+// 1 / (1 + e^-x), and with AVX-512 by an approximation of 14 bits and one step of Newton's method
 inline floats sigmoid(floats x) {
-    const floats e = exp_of(x > 0.0f ? -x : x);
-    return (x > 0.0f ? floats{} + 1.0f : e) / (1.0f + e);
+    const floats e = exp_of(x > 0.0f ? -x : x), y = 1.0f + e;
+#ifdef __AVX512F__
+    floats inverse = (floats)_mm512_rcp14_ps((__m512)y);
+    inverse = inverse * (2.0f - y * inverse);
+#else
+    const floats inverse = 1.0f / y;
+#endif
+    return x > 0.0f ? inverse : e * inverse;
 }
 
 // (N, 2F), gate before up -> silu(gate) up (N, F)
@@ -342,8 +254,8 @@ void scatter_add(const float *rows, const int64_t *idx, int64_t N, int64_t d, fl
 
 // Each function for fp32 and for bf16, in the order of FUNCTIONS in training.py
 #define ALL(E) {(void *)norm<E>, (void *)norm_backward<E>, (void *)heads<E>, (void *)heads_backward<E>, \
-    (void *)merge<E>, (void *)split<E>, (void *)softmax<E>, (void *)softmax_backward<E>, (void *)swiglu<E>, \
-    (void *)swiglu_backward<E>, (void *)cross_entropy<E>, (void *)cross_entropy_backward<E>, (void *)scatter_add}
+    (void *)attention<E>, (void *)attention_backward<E>, (void *)swiglu<E>, (void *)swiglu_backward<E>, \
+    (void *)cross_entropy<E>, (void *)cross_entropy_backward<E>, (void *)scatter_add}
 extern "C" {
 // From now on the process keeps memory that was freed: a step asks for the same again, and new memory from the system
 // costs as much as the arithmetic in it

@@ -18,16 +18,14 @@ from . import build
 from .decode import PARTS, is_llama
 
 LOGITS = 2 ** 24  # that exist at once; (B, T, V) of them would be a step's largest tensor
-BLOCK = 256  # queries whose scores exist at once
 GROUP = 64  # as in training.cpp
 MAX_HEAD = 512  # as in training.cpp
-MOST_KEPT = 2 ** 30  # bytes of probabilities that a row keeps for the gradients
 
 INT, REAL, TENSOR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 class Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("B", "T", "H", "K", "D", "block")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("B", "T", "H", "K", "D")]
 
 
 # training.cpp's functions in its order, and what they take before the number of threads
@@ -36,10 +34,8 @@ FUNCTIONS = dict(
     norm_backward=(TENSOR, TENSOR, TENSOR, TENSOR, REAL, INT, INT, TENSOR, TENSOR, TENSOR, TENSOR),
     heads=(TENSOR, TENSOR, TENSOR, REAL, TENSOR, TENSOR, Shape, TENSOR, TENSOR, TENSOR),
     heads_backward=(TENSOR, TENSOR, TENSOR, REAL, TENSOR, TENSOR, Shape, TENSOR, TENSOR, TENSOR, TENSOR, TENSOR),
-    merge=(TENSOR, Shape, TENSOR),
-    split=(TENSOR, Shape, TENSOR),
-    softmax=(TENSOR, TENSOR, Shape, INT, INT),
-    softmax_backward=(TENSOR, TENSOR, TENSOR, Shape, INT, INT),
+    attention=(TENSOR, TENSOR, TENSOR, TENSOR, Shape, TENSOR, TENSOR),
+    attention_backward=(TENSOR, TENSOR, TENSOR, TENSOR, TENSOR, TENSOR, TENSOR, Shape, TENSOR, TENSOR, TENSOR),
     swiglu=(TENSOR, INT, INT, TENSOR),
     swiglu_backward=(TENSOR, TENSOR, INT, INT, TENSOR, TENSOR),
     cross_entropy=(TENSOR, TENSOR, INT, INT, TENSOR, TENSOR),
@@ -82,7 +78,7 @@ class Pass:
         self.of, self.dtype, self.first = functions(dtype), dtype, first
         self.weights, self.eps, self.tables = net.cast(dtype), cfg.norm_eps, (net.model.cos, net.model.sin)
         heads = getattr(cfg, "n_kv_head", cfg.n_head)
-        self.shape = Shape(B, T, cfg.n_head, heads, cfg.d_model // cfg.n_head, BLOCK)
+        self.shape = Shape(B, T, cfg.n_head, heads, cfg.d_model // cfg.n_head)
 
     def empty(self, *shape, dtype=None):
         return torch.empty(shape, dtype=dtype or self.dtype)
@@ -93,87 +89,60 @@ class Pass:
         self.of.norm(x, add, weight, self.eps, *x.shape, total, out)
         return total, out
 
-    def norm_backward(self, x, weight, dout, g, rounded=True):
+    def norm_backward(self, x, weight, dout, g):
         """(dx = g + the norm's gradient, dx in the compute type, the norm's output, gradient of its weight)."""
         N, d = x.shape
         dx, dw = torch.empty_like(x), self.empty(-(-N // GROUP), d, dtype=torch.float32)
-        small, out = self.empty(N, d) if rounded else None, self.empty(N, d)
+        small, out = self.empty(N, d), self.empty(N, d)
         self.of.norm_backward(x, weight, dout, g, self.eps, N, d, dx, small, out, dw)
         return dx, small, out, dw.sum(0)
-
-    def parts(self, blocks):
-        """The queries' blocks: (first position, positions, the block as a matrix (key heads, queries, D))."""
-        s = self.shape
-        for t0 in range(0, s.T, s.block):
-            size = min(s.block, s.T - t0)
-            part = blocks[s.B * s.H * s.D * t0:s.B * s.H * s.D * (t0 + size)]
-            yield t0, size, part.view(s.B * s.K, s.H // s.K * size, s.D)
 
     def attention(self, qkv, w):
         """softmax(q k^T / sqrt(D)) v (N, H D), and what its backward pass needs."""
         s = self.shape
-        q, y = self.empty(s.B * s.H * s.T * s.D), self.empty(s.B * s.H * s.T * s.D)
-        k, v = (self.empty(s.B * s.K, s.T, s.D) for _ in range(2))
+        q, k, v = (self.empty(s.B, heads, s.T, s.D) for heads in (s.H, s.K, s.K))
+        y, total = self.empty(s.B * s.T, s.H * s.D), self.empty(s.B, s.H, s.T, dtype=torch.float32)
         self.of.heads(qkv, w["q_norm"], w["k_norm"], self.eps, *self.tables, s, q, k, v)
-        probabilities = []
-        for (t0, size, queries), (_, _, out) in zip(self.parts(q), self.parts(y)):
-            p = torch.bmm(queries, k[:, :t0 + size].mT)
-            self.of.softmax(p, self.first, s, t0, size)
-            torch.bmm(p, v[:, :t0 + size], out=out)
-            probabilities.append(p)
-        merged = self.empty(s.B * s.T, s.H * s.D)
-        self.of.merge(y, s, merged)
-        return merged, (q, k, v, probabilities)
+        self.of.attention(q, k, v, self.first, s, y, total)
+        return y, (q, k, v, total)
 
-    def attention_backward(self, qkv, w, kept, dy):
-        """Gradients of (qkv, q_norm's weight, k_norm's weight) from that of attention's result."""
-        s, (q, k, v, probabilities) = self.shape, kept
-        dout, dq = torch.empty_like(q), torch.empty_like(q)
-        self.of.split(dy, s, dout)
-        dk = dv = None  # sums over the blocks, in fp32. The last block comes first: all keys have a share in it
-        for p, (t0, size, queries), (_, _, up), (_, _, down) in reversed(list(zip(
-                probabilities, self.parts(q), self.parts(dout), self.parts(dq)))):
-            seen = slice(0, t0 + size)
-            to_v, dp = torch.bmm(p.mT, up), torch.bmm(up, v[:, seen].mT)
-            self.of.softmax_backward(p, dp, self.first, s, t0, size)
-            torch.bmm(dp, k[:, seen], out=down)
-            to_k = torch.bmm(dp.mT, queries)
-            if dk is None:
-                dk, dv = (to_k, to_v) if t0 == 0 else (to_k.float(), to_v.float())
-            else:
-                dk[:, seen] += to_k
-                dv[:, seen] += to_v
-        dqkv, dw = torch.empty_like(qkv), self.empty(-(-len(qkv) // GROUP), 2, s.D, dtype=torch.float32)
-        self.of.heads_backward(qkv, w["q_norm"], w["k_norm"], self.eps, *self.tables, s, dq, dk.to(self.dtype),
-                               dv.to(self.dtype), dqkv, dw)
+    def attention_backward(self, qkv, w, kept, y, dy):
+        """Gradients of (qkv, q_norm's weight, k_norm's weight) from that of attention's result y."""
+        s, (q, k, v, total) = self.shape, kept
+        dq, dqkv = torch.empty_like(q), torch.empty_like(qkv)
+        dk, dv = (self.empty(*q.shape, dtype=torch.float32) for _ in range(2))
+        self.of.attention_backward(q, k, v, self.first, y, total, dy, s, dq, dk, dv)
+        dw = self.empty(-(-len(qkv) // GROUP), 2, s.D, dtype=torch.float32)
+        self.of.heads_backward(qkv, w["q_norm"], w["k_norm"], self.eps, *self.tables, s, dq, dk, dv, dqkv, dw)
         return dqkv, *dw.sum(0)
 
-    def block(self, x, w):
-        """A block's output, and what its backward pass needs."""
-        _, h = self.norm(x, None, w["attn_norm"])
+    def block(self, x, add, w):
+        """The output of a block whose input is x + add, as two such terms, and what its backward pass needs."""
+        x, h = self.norm(x, add, w["attn_norm"])
         qkv = h @ w["qkv"].T
         y, attention = self.attention(qkv, w)
         x2, h = self.norm(x, y @ w["out"].T, w["ffn_norm"])
         gate_up = h @ w["gate_up"].T
         hidden = self.empty(len(x), gate_up.size(1) // 2)
         self.of.swiglu(gate_up, *hidden.shape, hidden)
-        return x2 + hidden @ w["down"].T, (x, qkv, y, attention, x2, gate_up)
+        return x2, hidden @ w["down"].T, (x, qkv, y, attention, x2, gate_up)
 
-    def block_backward(self, g, w, kept):
-        """(gradient of the block's input, gradients of its weights by their names) from that of its output, fp32."""
+    def block_backward(self, g, small, w, kept):
+        """(gradient of the block's input in fp32 and in the compute type, gradients of its weights by their names) from
+        that of its output. The gradient of a matrix becomes fp32 while it is still in a cache."""
         x, qkv, y, attention, x2, gate_up = kept
-        grads, small = {}, g.to(self.dtype)
+        grads = {}
         dhidden = small @ w["down"]
         hidden, dgate_up = torch.empty_like(dhidden), torch.empty_like(gate_up)
         self.of.swiglu_backward(gate_up, dhidden, *hidden.shape, dgate_up, hidden)
-        grads["down"] = small.T @ hidden
+        grads["down"] = (small.T @ hidden).float()
         g, small, h, grads["ffn_norm"] = self.norm_backward(x2, w["ffn_norm"], dgate_up @ w["gate_up"], g)
-        grads["gate_up"] = dgate_up.T @ h
-        grads["out"] = small.T @ y
-        dqkv, grads["q_norm"], grads["k_norm"] = self.attention_backward(qkv, w, attention, small @ w["out"])
-        g, _, h, grads["attn_norm"] = self.norm_backward(x, w["attn_norm"], dqkv @ w["qkv"], g, rounded=False)
-        grads["qkv"] = dqkv.T @ h
-        return g, grads
+        grads["gate_up"] = (dgate_up.T @ h).float()
+        grads["out"] = (small.T @ y).float()
+        dqkv, grads["q_norm"], grads["k_norm"] = self.attention_backward(qkv, w, attention, y, small @ w["out"])
+        g, small, h, grads["attn_norm"] = self.norm_backward(x, w["attn_norm"], dqkv @ w["qkv"], g)
+        grads["qkv"] = (dqkv.T @ h).float()
+        return g, small, grads
 
     def losses(self, h, targets, chunk, space):
         """Loss of each token (N) and, for the backward pass, the sums of their exponentials. Afterwards `space` holds
@@ -205,11 +174,11 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, net, run, idx, targets, *params):
-        x, kept = F.embedding(idx, net.model.embed.weight), []
+        x, add, kept = F.embedding(idx, net.model.embed.weight), None, []
         for w in run.weights["layers"]:
-            x, of_block = run.block(x, w)
+            x, add, of_block = run.block(x, add, w)
             kept.append(of_block)
-        _, h = run.norm(x, None, run.weights["norm"])
+        x, h = run.norm(x, add, run.weights["norm"])
         space = net.take_space(len(h), run.dtype)
         loss, total = run.losses(h, targets, net.chunk, space)
         if any(ctx.needs_input_grad):
@@ -229,13 +198,13 @@ class TokenLosses(torch.autograd.Function):
         del ctx.kept  # each block's part is freed when it has been used
         dh, dembed = run.losses_backward(h, targets, net.chunk, space, total, g.contiguous())
         net.spaces.append(space)
-        g, _, _, dnorm = run.norm_backward(x, run.weights["norm"], dh, None, rounded=False)
+        g, small, _, dnorm = run.norm_backward(x, run.weights["norm"], dh, None)
         grads = {"embed.weight": dembed, "norm.weight": dnorm}
         for i in reversed(range(len(kept))):
-            g, of_block = run.block_backward(g, run.weights["layers"][i], kept.pop())
+            g, small, of_block = run.block_backward(g, small, run.weights["layers"][i], kept.pop())
             grads |= {f"blocks.{i}.{PARTS[part]}.weight": grad for part, grad in of_block.items()}
         run.of.scatter_add(g, idx, *g.shape, dembed)
-        return None, None, None, None, *(grads[name].float() for name in net.names)
+        return None, None, None, None, *(grads[name] for name in net.names)
 
 
 class QuickNet(nn.Module):
@@ -336,9 +305,7 @@ def quick_net(model, T):
     if build.choice() == "reference" or not is_llama(model) or hooked:
         return None
     cfg = model.cfg
-    # the probabilities of all layers are kept, which PyTorch computes anew for the gradients
-    kept = 4 * cfg.n_layer * cfg.n_head * T * (T + BLOCK) / 2
-    if cfg.d_model // cfg.n_head > MAX_HEAD or kept > MOST_KEPT or not build.has_threads():
+    if cfg.d_model // cfg.n_head > MAX_HEAD or not build.has_threads():
         return None
     if not all(map(functions, (torch.float32, torch.bfloat16))) or not agrees(model, T):
         return None

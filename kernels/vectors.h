@@ -45,17 +45,26 @@ inline floats load(const bf16 *w) {
 // Its relative error is 1.2e-7 down to x = -1, 1e-6 down to -16, 4e-6 down to -87
 inline floats exp_of(floats x) {
     floats t = x * 1.44269504f;
+#ifdef __AVX512F__
+    const floats n = (floats)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const floats f = t - n;
+#else
     t = t > -126.0f ? t : floats{} - 126.0f;
     ints n = __builtin_convertvector(t, ints);  // towards zero
     n += __builtin_convertvector(n, floats) > t;  // a comparison gives 0 or -1
     const floats f = t - __builtin_convertvector(n, floats);
+#endif
     floats p = f * 2.08179146e-4f + 1.26921665e-3f;
     p = p * f + 9.65219550e-3f;
     p = p * f + 5.54960221e-2f;
     p = p * f + 2.40227208e-1f;
     p = p * f + 6.93147182e-1f;
     p = p * f + 1.0f;
+#ifdef __AVX512F__
+    return (floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     return p * (floats)((n + 127) << 23);
+#endif
 }
 
 inline float sum_of(floats x) {
@@ -70,22 +79,58 @@ inline float sum_of(floats x) {
 #endif
 }
 
-inline void store(float *to, floats x) { std::memcpy(to, &x, sizeof x); }
 // Rounds to the nearest, a tie to the even one; VCVTNEPS2BF16 takes numbers below 1e-38 for 0
-inline void store(bf16 *to, floats x) {
+inline halves rounded(floats x) {
 #ifdef __AVX512BF16__
-    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
-    std::memcpy(to, &rounded, sizeof rounded);
+    return (halves)_mm512_cvtneps_pbh((__m512)x);
 #else
     words bits = (words)x;
     bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     bits = x == x ? bits : words{} + 0x7fc0;  // the rounding may carry a NaN over into a zero
 #ifdef __AVX512F__
-    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16((__m512i)bits));
+    return (halves)_mm512_cvtepi32_epi16((__m512i)bits);
 #else
-    const halves h = __builtin_convertvector(bits, halves);
-    std::memcpy(to, &h, sizeof h);
+    return __builtin_convertvector(bits, halves);
 #endif
+#endif
+}
+inline void store(float *to, floats x) { std::memcpy(to, &x, sizeof x); }
+inline void store(bf16 *to, floats x) {
+    const halves h = rounded(x);
+    std::memcpy(to, &h, sizeof h);
+}
+
+// Rows become columns, of 16 x 16 numbers
+inline void transpose(floats *r) {
+#ifdef __AVX512F__
+    __m512i t[16], u[16];
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32((__m512i)r[2 * i], (__m512i)r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32((__m512i)r[2 * i], (__m512i)r[2 * i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(u[i], u[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(u[i], u[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        r[i] = (floats)_mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = (floats)_mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    }
+#else
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < i; j++) {
+            const float x = r[i][j];
+            r[i][j] = r[j][i];
+            r[j][i] = x;
+        }
 #endif
 }
 
@@ -105,14 +150,15 @@ inline floats load(const E *from, int64_t n) {
 template <class E>
 inline void store(E *to, floats x, int64_t n) {
     if (n >= WIDTH) return store(to, x);
-    E numbers[WIDTH];
-    store(numbers, x);
 #ifdef __AVX512F__
     const __mmask16 some = (1u << n) - 1;
-    if constexpr (sizeof(E) == 4) return _mm512_mask_storeu_ps(to, some, _mm512_loadu_ps(numbers));
-    else return _mm256_mask_storeu_epi16(to, some, _mm256_loadu_si256((const __m256i *)numbers));
-#endif
+    if constexpr (sizeof(E) == 4) _mm512_mask_storeu_ps(to, some, (__m512)x);
+    else _mm256_mask_storeu_epi16(to, some, (__m256i)rounded(x));
+#else
+    E numbers[WIDTH];
+    store(numbers, x);
     std::memcpy(to, numbers, n * sizeof(E));
+#endif
 }
 
 }  // namespace

@@ -55,10 +55,10 @@ def model(request):
 
 @settings(max_examples=40)
 @given(name=st.sampled_from(sorted(SHAPES)), B=st.integers(1, 3), T=st.integers(1, 48),
-       block=st.sampled_from([7, 16, 256]), chunk=st.sampled_from([1, 10, 10 ** 6]), documents=st.booleans(),
-       weighted=st.booleans(), reduction=st.sampled_from(["mean", "none"]))
-def test_loss_and_gradients_are_the_models_own(name, B, T, block, chunk, documents, weighted, reduction):
-    """One block of queries or several, one chunk of logits or several, a token alone, a target alone or none."""
+       chunk=st.sampled_from([1, 10, 10 ** 6]), documents=st.booleans(), weighted=st.booleans(),
+       reduction=st.sampled_from(["mean", "none"]))
+def test_loss_and_gradients_are_the_models_own(name, B, T, chunk, documents, weighted, reduction):
+    """One chunk of logits or several, a token alone, a target alone or none."""
     module, shape = SHAPES[name]
     model = model_of(module, **shape)
     idx, targets = batch(model, B, T, seed=T)
@@ -69,10 +69,60 @@ def test_loss_and_gradients_are_the_models_own(name, B, T, block, chunk, documen
         more["loss_weights"] = torch.rand(B, T, generator=torch.Generator().manual_seed(B))
     quick = training.QuickNet(model)
     quick.chunk = chunk
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "BLOCK", block)
-        found = gradients(quick, idx, targets, **more)
+    found = gradients(quick, idx, targets, **more)
     assert difference(found, gradients(model, idx, targets, **more)) < 1e-4
+
+
+def attention_alone(q, k, v, dout, first, dtype):
+    """training.cpp's attention (B, T, H D) of q (B, H, T, D), k and v (B, K, T, D), and its gradients of q, k, v."""
+    (B, H, T, D), K = q.shape, k.size(1)
+    of, shape = training.functions(dtype), training.Shape(B, T, H, K, D)
+    q, k, v, dout = (x.to(dtype).contiguous() for x in (q, k, v, dout))
+    out, total, dq = torch.empty_like(dout), torch.empty(B, H, T), torch.empty_like(q)
+    dk, dv = torch.empty(2, B, H, T, D).unbind()
+    of.attention(q, k, v, first, shape, out, total)
+    of.attention_backward(q, k, v, first, out, total, dout, shape, dq, dk, dv)
+    return out, dq, *(d.view(B, K, H // K, T, D).sum(2) for d in (dk, dv))
+
+
+@settings(max_examples=60)
+@given(B=st.integers(1, 2), T=st.integers(1, 200), K=st.integers(1, 2), sharing=st.integers(1, 3),
+       half=st.integers(1, 36), documents=st.booleans(), bf16=st.booleans())
+def test_attention_alone_is_that_of_float64(B, T, K, sharing, half, documents, bf16):
+    """Rows of several blocks of queries, of which the last may be short, and heads of any width."""
+    generator, H, D = torch.Generator().manual_seed(T), K * sharing, 2 * half
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    q, k, v, dout = (torch.randn(shape, generator=generator).to(dtype).double().requires_grad_() for shape in (
+        (B, H, T, D), (B, K, T, D), (B, K, T, D), (B, T, H * D)))
+    seen, first = torch.ones(B, T, T).tril().bool(), None
+    if documents:
+        begins = (torch.rand(B, T, generator=generator) < 0.1).int()
+        first = (torch.arange(T) * begins).cummax(1).values.int().contiguous()
+        seen &= torch.arange(T) >= first[:, :, None]
+    scores = q @ k.repeat_interleave(sharing, 1).mT / D ** 0.5
+    exact = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ v.repeat_interleave(sharing, 1)
+    exact = exact.transpose(1, 2).flatten(2)
+    expected = exact.detach(), *torch.autograd.grad(exact, (q, k, v), dout)
+    for a, b in zip(attention_alone(*(x.detach() for x in (q, k, v, dout)), first, dtype), expected):
+        assert float((a - b).norm() / (b.norm() + 0.1)) < (2e-2 if bf16 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_a_document_is_to_the_bit_what_it_is_among_others(dtype):
+    B, H, K, T, D = 1, 4, 2, 150, 20
+    q, k, v, dout = torch.randn(B, H, T, D), *torch.randn(2, B, K, T, D), torch.randn(B, T, H * D)
+    first = torch.zeros(B, T, dtype=torch.int32)
+    first[:, 40:] = 40
+    first[:, 101:] = 101
+    found = attention_alone(q, k, v, dout, first, dtype)
+    others = [x.clone() for x in (q, k, v, dout)]
+    for x, at in zip(others, (2, 2, 2, 1)):  # the dimension of positions
+        x.narrow(at, 0, 40).mul_(-30)
+        x.narrow(at, 101, 49).add_(7)
+    again = attention_alone(*others, first, dtype)
+    for a, b, at in zip(found, again, (1, 2, 2, 2)):
+        assert torch.equal(a.narrow(at, 40, 61), b.narrow(at, 40, 61))
+        assert not torch.equal(a.narrow(at, 0, 40), b.narrow(at, 0, 40))
 
 
 def test_in_bfloat16_it_is_as_near_to_fp32_as_the_model_itself(model):
@@ -228,13 +278,6 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, tmp_path, capfd):
     assert capfd.readouterr().err == (
         "kernels      there is no C++ compiler (no-such-compiler), so training takes longer\n")
     training.functions.cache_clear()
-
-
-def test_rows_whose_probabilities_would_fill_the_memory_are_left_to_pytorch(monkeypatch):
-    model = model_of(tinymemory, d_model=64, n_head=4, d_ff=96)
-    assert training.quick_net(model, 30) is not None
-    monkeypatch.setattr(training, "MOST_KEPT", 4 * model.cfg.n_layer * 4 * 30 * (30 + training.BLOCK) // 2 - 1)
-    assert training.quick_net(model, 30) is None
 
 
 def test_what_pytorch_refuses_is_refused(model):
