@@ -25,14 +25,22 @@ template <class E> using Operand = E;
 template <class E> using Operand = float;
 #endif
 template <class C> constexpr int64_t UNIT = 4 / sizeof(C);  // consecutive numbers that lie together
+template <class C> constexpr bool IN_TILES = false;
+#ifdef __AMX_BF16__
+template <> inline constexpr bool IN_TILES<bf16> = true;
+#endif
 
 constexpr int64_t QUERIES = 32;  // whose scores exist at once
 constexpr int64_t MANY = 2 * QUERIES;  // queries that are summed over at once in the gradients of keys and values
 #ifdef __AVX512F__
-constexpr int ROWS = 8, PANELS = 2;  // of a product at once, so that the sums stay in registers
+constexpr int AT_ONCE = 8, PANELS = 2;  // rows and panels of a product at once, so that the sums stay in registers
 #else
-constexpr int ROWS = 4, PANELS = 1;
+constexpr int AT_ONCE = 4, PANELS = 1;
 #endif
+// Rows, columns and depth of a product are multiples of these
+template <class C> constexpr int64_t ROWS = IN_TILES<C> ? 32 : AT_ONCE;
+template <class C> constexpr int64_t COLUMNS = IN_TILES<C> ? 32 : 16;
+template <class C> constexpr int64_t DEPTH = IN_TILES<C> ? 32 : UNIT<C>;
 
 inline int64_t filled_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -59,21 +67,22 @@ inline floats multiply_add(floats sum, const bf16 *a, floats b) {
 }
 #endif
 
-template <int P, class C>
-inline void multiply_rows(const C *a, int64_t stride, const C *b, int64_t panel, int64_t depth, float *c,
+// multiply() for R rows and P panels
+template <int R, int P, class C>
+inline void multiply_part(const C *a, int64_t stride, const C *b, int64_t panel, int64_t depth, float *c,
                           int64_t columns, bool add) {
-    floats sums[ROWS][P] = {};
+    floats sums[R][P] = {};
     for (int64_t i = 0; i < depth; i += UNIT<C>) {
         floats row[P];
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) std::memcpy(&row[p], b + p * panel + 16 * i, 64);
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++)
+        for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
             for (int p = 0; p < P; p++) sums[r][p] = multiply_add(sums[r][p], a + r * stride + i, row[p]);
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) {
             float *to = c + r * columns + 16 * p;
@@ -81,22 +90,54 @@ inline void multiply_rows(const C *a, int64_t stride, const C *b, int64_t panel,
         }
 }
 
-// c (rows, columns) = A B, or c + A B. Rows of A are `stride` numbers apart, panels of B `panel`. rows is a multiple of
-// ROWS, columns of 16, depth of UNIT
+#ifdef __AMX_BF16__
+// The same with AMX's tiles, which are 16 rows of 64 bytes: sums in 0 to 3, two of A in 4 and 5, two of B in 6 and 7
+template <int R, int P>
+inline void multiply_part(const bf16 *a, int64_t stride, const bf16 *b, int64_t panel, int64_t depth, float *c,
+                          int64_t columns, bool add) {
+    static_assert(R == 32 && P == 2);
+    float *below = c + 16 * columns;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    if (add) {
+        _tile_loadd(0, c, 4 * columns);
+        _tile_loadd(1, c + 16, 4 * columns);
+        _tile_loadd(2, below, 4 * columns);
+        _tile_loadd(3, below + 16, 4 * columns);
+    }
+    for (int64_t i = 0; i < depth; i += 32) {
+        _tile_loadd(4, a + i, 2 * stride);
+        _tile_loadd(5, a + 16 * stride + i, 2 * stride);
+        _tile_loadd(6, b + 16 * i, 64);
+        _tile_loadd(7, b + panel + 16 * i, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, 4 * columns);
+    _tile_stored(1, c + 16, 4 * columns);
+    _tile_stored(2, below, 4 * columns);
+    _tile_stored(3, below + 16, 4 * columns);
+}
+#endif
+
+// c (rows, columns) = A B, or c + A B. Rows of A are `stride` numbers apart, panels of B `panel`
 template <class C>
 void multiply(const C *a, int64_t stride, int64_t rows, const C *b, int64_t panel, int64_t depth, float *c,
               int64_t columns, bool add = false) {
-    for (int64_t j = 0, left = columns / 16; left > 0;) {
-        for (int64_t i = 0; i < rows; i += ROWS) {
-            const C *from = a + i * stride;
-            float *to = c + i * columns + 16 * j;
-            if (left >= PANELS) multiply_rows<PANELS>(from, stride, b + j * panel, panel, depth, to, columns, add);
-            else multiply_rows<1>(from, stride, b + j * panel, panel, depth, to, columns, add);
-        }
-        const int64_t done = left >= PANELS ? PANELS : 1;
-        j += done;
-        left -= done;
-    }
+    constexpr int WIDE = IN_TILES<C> ? 2 : PANELS;
+    int64_t j = 0;
+    for (; j + 16 * WIDE <= columns; j += 16 * WIDE)
+        for (int64_t i = 0; i < rows; i += ROWS<C>)
+            multiply_part<ROWS<C>, WIDE>(a + i * stride, stride, b + j / 16 * panel, panel, depth, c + i * columns + j,
+                                         columns, add);
+    if constexpr (COLUMNS<C> < 16 * WIDE)
+        for (int64_t i = 0; j < columns && i < rows; i += ROWS<C>)
+            multiply_part<ROWS<C>, 1>(a + i * stride, stride, b + j / 16 * panel, panel, depth, c + i * columns + j,
+                                      columns, add);
 }
 
 // ------------------------------------------------------------------------------------------------------- operands
@@ -149,16 +190,16 @@ void pack(const E *from, int64_t stride, int64_t rows, int64_t n, C *to, int64_t
                        r + 1 < rows ? load(from + (r + 1) * stride + i, n - i) : floats{});
 }
 
-// (rows, n), rows `stride` apart -> B of n rows and QUERIES columns, those that are missing 0
+// (rows, n), rows `stride` apart -> B of n of `depth` rows and QUERIES columns, those that are missing 0
 template <class E, class C>
-void pack_transposed(const E *from, int64_t stride, int64_t rows, int64_t n, C *to) {
+void pack_transposed(const E *from, int64_t stride, int64_t rows, int64_t n, C *to, int64_t depth) {
     for (int64_t r = 0; r < QUERIES; r += 16)
         for (int64_t i = 0; i < n; i += 16) {
             floats square[16];
             load_square(from + r * stride + i, stride, rows - r, n - i, square);
             transpose(square);
             for (int64_t k = 0; k < std::min<int64_t>(16, n - i); k += 2)
-                store_rows(to + r * n + 16 * (i + k), square[k], square[k + 1]);
+                store_rows(to + r * depth + 16 * (i + k), square[k], square[k + 1]);
         }
 }
 
@@ -204,18 +245,20 @@ template <class E>
 void attention(const E *q, const E *k, const E *v, const std::int32_t *first, Shape s, E *out, float *total,
                int threads) {
     using C = Operand<E>;
-    const int64_t T = s.T, D = s.D, keys = filled_up(T, QUERIES), width = keys + 32, rows = filled_up(D, 16);
+    const int64_t T = s.T, D = s.D, keys = filled_up(T, QUERIES), width = keys + 32;
+    const int64_t deep = filled_up(D, DEPTH<C>), rows = filled_up(D, std::max<int64_t>(16, ROWS<C>));
     const float scale = 1 / std::sqrt(float(D));
 #pragma omp parallel num_threads(threads)
     {
-        Space<C> as_k(keys * D), as_v(rows * width), queries(rows * QUERIES), weights(keys * QUERIES);
+        const Tiles tiles;
+        Space<C> as_k(keys * deep), as_v(rows * width), queries(rows * QUERIES), weights(keys * QUERIES);
         Space<float> scores(keys * QUERIES), sums(rows * QUERIES);
         int64_t prepared = -1;  // key head, whose keys and values several query heads share
 #pragma omp for
         for (int64_t head = 0; head < s.B * s.H; head++) {
             const int64_t b = head / s.H, h = head % s.H, shared = b * s.K + h / (s.H / s.K);
             if (shared != prepared) {
-                as_rows(k + shared * T * D, T, D, (C *)as_k, D);
+                as_rows(k + shared * T * D, T, D, (C *)as_k, deep);
                 as_columns(v + shared * T * D, T, D, (C *)as_v, width);
                 prepared = shared;
             }
@@ -223,8 +266,8 @@ void attention(const E *q, const E *k, const E *v, const std::int32_t *first, Sh
                 const int64_t n = std::min(QUERIES, T - t0), end = t0 + QUERIES;
                 const Seen seen(first ? first + b * T : nullptr, t0, T);
                 const int64_t begin = seen.begin, depth = end - begin;
-                pack_transposed(q + (head * T + t0) * D, D, n, D, (C *)queries);
-                multiply<C>(as_k + begin * D, D, depth, queries, 16 * D, D, scores, QUERIES);
+                pack_transposed(q + (head * T + t0) * D, D, n, D, (C *)queries, deep);
+                multiply<C>(as_k + begin * deep, deep, depth, queries, 16 * deep, deep, scores, QUERIES);
 
                 floats most[2] = {floats{} - 1e30f, floats{} - 1e30f}, all[2] = {};
                 for (int64_t key = begin; key < end; key++)
@@ -244,7 +287,7 @@ void attention(const E *q, const E *k, const E *v, const std::int32_t *first, Sh
                         }
                         store_rows(weights + 16 * (half * depth + key - begin), e[0], e[1]);
                     }
-                multiply<C>(as_v + begin, width, filled_up(D, ROWS), weights, 16 * depth, depth, sums, QUERIES);
+                multiply<C>(as_v + begin, width, filled_up(D, ROWS<C>), weights, 16 * depth, depth, sums, QUERIES);
                 for (int64_t half = 0; half < 2; half++) {
                     for (int64_t i = 0; i < 16 && 16 * half + i < n; i++)
                         total[head * T + t0 + 16 * half + i] = most[half][i] + std::log(all[half][i]);
@@ -262,12 +305,14 @@ template <class E>
 void attention_backward(const E *q, const E *k, const E *v, const std::int32_t *first, const E *out, const float *total,
                         const E *dout, Shape s, E *dq, float *dk, float *dv, int threads) {
     using C = Operand<E>;
-    const int64_t T = s.T, D = s.D, keys = filled_up(T, QUERIES), width = keys + 32, rows = filled_up(D, 16);
+    const int64_t T = s.T, D = s.D, keys = filled_up(T, QUERIES), width = keys + 32;
+    const int64_t deep = filled_up(D, DEPTH<C>), rows = filled_up(D, std::max<int64_t>(16, ROWS<C>));
     const float scale = 1 / std::sqrt(float(D));
     const floats once[2] = {floats{} + 1.0f, floats{} + 1.0f};
 #pragma omp parallel num_threads(threads)
     {
-        Space<C> k_rows(keys * D), v_rows(keys * D), k_columns(rows * width);
+        const Tiles tiles;
+        Space<C> k_rows(keys * deep), v_rows(keys * deep), k_columns(rows * width);
         Space<C> queries(rows * QUERIES), ups(rows * QUERIES), many_queries(rows * MANY), many_ups(rows * MANY);
         Space<C> weights(keys * MANY), dweights(keys * MANY), dscores(keys * QUERIES);
         Space<float> scores(keys * QUERIES), up_v(keys * QUERIES), sums(rows * QUERIES);
@@ -277,8 +322,8 @@ void attention_backward(const E *q, const E *k, const E *v, const std::int32_t *
         for (int64_t head = 0; head < s.B * s.H; head++) {
             const int64_t b = head / s.H, h = head % s.H, shared = b * s.K + h / (s.H / s.K);
             if (shared != prepared) {
-                as_rows(k + shared * T * D, T, D, (C *)k_rows, D);
-                as_rows(v + shared * T * D, T, D, (C *)v_rows, D);
+                as_rows(k + shared * T * D, T, D, (C *)k_rows, deep);
+                as_rows(v + shared * T * D, T, D, (C *)v_rows, deep);
                 as_columns(k + shared * T * D, T, D, (C *)k_columns, width);
                 prepared = shared;
             }
@@ -296,10 +341,10 @@ void attention_backward(const E *q, const E *k, const E *v, const std::int32_t *
                     const Seen seen(first ? first + b * T : nullptr, t0, T);
                     if (t0 == many) begin = seen.begin;
                     const int64_t depth = end - begin;
-                    pack_transposed(q_many + column * D, D, n, D, (C *)queries);
-                    pack_transposed(up_many + column * s.H * D, s.H * D, n, D, (C *)ups);
-                    multiply<C>(k_rows + begin * D, D, depth, queries, 16 * D, D, scores, QUERIES);
-                    multiply<C>(v_rows + begin * D, D, depth, ups, 16 * D, D, up_v, QUERIES);
+                    pack_transposed(q_many + column * D, D, n, D, (C *)queries, deep);
+                    pack_transposed(up_many + column * s.H * D, s.H * D, n, D, (C *)ups, deep);
+                    multiply<C>(k_rows + begin * deep, deep, depth, queries, 16 * deep, deep, scores, QUERIES);
+                    multiply<C>(v_rows + begin * deep, deep, depth, ups, 16 * deep, deep, up_v, QUERIES);
 
                     floats log_sum[2] = {}, mean[2] = {};
                     for (int64_t i = 0; i < n; i++) {
@@ -322,7 +367,7 @@ void attention_backward(const E *q, const E *k, const E *v, const std::int32_t *
                             }
                             store_rows(dscores + 16 * (half * depth + key - begin), d[0], d[1]);
                         }
-                    multiply<C>(k_columns + begin, width, filled_up(D, ROWS), dscores, 16 * depth, depth, sums, QUERIES);
+                    multiply<C>(k_columns + begin, width, filled_up(D, ROWS<C>), dscores, 16 * depth, depth, sums, QUERIES);
                     write_transposed(sums, once, n, D, dq + (head * T + t0) * D, D);
                 }
                 // keys that all of these queries may see, and then those that only some may

@@ -65,7 +65,7 @@ def flags(kind):
         cxx += SIMD.get(level, [])
         if level == "AVX512" and kind != "cpu" and cpu_has("avx512_bf16"):  # the scan has vectors of its own
             cxx += ["-mavx512bf16"]
-        if kind == "orthogonalize" and cpu_has("amx_bf16"):
+        if kind in ("training", "orthogonalize") and cpu_has("amx_bf16"):
             cxx += ["-mamx-tile", "-mamx-bf16"]
     else:
         cxx += ["-DWITH_CUDA"]

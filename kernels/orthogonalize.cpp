@@ -10,8 +10,6 @@
 #include <algorithm>
 #include <vector>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #include "vectors.h"
 
 namespace {
@@ -212,24 +210,6 @@ struct Window {
     }
 };
 
-// While one exists, the thread's tiles are 16 rows of 64 bytes each
-#ifdef __AMX_BF16__
-struct Tiles {
-    struct {
-        std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-
-    Tiles() { _tile_loadconfig(&config); }
-    ~Tiles() { _tile_release(); }
-};
-#else
-struct Tiles {
-    ~Tiles() {}  // there are none; that it does something keeps compilers from calling it unused
-};
-#endif
-
 int64_t filled_up(int64_t n) { return (n + 31) / 32 * 32; }
 
 // One matrix (rows, columns), in place
@@ -298,14 +278,8 @@ void orthogonalize(float *numbers, int64_t rows, int64_t columns, const float *q
 
 }  // namespace
 
-// Whether this process can call what stands below: with AMX, the system must let it use the tiles
-extern "C" int is_allowed() {
-#ifdef __AMX_BF16__
-    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
-#else
-    return 1;
-#endif
-}
+// Whether this process can call what stands below
+extern "C" int is_allowed() { return may_use_tiles(); }
 
 // Each matrix of a stack (count, rows, columns), in place; quintics: (n, 3)
 extern "C" void orthogonalize_stack(float *stack, int64_t count, int64_t rows, int64_t columns, const float *quintics,

@@ -257,6 +257,9 @@ void scatter_add(const float *rows, const int64_t *idx, int64_t N, int64_t d, fl
     (void *)attention<E>, (void *)attention_backward<E>, (void *)swiglu<E>, (void *)swiglu_backward<E>, \
     (void *)cross_entropy<E>, (void *)cross_entropy_backward<E>, (void *)scatter_add}
 extern "C" {
+// Whether this process can call what stands here
+int is_allowed() { return may_use_tiles(); }
+
 // From now on the process keeps memory that was freed: a step asks for the same again, and new memory from the system
 // costs as much as the arithmetic in it
 void keep_memory() {

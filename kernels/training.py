@@ -48,6 +48,8 @@ class Functions:
 
     def __init__(self, dtype):
         library = ctypes.CDLL(str(build.library("training")))
+        if not library.is_allowed():
+            raise OSError("the system does not let this process use the CPU's tiles (AMX)")
         table = (ctypes.c_void_p * len(FUNCTIONS)).in_dll(library, f"for_{str(dtype)[6:]}")
         for address, (name, kinds) in zip(table, FUNCTIONS.items()):
             setattr(self, name, functools.partial(self.call, ctypes.CFUNCTYPE(None, *kinds, ctypes.c_int)(address)))

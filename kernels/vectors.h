@@ -6,6 +6,10 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 using std::int64_t;
 using bf16 = std::uint16_t;
@@ -158,6 +162,33 @@ inline void store(E *to, floats x, int64_t n) {
     E numbers[WIDTH];
     store(numbers, x);
     std::memcpy(to, numbers, n * sizeof(E));
+#endif
+}
+
+// While one exists, the thread's tiles are 16 rows of 64 bytes each (AMX)
+#ifdef __AMX_BF16__
+struct Tiles {
+    struct {
+        std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+
+    Tiles() { _tile_loadconfig(&config); }
+    ~Tiles() { _tile_release(); }
+};
+#else
+struct Tiles {
+    ~Tiles() {}  // there are none; that it does something keeps compilers from calling it unused
+};
+#endif
+
+// Whether the system lets this process use the tiles, which it does not do unasked
+inline bool may_use_tiles() {
+#ifdef __AMX_BF16__
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+#else
+    return true;
 #endif
 }
 

@@ -1,4 +1,6 @@
 """kernels/orthogonalize.py: Muon's orthogonalization on a CPU that multiplies bf16, against PyTorch's products."""
+import ctypes
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,14 +8,19 @@ from hypothesis import strategies as st
 
 import machine
 import train
+from amx import library_with_tiles
+from kernels import orthogonalize
 from kernels.orthogonalize import library, quick_orthogonalize
 
 pytestmark = pytest.mark.skipif(library() is None, reason="this CPU does not multiply bf16, or there is no compiler")
 
 
-def errors(shape, seed=0, quintics=train.NEWTON_SCHULZ):
-    """Relative errors of ours and of PyTorch's bf16, against fp32."""
+def errors(shape, seed=0, quintics=train.NEWTON_SCHULZ, decay=None):
+    """Relative errors of ours and of PyTorch's bf16, against fp32. With `decay`, singular value i is i^-decay."""
     stack = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    if decay:
+        u, s, v = torch.linalg.svd(stack, full_matrices=False)
+        stack = u * torch.arange(1, s.size(1) + 1) ** -decay @ v
     exact = train.orthogonalize(stack, torch.float32, quintics)
     found = quick_orthogonalize(stack.clone(), torch.bfloat16, quintics), train.orthogonalize(
         stack, torch.bfloat16, quintics)
@@ -31,6 +38,22 @@ def test_it_is_as_near_to_fp32_as_products_in_bf16_for_any_shape(n, rows, column
 def test_and_for_the_shapes_of_models(shape):
     ours, theirs = errors(shape)
     assert ours < 1.2 * theirs < 0.03
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0, 2.0])
+def test_and_where_most_singular_values_are_small(decay):
+    ours, theirs = errors((1, 384, 1024), decay=decay)
+    assert ours < 1.5 * theirs < 0.4
+
+
+def test_and_with_the_tiles_of_amx(monkeypatch, tmp_path):
+    with_tiles = ctypes.CDLL(str(library_with_tiles("orthogonalize", tmp_path)))
+    assert with_tiles.is_allowed()
+    with_tiles.orthogonalize_stack.argtypes = library().orthogonalize_stack.argtypes
+    monkeypatch.setattr(orthogonalize, "library", lambda: with_tiles)
+    for shape in ((2, 40, 70), (1, 70, 33), (1, 64, 200), (1, 1, 1)):
+        ours, theirs = errors(shape)
+        assert ours < 3 * theirs + 0.05
 
 
 def test_a_few_other_coefficients_and_a_matrix_of_zeros():

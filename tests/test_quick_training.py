@@ -11,6 +11,7 @@ import i3
 import ivme
 import tinymemory
 import train
+from amx import library_with_tiles
 from conftest import ROOT, SMALL, command, finish, rows, same_tensors, together
 from kernels import build, training
 from llamas import (SHAPES, model_of, one_more_parameter, other_bias, other_gate, other_table, parallel_blocks,
@@ -85,11 +86,8 @@ def attention_alone(q, k, v, dout, first, dtype):
     return out, dq, *(d.view(B, K, H // K, T, D).sum(2) for d in (dk, dv))
 
 
-@settings(max_examples=60)
-@given(B=st.integers(1, 2), T=st.integers(1, 200), K=st.integers(1, 2), sharing=st.integers(1, 3),
-       half=st.integers(1, 36), documents=st.booleans(), bf16=st.booleans())
-def test_attention_alone_is_that_of_float64(B, T, K, sharing, half, documents, bf16):
-    """Rows of several blocks of queries, of which the last may be short, and heads of any width."""
+def check_attention(B, T, K, sharing, half, documents, bf16):
+    """attention_alone() against float64."""
     generator, H, D = torch.Generator().manual_seed(T), K * sharing, 2 * half
     dtype = torch.bfloat16 if bf16 else torch.float32
     q, k, v, dout = (torch.randn(shape, generator=generator).to(dtype).double().requires_grad_() for shape in (
@@ -105,6 +103,25 @@ def test_attention_alone_is_that_of_float64(B, T, K, sharing, half, documents, b
     expected = exact.detach(), *torch.autograd.grad(exact, (q, k, v), dout)
     for a, b in zip(attention_alone(*(x.detach() for x in (q, k, v, dout)), first, dtype), expected):
         assert float((a - b).norm() / (b.norm() + 0.1)) < (2e-2 if bf16 else 1e-5)
+
+
+@settings(max_examples=60)
+@given(B=st.integers(1, 2), T=st.integers(1, 200), K=st.integers(1, 2), sharing=st.integers(1, 3),
+       half=st.integers(1, 36), documents=st.booleans(), bf16=st.booleans())
+def test_attention_alone_is_that_of_float64(B, T, K, sharing, half, documents, bf16):
+    """Rows of several blocks of queries, of which the last may be short, and heads of any width."""
+    check_attention(B, T, K, sharing, half, documents, bf16)
+
+
+def test_and_with_the_tiles_of_amx(monkeypatch, tmp_path):
+    path = library_with_tiles("training", tmp_path)
+    monkeypatch.setattr(build, "library", lambda kind: path)
+    training.functions.cache_clear()
+    for half in (1, 16, 20, 32, 35):
+        for T in (1, 32, 100):
+            check_attention(2, T, 1, 2, half, T == 100, True)
+    check_attention(1, 70, 1, 3, 20, True, False)  # fp32 stays without tiles
+    training.functions.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
