@@ -1,12 +1,12 @@
 // Causal attention of the quick training step, on a CPU, and its gradients (FlashAttention: arXiv 2205.14135).
 //
 // Scores exist for 32 queries at a time and are computed anew for the gradients, so that they stay in a core's cache,
-// and only for the keys that one of the 32 sees. They lie transposed, a row for each key: a vector of them belongs to 16
-// queries, whose softmax needs no sum over its numbers.
+// and only for the keys that one of the 32 sees. They lie transposed, a row for each key: the numbers of a vector belong
+// to different queries, so that a softmax adds up vectors and not numbers of one.
 //
-// A product takes A row by row, and B in panels of 16 columns, whose rows are 64 bytes: 16 numbers of fp32, or 16 pairs
-// of bf16, each pair two consecutive numbers of a column. VDPBF16PS adds the products of such a row and two numbers of A
-// to 16 sums in fp32. On CPUs without it, numbers in bf16 are multiplied in fp32.
+// A product takes A row by row, and B in panels, of which a row is a register: WIDTH numbers of fp32 or, with AVX-512,
+// 16 pairs of bf16, each of which are two consecutive numbers of a column. VDPBF16PS adds the products of such a row and
+// two numbers of A to 16 sums in fp32. On CPUs without it, numbers in bf16 are multiplied in fp32.
 #pragma once
 #include <algorithm>
 #include <cstdlib>
@@ -30,16 +30,17 @@ template <class C> constexpr bool IN_TILES = false;
 template <> inline constexpr bool IN_TILES<bf16> = true;
 #endif
 
-constexpr int64_t QUERIES = 32;  // whose scores exist at once
+constexpr int64_t QUERIES = 32, VECTORS = QUERIES / WIDTH;  // whose scores exist at once
 constexpr int64_t MANY = 2 * QUERIES;  // queries that are summed over at once in the gradients of keys and values
-#ifdef __AVX512F__
-constexpr int AT_ONCE = 8, PANELS = 2;  // rows and panels of a product at once, so that the sums stay in registers
+// Rows and panels of a product at once, so that the sums stay in registers
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int AT_ONCE = 8, PANELS = 2;
 #else
-constexpr int AT_ONCE = 4, PANELS = 1;
+constexpr int AT_ONCE = 4, PANELS = 2;
 #endif
 // Rows, columns and depth of a product are multiples of these
 template <class C> constexpr int64_t ROWS = IN_TILES<C> ? 32 : AT_ONCE;
-template <class C> constexpr int64_t COLUMNS = IN_TILES<C> ? 32 : 16;
+template <class C> constexpr int64_t COLUMNS = IN_TILES<C> ? 32 : WIDTH;
 template <class C> constexpr int64_t DEPTH = IN_TILES<C> ? 32 : UNIT<C>;
 
 inline int64_t filled_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -53,11 +54,12 @@ struct Space {
         std::fill(numbers.get(), numbers.get() + n, E{});
     }
     operator E *() const { return numbers.get(); }
+    E *operator+() const { return numbers.get(); }
 };
 
 // ------------------------------------------------------------------------------------------------------- products
 
-// sum + a b in each of 16 columns: a is one number of fp32, or two of bf16
+// sum + a b in each column: a is one number of fp32, or two of bf16
 inline floats multiply_add(floats sum, const float *a, floats b) { return sum + *a * b; }
 #ifdef __AVX512BF16__
 inline floats multiply_add(floats sum, const bf16 *a, floats b) {
@@ -75,7 +77,7 @@ inline void multiply_part(const C *a, int64_t stride, const C *b, int64_t panel,
     for (int64_t i = 0; i < depth; i += UNIT<C>) {
         floats row[P];
 #pragma GCC unroll 8
-        for (int p = 0; p < P; p++) std::memcpy(&row[p], b + p * panel + 16 * i, 64);
+        for (int p = 0; p < P; p++) std::memcpy(&row[p], b + p * panel + WIDTH * i, sizeof row[p]);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
@@ -85,7 +87,7 @@ inline void multiply_part(const C *a, int64_t stride, const C *b, int64_t panel,
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) {
-            float *to = c + r * columns + 16 * p;
+            float *to = c + r * columns + WIDTH * p;
             store(to, add ? load(to) + sums[r][p] : sums[r][p]);
         }
 }
@@ -130,22 +132,22 @@ void multiply(const C *a, int64_t stride, int64_t rows, const C *b, int64_t pane
               int64_t columns, bool add = false) {
     constexpr int WIDE = IN_TILES<C> ? 2 : PANELS;
     int64_t j = 0;
-    for (; j + 16 * WIDE <= columns; j += 16 * WIDE)
+    for (; j + WIDE * WIDTH <= columns; j += WIDE * WIDTH)
         for (int64_t i = 0; i < rows; i += ROWS<C>)
-            multiply_part<ROWS<C>, WIDE>(a + i * stride, stride, b + j / 16 * panel, panel, depth, c + i * columns + j,
-                                         columns, add);
-    if constexpr (COLUMNS<C> < 16 * WIDE)
+            multiply_part<ROWS<C>, WIDE>(a + i * stride, stride, b + j / WIDTH * panel, panel, depth,
+                                         c + i * columns + j, columns, add);
+    if constexpr (COLUMNS<C> < WIDE * WIDTH)
         for (int64_t i = 0; j < columns && i < rows; i += ROWS<C>)
-            multiply_part<ROWS<C>, 1>(a + i * stride, stride, b + j / 16 * panel, panel, depth, c + i * columns + j,
-                                      columns, add);
+            multiply_part<ROWS<C>, 1>(a + i * stride, stride, b + j / WIDTH * panel, panel, depth,
+                                      c + i * columns + j, columns, add);
 }
 
 // ------------------------------------------------------------------------------------------------------- operands
 
-// Two rows of B, 16 columns of them
+// Two rows of a panel
 inline void store_rows(float *to, floats first, floats second) {
     store(to, first);
-    store(to + 16, second);
+    store(to + WIDTH, second);
 }
 #ifdef __AVX512BF16__
 inline void store_rows(bf16 *to, floats first, floats second) {
@@ -156,28 +158,28 @@ inline void store_rows(bf16 *to, floats first, floats second) {
 }
 #endif
 
-// 16 rows of 16 numbers, of which those from `rows` and from `columns` on are missing and read as 0
+// WIDTH rows of as many numbers, of which those from `rows` and from `columns` on are missing and read as 0
 template <class E>
 inline void load_square(const E *from, int64_t stride, int64_t rows, int64_t columns, floats *square) {
-    for (int64_t i = 0; i < 16; i++) square[i] = i < rows ? load(from + i * stride, columns) : floats{};
+    for (int64_t i = 0; i < WIDTH; i++) square[i] = i < rows ? load(from + i * stride, columns) : floats{};
 }
 
 // (rows, n) -> A: the same rows, `width` apart
 template <class E, class C>
 void as_rows(const E *from, int64_t rows, int64_t n, C *to, int64_t width) {
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < n; i += 16) store(to + r * width + i, load(from + r * n + i, n - i), n - i);
+        for (int64_t i = 0; i < n; i += WIDTH) store(to + r * width + i, load(from + r * n + i, n - i), n - i);
 }
 
-// (rows, n) -> A: n rows, `width` apart; width is at least `rows`, filled up to 16
+// (rows, n) -> A: n rows, `width` apart; width is at least `rows`, filled up to WIDTH
 template <class E, class C>
 void as_columns(const E *from, int64_t rows, int64_t n, C *to, int64_t width) {
-    for (int64_t r = 0; r < rows; r += 16)
-        for (int64_t i = 0; i < n; i += 16) {
-            floats square[16];
+    for (int64_t r = 0; r < rows; r += WIDTH)
+        for (int64_t i = 0; i < n; i += WIDTH) {
+            floats square[WIDTH];
             load_square(from + r * n + i, n, rows - r, n - i, square);
             transpose(square);
-            for (int64_t k = 0; k < std::min<int64_t>(16, n - i); k++) store(to + (i + k) * width + r, square[k]);
+            for (int64_t k = 0; k < std::min<int64_t>(WIDTH, n - i); k++) store(to + (i + k) * width + r, square[k]);
         }
 }
 
@@ -185,33 +187,33 @@ void as_columns(const E *from, int64_t rows, int64_t n, C *to, int64_t width) {
 template <class E, class C>
 void pack(const E *from, int64_t stride, int64_t rows, int64_t n, C *to, int64_t depth) {
     for (int64_t r = 0; r < depth; r += 2)
-        for (int64_t i = 0; i < n; i += 16)
-            store_rows(to + i * depth + 16 * r, r < rows ? load(from + r * stride + i, n - i) : floats{},
+        for (int64_t i = 0; i < n; i += WIDTH)
+            store_rows(to + i * depth + WIDTH * r, r < rows ? load(from + r * stride + i, n - i) : floats{},
                        r + 1 < rows ? load(from + (r + 1) * stride + i, n - i) : floats{});
 }
 
 // (rows, n), rows `stride` apart -> B of n of `depth` rows and QUERIES columns, those that are missing 0
 template <class E, class C>
 void pack_transposed(const E *from, int64_t stride, int64_t rows, int64_t n, C *to, int64_t depth) {
-    for (int64_t r = 0; r < QUERIES; r += 16)
-        for (int64_t i = 0; i < n; i += 16) {
-            floats square[16];
+    for (int64_t r = 0; r < QUERIES; r += WIDTH)
+        for (int64_t i = 0; i < n; i += WIDTH) {
+            floats square[WIDTH];
             load_square(from + r * stride + i, stride, rows - r, n - i, square);
             transpose(square);
-            for (int64_t k = 0; k < std::min<int64_t>(16, n - i); k += 2)
-                store_rows(to + r * depth + 16 * (i + k), square[k], square[k + 1]);
+            for (int64_t k = 0; k < std::min<int64_t>(WIDTH, n - i); k += 2)
+                store_rows(to + r * depth + WIDTH * (i + k), square[k], square[k + 1]);
         }
 }
 
 // (n, QUERIES) in fp32, times `scale` of each column -> (rows, n), rows `stride` apart
 template <class E>
 void write_transposed(const float *from, const floats *scale, int64_t rows, int64_t n, E *to, int64_t stride) {
-    for (int64_t r = 0; r < rows; r += 16)
-        for (int64_t i = 0; i < n; i += 16) {
-            floats square[16];
-            for (int64_t k = 0; k < 16; k++) square[k] = load(from + (i + k) * QUERIES + r) * scale[r / 16];
+    for (int64_t r = 0; r < rows; r += WIDTH)
+        for (int64_t i = 0; i < n; i += WIDTH) {
+            floats square[WIDTH];
+            for (int64_t k = 0; k < WIDTH; k++) square[k] = load(from + (i + k) * QUERIES + r) * scale[r / WIDTH];
             transpose(square);
-            for (int64_t k = 0; k < std::min<int64_t>(16, rows - r); k++)
+            for (int64_t k = 0; k < std::min<int64_t>(WIDTH, rows - r); k++)
                 store(to + (r + k) * stride + i, square[k], n - i);
         }
 }
@@ -220,23 +222,58 @@ void write_transposed(const float *from, const floats *scale, int64_t rows, int6
 
 // Which keys QUERIES queries see, from position t0 on: a query those from its entry in `first` to its own position
 struct Seen {
-    ints from[2] = {}, to[2];
+    ints from[VECTORS] = {}, to[VECTORS];
     int64_t begin = 0, all_begin = 0, t0;  // no query sees a key before `begin`; all see those from all_begin to t0
 
     Seen(const std::int32_t *first, int64_t t0, int64_t T) : t0(t0) {
         for (int64_t i = 0; i < QUERIES; i++) {
-            to[i / 16][i % 16] = t0 + i;
-            if (first) from[i / 16][i % 16] = all_begin = first[std::min(T - 1, t0 + i)];
+            to[i / WIDTH][i % WIDTH] = t0 + i;
+            if (first) from[i / WIDTH][i % WIDTH] = all_begin = first[std::min(T - 1, t0 + i)];
         }
         if (first) begin = first[t0] / QUERIES * QUERIES;
     }
-    // x where the queries of a half see the key, else `other`
-    floats only(floats x, int64_t key, int64_t half, float other) const {
+    // x where the queries of vector i see the key, else `other`
+    floats only(floats x, int64_t key, int64_t i, float other) const {
         if (key >= all_begin && key < t0) return x;
         const ints at = ints{} + std::int32_t(key);
-        return (at >= from[half]) & (at <= to[half]) ? x : floats{} + other;
+        return (at >= from[i]) & (at <= to[i]) ? x : floats{} + other;
     }
 };
+
+struct Sizes {
+    int64_t keys, width, deep, rows;  // T filled up; between columns of keys; D filled up, as a depth and as rows
+
+    template <class C>
+    static Sizes of(Shape s) {
+        const int64_t keys = filled_up(s.T, QUERIES);
+        return {keys, keys + 32, filled_up(s.D, DEPTH<C>), filled_up(s.D, std::max<int64_t>(WIDTH, ROWS<C>))};
+    }
+};
+
+// exp(scores - their maximum `most`) for `depth` keys from seen.begin on, as B, and the sum over the keys
+template <class C>
+inline void exponentials(float *scores, const Seen &seen, int64_t depth, float scale, C *weights, floats *most,
+                         floats *sum) {
+    std::fill(most, most + VECTORS, floats{} - 1e30f);
+    std::fill(sum, sum + VECTORS, floats{});
+    for (int64_t row = 0; row < depth; row++)
+        for (int64_t i = 0; i < VECTORS; i++) {
+            float *at = scores + row * QUERIES + i * WIDTH;
+            const floats x = seen.only(load(at) * scale, seen.begin + row, i, -1e30f);
+            store(at, x);
+            most[i] = x > most[i] ? x : most[i];
+        }
+    for (int64_t row = 0; row < depth; row += 2)
+        for (int64_t i = 0; i < VECTORS; i++) {
+            floats e[2];
+            for (int64_t k = 0; k < 2; k++) {
+                const floats x = load(scores + (row + k) * QUERIES + i * WIDTH);
+                e[k] = seen.only(exp_of(x - most[i]), seen.begin + row + k, i, 0);
+                sum[i] += e[k];
+            }
+            store_rows(weights + WIDTH * (i * depth + row), e[0], e[1]);
+        }
+}
 
 // q (B, H, T, D), k and v (B, K, T, D) -> out (B, T, H D), softmax(q k^T / sqrt(D)) v, and the logarithms of the sums of
 // exponentials, total (B, H, T). A query sees the keys from `first` (B, T), or from 0 if that is null, to its own
@@ -245,145 +282,151 @@ template <class E>
 void attention(const E *q, const E *k, const E *v, const std::int32_t *first, Shape s, E *out, float *total,
                int threads) {
     using C = Operand<E>;
-    const int64_t T = s.T, D = s.D, keys = filled_up(T, QUERIES), width = keys + 32;
-    const int64_t deep = filled_up(D, DEPTH<C>), rows = filled_up(D, std::max<int64_t>(16, ROWS<C>));
-    const float scale = 1 / std::sqrt(float(D));
+    const int64_t T = s.T, D = s.D;
+    const Sizes size = Sizes::of<C>(s);
+    const int64_t deep = size.deep;
 #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
-        Space<C> as_k(keys * deep), as_v(rows * width), queries(rows * QUERIES), weights(keys * QUERIES);
-        Space<float> scores(keys * QUERIES), sums(rows * QUERIES);
-        int64_t prepared = -1;  // key head, whose keys and values several query heads share
+        Space<C> k_rows(size.keys * deep), v_columns(size.rows * size.width);
+        Space<C> queries(size.rows * QUERIES), weights(size.keys * QUERIES);
+        Space<float> scores(size.keys * QUERIES), sums(size.rows * QUERIES);
+        int64_t prepared = -1;  // key head, which several query heads may share
 #pragma omp for
         for (int64_t head = 0; head < s.B * s.H; head++) {
             const int64_t b = head / s.H, h = head % s.H, shared = b * s.K + h / (s.H / s.K);
             if (shared != prepared) {
-                as_rows(k + shared * T * D, T, D, (C *)as_k, deep);
-                as_columns(v + shared * T * D, T, D, (C *)as_v, width);
+                as_rows(k + shared * T * D, T, D, +k_rows, deep);
+                as_columns(v + shared * T * D, T, D, +v_columns, size.width);
                 prepared = shared;
             }
             for (int64_t t0 = 0; t0 < T; t0 += QUERIES) {
-                const int64_t n = std::min(QUERIES, T - t0), end = t0 + QUERIES;
+                const int64_t n = std::min(QUERIES, T - t0);
                 const Seen seen(first ? first + b * T : nullptr, t0, T);
-                const int64_t begin = seen.begin, depth = end - begin;
-                pack_transposed(q + (head * T + t0) * D, D, n, D, (C *)queries, deep);
-                multiply<C>(as_k + begin * deep, deep, depth, queries, 16 * deep, deep, scores, QUERIES);
-
-                floats most[2] = {floats{} - 1e30f, floats{} - 1e30f}, all[2] = {};
-                for (int64_t key = begin; key < end; key++)
-                    for (int64_t half = 0; half < 2; half++) {
-                        float *at = scores + (key - begin) * QUERIES + 16 * half;
-                        const floats x = seen.only(load(at) * scale, key, half, -1e30f);
-                        store(at, x);
-                        most[half] = x > most[half] ? x : most[half];
-                    }
-                for (int64_t key = begin; key < end; key += 2)
-                    for (int64_t half = 0; half < 2; half++) {
-                        floats e[2];
-                        for (int64_t i = 0; i < 2; i++) {
-                            const floats x = load(scores + (key - begin + i) * QUERIES + 16 * half);
-                            e[i] = seen.only(exp_of(x - most[half]), key + i, half, 0);
-                            all[half] += e[i];
-                        }
-                        store_rows(weights + 16 * (half * depth + key - begin), e[0], e[1]);
-                    }
-                multiply<C>(as_v + begin, width, filled_up(D, ROWS<C>), weights, 16 * depth, depth, sums, QUERIES);
-                for (int64_t half = 0; half < 2; half++) {
-                    for (int64_t i = 0; i < 16 && 16 * half + i < n; i++)
-                        total[head * T + t0 + 16 * half + i] = most[half][i] + std::log(all[half][i]);
-                    all[half] = 1.0f / all[half];
-                }
-                write_transposed(sums, all, n, D, out + ((b * T + t0) * s.H + h) * D, s.H * D);
+                const int64_t begin = seen.begin, depth = t0 + QUERIES - begin;
+                pack_transposed(q + (head * T + t0) * D, D, n, D, +queries, deep);
+                multiply(k_rows + begin * deep, deep, depth, +queries, WIDTH * deep, deep, scores, QUERIES);
+                floats most[VECTORS], sum[VECTORS];
+                exponentials(scores, seen, depth, 1 / std::sqrt(float(D)), +weights, most, sum);
+                multiply(v_columns + begin, size.width, filled_up(D, ROWS<C>), +weights, WIDTH * depth, depth, sums,
+                         QUERIES);
+                for (int64_t i = 0; i < n; i++)
+                    total[head * T + t0 + i] = most[i / WIDTH][i % WIDTH] + std::log(sum[i / WIDTH][i % WIDTH]);
+                for (floats &x : sum) x = 1.0f / x;
+                write_transposed(sums, sum, n, D, out + ((b * T + t0) * s.H + h) * D, s.H * D);
             }
         }
     }
 }
+
+// A thread's part in attention_backward(): one query head after the other
+template <class E>
+struct Gradients {
+    using C = Operand<E>;
+    const E *q, *k, *v, *out, *dout;
+    const std::int32_t *first;
+    const float *total;
+    Shape s;
+    Sizes size = Sizes::of<C>(s);
+    int64_t T = s.T, D = s.D, prepared = -1;
+    Space<C> k_rows{size.keys * size.deep}, v_rows{size.keys * size.deep}, k_columns{size.rows * size.width};
+    Space<C> queries{size.rows * QUERIES}, ups{size.rows * QUERIES};  // up: gradient of the result
+    Space<C> many_queries{size.rows * MANY}, many_ups{size.rows * MANY};
+    Space<C> weights{size.keys * MANY}, dscores{size.keys * MANY}, packed{size.keys * QUERIES};
+    Space<float> scores{size.keys * QUERIES}, dweights{size.keys * QUERIES}, sums{size.rows * QUERIES};
+    Space<float> dk{size.keys * size.rows}, dv{size.keys * size.rows};
+
+    // QUERIES queries from t0 on: their rows of `weights` and `dscores`, from `column` on and for keys from `begin` on,
+    // and dq (T, D)
+    void add_queries(int64_t head, int64_t t0, int64_t column, int64_t begin, E *dq) {
+        const int64_t b = head / s.H, h = head % s.H, n = std::min(QUERIES, T - t0), depth = t0 + QUERIES - begin;
+        const int64_t place = ((b * T + t0) * s.H + h) * D, deep = size.deep;
+        const float scale = 1 / std::sqrt(float(D));
+        const Seen seen(first ? first + b * T : nullptr, t0, T);
+        pack_transposed(q + (head * T + t0) * D, D, n, D, +queries, deep);
+        pack_transposed(dout + place, s.H * D, n, D, +ups, deep);
+        multiply(k_rows + begin * deep, deep, depth, +queries, WIDTH * deep, deep, scores, QUERIES);
+        multiply(v_rows + begin * deep, deep, depth, +ups, WIDTH * deep, deep, dweights, QUERIES);
+
+        floats log_sum[VECTORS] = {}, mean[VECTORS] = {};
+        for (int64_t i = 0; i < n; i++) {
+            const E *result = out + place + i * s.H * D, *up = dout + place + i * s.H * D;
+            floats dot = {};
+            for (int64_t j = 0; j < D; j += WIDTH) dot += load(result + j, D - j) * load(up + j, D - j);
+            mean[i / WIDTH][i % WIDTH] = sum_of(dot);
+            log_sum[i / WIDTH][i % WIDTH] = total[head * T + t0 + i];
+        }
+        for (int64_t row = 0; row < depth; row += 2)
+            for (int64_t i = 0; i < VECTORS; i++) {
+                floats d[2];
+                for (int64_t j = 0; j < 2; j++) {
+                    const int64_t from = (row + j) * QUERIES + i * WIDTH, to = (row + j) * MANY + column + i * WIDTH;
+                    const floats e = exp_of(load(scores + from) * scale - log_sum[i]);
+                    const floats p = seen.only(e, begin + row + j, i, 0);
+                    d[j] = p * (load(dweights + from) - mean[i]) * scale;
+                    store(weights + to, p);
+                    store(dscores + to, d[j]);
+                }
+                store_rows(packed + WIDTH * (i * depth + row), d[0], d[1]);
+            }
+        multiply(k_columns + begin, size.width, filled_up(D, ROWS<C>), +packed, WIDTH * depth, depth, sums, QUERIES);
+        floats once[VECTORS];
+        std::fill(once, once + VECTORS, floats{} + 1.0f);
+        write_transposed(sums, once, n, D, dq + t0 * D, D);
+    }
+
+    // What the queries from t0 to `last` add to dk and dv. All of them may see the keys before t0; then come those that
+    // only the later ones may see
+    void add_to_keys(int64_t t0, int64_t last, int64_t begin) {
+        for (int64_t key = begin; key < last; key = std::max(key + QUERIES, t0)) {
+            const int64_t here = key < t0 ? t0 - key : QUERIES, column = std::max<int64_t>(0, key - t0);
+            const int64_t from = (key - begin) * MANY + column, depth = last - t0 - column, panel = WIDTH * MANY;
+            multiply(weights + from, MANY, here, many_ups + WIDTH * column, panel, depth, dv + key * size.rows,
+                     size.rows, true);
+            multiply(dscores + from, MANY, here, many_queries + WIDTH * column, panel, depth, dk + key * size.rows,
+                     size.rows, true);
+        }
+    }
+
+    // The gradients of one head: dq, dk and dv (T, D)
+    void run(int64_t head, E *dq, float *dk_out, float *dv_out) {
+        const int64_t b = head / s.H, h = head % s.H, shared = b * s.K + h / (s.H / s.K);
+        if (shared != prepared) {
+            as_rows(k + shared * T * D, T, D, +k_rows, size.deep);
+            as_rows(v + shared * T * D, T, D, +v_rows, size.deep);
+            as_columns(k + shared * T * D, T, D, +k_columns, size.width);
+            prepared = shared;
+        }
+        std::fill(+dk, dk + size.keys * size.rows, 0.0f);
+        std::fill(+dv, dv + size.keys * size.rows, 0.0f);
+        for (int64_t t0 = 0; t0 < T; t0 += MANY) {
+            const int64_t last = std::min(t0 + MANY, size.keys);
+            const int64_t begin = Seen(first ? first + b * T : nullptr, t0, T).begin;
+            pack(q + (head * T + t0) * D, D, T - t0, D, +many_queries, MANY);
+            pack(dout + ((b * T + t0) * s.H + h) * D, s.H * D, T - t0, D, +many_ups, MANY);
+            for (int64_t t = t0; t < last; t += QUERIES) add_queries(head, t, t - t0, begin, dq);
+            add_to_keys(t0, last, begin);
+        }
+        for (int64_t t = 0; t < T; t++) {
+            std::copy(dk + t * size.rows, dk + t * size.rows + D, dk_out + t * D);
+            std::copy(dv + t * size.rows, dv + t * size.rows + D, dv_out + t * D);
+        }
+    }
+};
 
 // Gradients of attention() from that of its result, dout: dq (B, H, T, D), and dk and dv of each query head alone, also
 // (B, H, T, D)
 template <class E>
 void attention_backward(const E *q, const E *k, const E *v, const std::int32_t *first, const E *out, const float *total,
                         const E *dout, Shape s, E *dq, float *dk, float *dv, int threads) {
-    using C = Operand<E>;
-    const int64_t T = s.T, D = s.D, keys = filled_up(T, QUERIES), width = keys + 32;
-    const int64_t deep = filled_up(D, DEPTH<C>), rows = filled_up(D, std::max<int64_t>(16, ROWS<C>));
-    const float scale = 1 / std::sqrt(float(D));
-    const floats once[2] = {floats{} + 1.0f, floats{} + 1.0f};
 #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
-        Space<C> k_rows(keys * deep), v_rows(keys * deep), k_columns(rows * width);
-        Space<C> queries(rows * QUERIES), ups(rows * QUERIES), many_queries(rows * MANY), many_ups(rows * MANY);
-        Space<C> weights(keys * MANY), dweights(keys * MANY), dscores(keys * QUERIES);
-        Space<float> scores(keys * QUERIES), up_v(keys * QUERIES), sums(rows * QUERIES);
-        Space<float> sum_k(keys * rows), sum_v(keys * rows);
-        int64_t prepared = -1;
+        Gradients<E> gradients{q, k, v, out, dout, first, total, s};
 #pragma omp for
         for (int64_t head = 0; head < s.B * s.H; head++) {
-            const int64_t b = head / s.H, h = head % s.H, shared = b * s.K + h / (s.H / s.K);
-            if (shared != prepared) {
-                as_rows(k + shared * T * D, T, D, (C *)k_rows, deep);
-                as_rows(v + shared * T * D, T, D, (C *)v_rows, deep);
-                as_columns(k + shared * T * D, T, D, (C *)k_columns, width);
-                prepared = shared;
-            }
-            std::fill(sum_k + 0, sum_k + keys * rows, 0.0f);
-            std::fill(sum_v + 0, sum_v + keys * rows, 0.0f);
-
-            for (int64_t many = 0; many < T; many += MANY) {
-                const int64_t last = std::min(many + MANY, keys);
-                const E *q_many = q + (head * T + many) * D, *up_many = dout + ((b * T + many) * s.H + h) * D;
-                pack(q_many, D, T - many, D, (C *)many_queries, MANY);
-                pack(up_many, s.H * D, T - many, D, (C *)many_ups, MANY);
-                int64_t begin = 0;
-                for (int64_t t0 = many; t0 < last; t0 += QUERIES) {
-                    const int64_t n = std::min(QUERIES, T - t0), end = t0 + QUERIES, column = t0 - many;
-                    const Seen seen(first ? first + b * T : nullptr, t0, T);
-                    if (t0 == many) begin = seen.begin;
-                    const int64_t depth = end - begin;
-                    pack_transposed(q_many + column * D, D, n, D, (C *)queries, deep);
-                    pack_transposed(up_many + column * s.H * D, s.H * D, n, D, (C *)ups, deep);
-                    multiply<C>(k_rows + begin * deep, deep, depth, queries, 16 * deep, deep, scores, QUERIES);
-                    multiply<C>(v_rows + begin * deep, deep, depth, ups, 16 * deep, deep, up_v, QUERIES);
-
-                    floats log_sum[2] = {}, mean[2] = {};
-                    for (int64_t i = 0; i < n; i++) {
-                        const int64_t place = ((b * T + t0 + i) * s.H + h) * D;
-                        floats dot = {};
-                        for (int64_t j = 0; j < D; j += 16) dot += load(out + place + j, D - j) * load(dout + place + j, D - j);
-                        mean[i / 16][i % 16] = sum_of(dot);
-                        log_sum[i / 16][i % 16] = total[head * T + t0 + i];
-                    }
-                    for (int64_t key = begin; key < end; key += 2)
-                        for (int64_t half = 0; half < 2; half++) {
-                            floats d[2];
-                            for (int64_t i = 0; i < 2; i++) {
-                                const int64_t row = key - begin + i, at = row * QUERIES + 16 * half;
-                                const floats e = exp_of(load(scores + at) * scale - log_sum[half]);
-                                const floats p = seen.only(e, key + i, half, 0);
-                                d[i] = p * (load(up_v + at) - mean[half]) * scale;
-                                store(weights + row * MANY + column + 16 * half, p);
-                                store(dweights + row * MANY + column + 16 * half, d[i]);
-                            }
-                            store_rows(dscores + 16 * (half * depth + key - begin), d[0], d[1]);
-                        }
-                    multiply<C>(k_columns + begin, width, filled_up(D, ROWS<C>), dscores, 16 * depth, depth, sums, QUERIES);
-                    write_transposed(sums, once, n, D, dq + (head * T + t0) * D, D);
-                }
-                // keys that all of these queries may see, and then those that only some may
-                for (int64_t key = begin; key < last; key += key < many ? many - key : QUERIES) {
-                    const int64_t here = key < many ? many - key : QUERIES, column = std::max<int64_t>(0, key - many);
-                    const int64_t from = (key - begin) * MANY + column, depth = last - many - column;
-                    multiply<C>(weights + from, MANY, here, many_ups + 16 * column, 16 * MANY, depth,
-                                sum_v + key * rows, rows, true);
-                    multiply<C>(dweights + from, MANY, here, many_queries + 16 * column, 16 * MANY, depth,
-                                sum_k + key * rows, rows, true);
-                }
-            }
-            for (int64_t t = 0; t < T; t++) {
-                std::copy(sum_k + t * rows, sum_k + t * rows + D, dk + (head * T + t) * D);
-                std::copy(sum_v + t * rows, sum_v + t * rows + D, dv + (head * T + t) * D);
-            }
+            const int64_t place = head * s.T * s.D;
+            gradients.run(head, dq + place, dk + place, dv + place);
         }
     }
 }

@@ -32,7 +32,7 @@ namespace {
 struct Numbers {
     std::vector<float> space;
     float *first;
-    explicit Numbers(int64_t n) : space(n + WIDTH) {
+    explicit Numbers(int64_t n) : space(n + 16) {
         first = reinterpret_cast<float *>((reinterpret_cast<std::uintptr_t>(space.data()) + 63) / 64 * 64);
     }
     float *data() { return first; }

@@ -1,4 +1,4 @@
-// What the CPU's kernels share: vectors of 16 numbers in fp32, made of fp32 or bf16 in memory. No header of torch.
+// What the CPU's kernels share: vectors of numbers in fp32, made of fp32 or bf16 in memory. No header of torch.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -16,8 +16,14 @@ using bf16 = std::uint16_t;
 
 namespace {
 
-// Vectors of the compiler (GCC, Clang): on a CPU with shorter registers it takes several of them
+// Vectors of the compiler (GCC, Clang), as wide as the CPU's registers: of wider ones GCC makes slow code
+#if defined(__AVX512F__)
 constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
 typedef float floats __attribute__((vector_size(4 * WIDTH)));
 typedef std::int32_t ints __attribute__((vector_size(4 * WIDTH)));
 typedef std::uint32_t words __attribute__((vector_size(4 * WIDTH)));
@@ -104,7 +110,7 @@ inline void store(bf16 *to, floats x) {
     std::memcpy(to, &h, sizeof h);
 }
 
-// Rows become columns, of 16 x 16 numbers
+// Rows become columns, of WIDTH x WIDTH numbers
 inline void transpose(floats *r) {
 #ifdef __AVX512F__
     __m512i t[16], u[16];
@@ -129,7 +135,7 @@ inline void transpose(floats *r) {
         r[i + 8] = (floats)_mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
     }
 #else
-    for (int i = 0; i < 16; i++)
+    for (int i = 0; i < WIDTH; i++)
         for (int j = 0; j < i; j++) {
             const float x = r[i][j];
             r[i][j] = r[j][i];
