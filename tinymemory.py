@@ -409,8 +409,8 @@ PRESETS = {
     # The card gives sizes but no recipe. This one is sized for about three minutes on two CPU cores.
     "tinymemory": (TinyMemoryConfig(), dict(
         data="pydocs", tokenizer="hybrid", order="random",
-        block_size=256, batch_tokens=2048, micro_batch=8, max_steps=1200,
-        optimizer="muon", muon_lr=0.02, lr=3e-3, weight_decay=0.1, grad_clip=1.0,
+        block_size=256, batch_tokens=3072, micro_batch=12, max_steps=1000,
+        optimizer="muon", muon_lr=0.025, lr=3e-3, weight_decay=0.1, grad_clip=1.0,
         schedule="wsd", warmup_steps=20, decay_fraction=0.45, final_lr_fraction=0.0, ema_beta=0.98,
         eval_every=200, eval_tokens=16_384, save_every=200, log_every=10, sample_prompt="def ")),
 

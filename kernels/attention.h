@@ -1,12 +1,12 @@
 // Causal attention of the quick training step, on a CPU, and its gradients (FlashAttention: arXiv 2205.14135).
 //
-// Scores exist for 32 queries at a time and are computed anew for the gradients, so that they stay in a core's cache,
-// and only for the keys that one of the 32 sees. They lie transposed, a row for each key: the numbers of a vector belong
-// to different queries, so that a softmax adds up vectors and not numbers of one.
+// Scores exist for 32 queries at a time, are computed anew for the gradients, and stay in a core's cache. Keys that no
+// such query sees have none. Scores lie transposed, a row for each key: the numbers of a vector belong to different
+// queries, so that a softmax adds up vectors and not numbers of one.
 //
 // A product takes A row by row, and B in panels, of which a row is a register: WIDTH numbers of fp32 or, with AVX-512,
-// 16 pairs of bf16, each of which are two consecutive numbers of a column. VDPBF16PS adds the products of such a row and
-// two numbers of A to 16 sums in fp32. On CPUs without it, numbers in bf16 are multiplied in fp32.
+// 16 pairs of bf16, each of them two consecutive numbers of a column. VDPBF16PS adds the products of such a row and two
+// numbers of A to 16 sums in fp32. On CPUs without it, numbers in bf16 are multiplied in fp32.
 #pragma once
 #include <algorithm>
 #include <cstdlib>
@@ -54,7 +54,7 @@ struct Space {
         std::fill(numbers.get(), numbers.get() + n, E{});
     }
     operator E *() const { return numbers.get(); }
-    E *operator+() const { return numbers.get(); }
+    E *data() const { return numbers.get(); }
 };
 
 // ------------------------------------------------------------------------------------------------------- products
@@ -275,8 +275,8 @@ inline void exponentials(float *scores, const Seen &seen, int64_t depth, float s
         }
 }
 
-// q (B, H, T, D), k and v (B, K, T, D) -> out (B, T, H D), softmax(q k^T / sqrt(D)) v, and the logarithms of the sums of
-// exponentials, total (B, H, T). A query sees the keys from `first` (B, T), or from 0 if that is null, to its own
+// q (B, H, T, D), k and v (B, K, T, D) -> out (B, T, H D), softmax(q k^T / sqrt(D)) v, and total (B, H, T), logarithms
+// of the sums of exponentials. A query sees the keys from `first` (B, T), or from 0 if that is null, to its own
 // position; `first` does not fall within a sequence
 template <class E>
 void attention(const E *q, const E *k, const E *v, const std::int32_t *first, Shape s, E *out, float *total,
@@ -296,20 +296,20 @@ void attention(const E *q, const E *k, const E *v, const std::int32_t *first, Sh
         for (int64_t head = 0; head < s.B * s.H; head++) {
             const int64_t b = head / s.H, h = head % s.H, shared = b * s.K + h / (s.H / s.K);
             if (shared != prepared) {
-                as_rows(k + shared * T * D, T, D, +k_rows, deep);
-                as_columns(v + shared * T * D, T, D, +v_columns, size.width);
+                as_rows(k + shared * T * D, T, D, k_rows.data(), deep);
+                as_columns(v + shared * T * D, T, D, v_columns.data(), size.width);
                 prepared = shared;
             }
             for (int64_t t0 = 0; t0 < T; t0 += QUERIES) {
                 const int64_t n = std::min(QUERIES, T - t0);
                 const Seen seen(first ? first + b * T : nullptr, t0, T);
                 const int64_t begin = seen.begin, depth = t0 + QUERIES - begin;
-                pack_transposed(q + (head * T + t0) * D, D, n, D, +queries, deep);
-                multiply(k_rows + begin * deep, deep, depth, +queries, WIDTH * deep, deep, scores, QUERIES);
+                pack_transposed(q + (head * T + t0) * D, D, n, D, queries.data(), deep);
+                multiply(k_rows + begin * deep, deep, depth, queries.data(), WIDTH * deep, deep, scores, QUERIES);
                 floats most[VECTORS], sum[VECTORS];
-                exponentials(scores, seen, depth, 1 / std::sqrt(float(D)), +weights, most, sum);
-                multiply(v_columns + begin, size.width, filled_up(D, ROWS<C>), +weights, WIDTH * depth, depth, sums,
-                         QUERIES);
+                exponentials(scores, seen, depth, 1 / std::sqrt(float(D)), weights.data(), most, sum);
+                multiply(v_columns + begin, size.width, filled_up(D, ROWS<C>), weights.data(), WIDTH * depth, depth,
+                         sums, QUERIES);
                 for (int64_t i = 0; i < n; i++)
                     total[head * T + t0 + i] = most[i / WIDTH][i % WIDTH] + std::log(sum[i / WIDTH][i % WIDTH]);
                 for (floats &x : sum) x = 1.0f / x;
@@ -343,10 +343,10 @@ struct Gradients {
         const int64_t place = ((b * T + t0) * s.H + h) * D, deep = size.deep;
         const float scale = 1 / std::sqrt(float(D));
         const Seen seen(first ? first + b * T : nullptr, t0, T);
-        pack_transposed(q + (head * T + t0) * D, D, n, D, +queries, deep);
-        pack_transposed(dout + place, s.H * D, n, D, +ups, deep);
-        multiply(k_rows + begin * deep, deep, depth, +queries, WIDTH * deep, deep, scores, QUERIES);
-        multiply(v_rows + begin * deep, deep, depth, +ups, WIDTH * deep, deep, dweights, QUERIES);
+        pack_transposed(q + (head * T + t0) * D, D, n, D, queries.data(), deep);
+        pack_transposed(dout + place, s.H * D, n, D, ups.data(), deep);
+        multiply(k_rows + begin * deep, deep, depth, queries.data(), WIDTH * deep, deep, scores, QUERIES);
+        multiply(v_rows + begin * deep, deep, depth, ups.data(), WIDTH * deep, deep, dweights, QUERIES);
 
         floats log_sum[VECTORS] = {}, mean[VECTORS] = {};
         for (int64_t i = 0; i < n; i++) {
@@ -369,7 +369,8 @@ struct Gradients {
                 }
                 store_rows(packed + WIDTH * (i * depth + row), d[0], d[1]);
             }
-        multiply(k_columns + begin, size.width, filled_up(D, ROWS<C>), +packed, WIDTH * depth, depth, sums, QUERIES);
+        multiply(k_columns + begin, size.width, filled_up(D, ROWS<C>), packed.data(), WIDTH * depth, depth, sums,
+                 QUERIES);
         floats once[VECTORS];
         std::fill(once, once + VECTORS, floats{} + 1.0f);
         write_transposed(sums, once, n, D, dq + t0 * D, D);
@@ -392,18 +393,18 @@ struct Gradients {
     void run(int64_t head, E *dq, float *dk_out, float *dv_out) {
         const int64_t b = head / s.H, h = head % s.H, shared = b * s.K + h / (s.H / s.K);
         if (shared != prepared) {
-            as_rows(k + shared * T * D, T, D, +k_rows, size.deep);
-            as_rows(v + shared * T * D, T, D, +v_rows, size.deep);
-            as_columns(k + shared * T * D, T, D, +k_columns, size.width);
+            as_rows(k + shared * T * D, T, D, k_rows.data(), size.deep);
+            as_rows(v + shared * T * D, T, D, v_rows.data(), size.deep);
+            as_columns(k + shared * T * D, T, D, k_columns.data(), size.width);
             prepared = shared;
         }
-        std::fill(+dk, dk + size.keys * size.rows, 0.0f);
-        std::fill(+dv, dv + size.keys * size.rows, 0.0f);
+        std::fill(dk.data(), dk + size.keys * size.rows, 0.0f);
+        std::fill(dv.data(), dv + size.keys * size.rows, 0.0f);
         for (int64_t t0 = 0; t0 < T; t0 += MANY) {
             const int64_t last = std::min(t0 + MANY, size.keys);
             const int64_t begin = Seen(first ? first + b * T : nullptr, t0, T).begin;
-            pack(q + (head * T + t0) * D, D, T - t0, D, +many_queries, MANY);
-            pack(dout + ((b * T + t0) * s.H + h) * D, s.H * D, T - t0, D, +many_ups, MANY);
+            pack(q + (head * T + t0) * D, D, T - t0, D, many_queries.data(), MANY);
+            pack(dout + ((b * T + t0) * s.H + h) * D, s.H * D, T - t0, D, many_ups.data(), MANY);
             for (int64_t t = t0; t < last; t += QUERIES) add_queries(head, t, t - t0, begin, dq);
             add_to_keys(t0, last, begin);
         }
