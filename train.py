@@ -334,7 +334,7 @@ def clip_gradients(params, largest):
         if p.grad is None:  # the loss does not depend on it, and the optimizers need a gradient of each
             p.grad = torch.zeros_like(p)
     norm = torch.nn.utils.get_total_norm([p.grad for p in params], foreach=True)
-    if largest and norm > largest:
+    if largest and (norm.is_cuda or norm > largest):  # to ask a GPU here would be to wait for it
         torch.nn.utils.clip_grads_with_norm_(params, largest, norm, foreach=True)
     return float(norm)
 

@@ -1,16 +1,17 @@
 // Causal attention of the quick training step, on a CPU, and its gradients (FlashAttention: arXiv 2205.14135).
 //
-// Scores exist for 32 queries at a time, are computed anew for the gradients, and stay in a core's cache. Keys that no
-// such query sees have none. Scores lie transposed, a row for each key: the numbers of a vector belong to different
-// queries, so that a softmax adds up vectors and not numbers of one.
+// Scores exist for 32 queries at a time, are computed anew for the gradients, and stay in a core's cache. Keys that none
+// of these queries sees get no scores. Scores lie transposed, a row for each key: the numbers of a vector belong to
+// different queries, so that a softmax adds up vectors and not numbers of one.
 //
-// A product takes A row by row, and B in panels, of which a row is a register: WIDTH numbers of fp32 or, with AVX-512,
-// 16 pairs of bf16, each of them two consecutive numbers of a column. VDPBF16PS adds the products of such a row and two
-// numbers of A to 16 sums in fp32. On CPUs without it, numbers in bf16 are multiplied in fp32.
+// A product takes A row by row, and B in panels, a row of which fills one register: WIDTH numbers of fp32 or, with
+// AVX-512, 16 pairs of bf16, each of them two consecutive numbers of a column. VDPBF16PS adds the products of such a row
+// and two numbers of A to 16 sums in fp32. On CPUs without it, numbers in bf16 are multiplied in fp32.
 #pragma once
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include "vectors.h"
 
 namespace {
@@ -24,7 +25,7 @@ template <class E> using Operand = E;
 #else
 template <class E> using Operand = float;
 #endif
-template <class C> constexpr int64_t UNIT = 4 / sizeof(C);  // consecutive numbers that lie together
+template <class C> constexpr int64_t UNIT = 4 / sizeof(C);  // numbers of a column of B that lie side by side
 template <class C> constexpr bool IN_TILES = false;
 #ifdef __AMX_BF16__
 template <> inline constexpr bool IN_TILES<bf16> = true;
@@ -32,11 +33,12 @@ template <> inline constexpr bool IN_TILES<bf16> = true;
 
 constexpr int64_t QUERIES = 32, VECTORS = QUERIES / WIDTH;  // whose scores exist at once
 constexpr int64_t MANY = 2 * QUERIES;  // queries that are summed over at once in the gradients of keys and values
-// Rows and panels of a product at once, so that the sums stay in registers
+// Panels and rows of a product at once, so that the sums stay in registers
+constexpr int PANELS = 2;
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int AT_ONCE = 8, PANELS = 2;
+constexpr int AT_ONCE = 8;
 #else
-constexpr int AT_ONCE = 4, PANELS = 2;
+constexpr int AT_ONCE = 4;
 #endif
 // Rows, columns and depth of a product are multiples of these
 template <class C> constexpr int64_t ROWS = IN_TILES<C> ? 32 : AT_ONCE;
@@ -51,6 +53,7 @@ struct Space {
     std::unique_ptr<E, decltype(&std::free)> numbers;
 
     explicit Space(int64_t n) : numbers((E *)std::aligned_alloc(64, filled_up(n * sizeof(E), 64)), std::free) {
+        if (!numbers) throw std::bad_alloc();
         std::fill(numbers.get(), numbers.get() + n, E{});
     }
     operator E *() const { return numbers.get(); }
@@ -98,6 +101,7 @@ template <int R, int P>
 inline void multiply_part(const bf16 *a, int64_t stride, const bf16 *b, int64_t panel, int64_t depth, float *c,
                           int64_t columns, bool add) {
     static_assert(R == 32 && P == 2);
+    asm volatile("" ::: "memory");  // what loads a tile does not tell the compiler that it reads memory
     float *below = c + 16 * columns;
     _tile_zero(0);
     _tile_zero(1);
@@ -130,13 +134,12 @@ inline void multiply_part(const bf16 *a, int64_t stride, const bf16 *b, int64_t 
 template <class C>
 void multiply(const C *a, int64_t stride, int64_t rows, const C *b, int64_t panel, int64_t depth, float *c,
               int64_t columns, bool add = false) {
-    constexpr int WIDE = IN_TILES<C> ? 2 : PANELS;
     int64_t j = 0;
-    for (; j + WIDE * WIDTH <= columns; j += WIDE * WIDTH)
+    for (; j + PANELS * WIDTH <= columns; j += PANELS * WIDTH)
         for (int64_t i = 0; i < rows; i += ROWS<C>)
-            multiply_part<ROWS<C>, WIDE>(a + i * stride, stride, b + j / WIDTH * panel, panel, depth,
-                                         c + i * columns + j, columns, add);
-    if constexpr (COLUMNS<C> < WIDE * WIDTH)
+            multiply_part<ROWS<C>, PANELS>(a + i * stride, stride, b + j / WIDTH * panel, panel, depth,
+                                           c + i * columns + j, columns, add);
+    if constexpr (COLUMNS<C> < PANELS * WIDTH)
         for (int64_t i = 0; j < columns && i < rows; i += ROWS<C>)
             multiply_part<ROWS<C>, 1>(a + i * stride, stride, b + j / WIDTH * panel, panel, depth,
                                       c + i * columns + j, columns, add);
@@ -183,7 +186,7 @@ void as_columns(const E *from, int64_t rows, int64_t n, C *to, int64_t width) {
         }
 }
 
-// (rows, n), rows `stride` apart -> B of `depth` rows, those that are missing 0
+// (rows, n), rows `stride` apart -> B of `depth` rows; those from `rows` on are 0
 template <class E, class C>
 void pack(const E *from, int64_t stride, int64_t rows, int64_t n, C *to, int64_t depth) {
     for (int64_t r = 0; r < depth; r += 2)
@@ -192,7 +195,7 @@ void pack(const E *from, int64_t stride, int64_t rows, int64_t n, C *to, int64_t
                        r + 1 < rows ? load(from + (r + 1) * stride + i, n - i) : floats{});
 }
 
-// (rows, n), rows `stride` apart -> B of n of `depth` rows and QUERIES columns, those that are missing 0
+// (rows, n), rows `stride` apart -> B of QUERIES columns, those from `rows` on 0, and of `depth` rows, n of them written
 template <class E, class C>
 void pack_transposed(const E *from, int64_t stride, int64_t rows, int64_t n, C *to, int64_t depth) {
     for (int64_t r = 0; r < QUERIES; r += WIDTH)
@@ -220,7 +223,7 @@ void write_transposed(const float *from, const floats *scale, int64_t rows, int6
 
 // ------------------------------------------------------------------------------------------------------- attention
 
-// Which keys QUERIES queries see, from position t0 on: a query those from its entry in `first` to its own position
+// Which keys the queries from position t0 on see, QUERIES of them: each from its entry in `first` to its own position
 struct Seen {
     ints from[VECTORS] = {}, to[VECTORS];
     int64_t begin = 0, all_begin = 0, t0;  // no query sees a key before `begin`; all see those from all_begin to t0
@@ -241,7 +244,9 @@ struct Seen {
 };
 
 struct Sizes {
-    int64_t keys, width, deep, rows;  // T filled up; between columns of keys; D filled up, as a depth and as rows
+    int64_t keys;  // T filled up
+    int64_t width;  // from one row to the next where keys are columns; some more, so that it is no power of two
+    int64_t deep, rows;  // D filled up, as the depth of a product and as its rows
 
     template <class C>
     static Sizes of(Shape s) {
@@ -250,7 +255,8 @@ struct Sizes {
     }
 };
 
-// exp(scores - their maximum `most`) for `depth` keys from seen.begin on, as B, and the sum over the keys
+// exp(scores - most) for `depth` keys from seen.begin on, as B, with `most` the largest of each query, and their sums.
+// The scores are first multiplied by `scale`, in place
 template <class C>
 inline void exponentials(float *scores, const Seen &seen, int64_t depth, float scale, C *weights, floats *most,
                          floats *sum) {
@@ -277,7 +283,7 @@ inline void exponentials(float *scores, const Seen &seen, int64_t depth, float s
 
 // q (B, H, T, D), k and v (B, K, T, D) -> out (B, T, H D), softmax(q k^T / sqrt(D)) v, and total (B, H, T), logarithms
 // of the sums of exponentials. A query sees the keys from `first` (B, T), or from 0 if that is null, to its own
-// position; `first` does not fall within a sequence
+// position; `first` never decreases along a sequence
 template <class E>
 void attention(const E *q, const E *k, const E *v, const std::int32_t *first, Shape s, E *out, float *total,
                int threads) {
@@ -285,7 +291,7 @@ void attention(const E *q, const E *k, const E *v, const std::int32_t *first, Sh
     const int64_t T = s.T, D = s.D;
     const Sizes size = Sizes::of<C>(s);
     const int64_t deep = size.deep;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(std::min<int64_t>(threads, s.B * s.H))
     {
         const Tiles tiles;
         Space<C> k_rows(size.keys * deep), v_columns(size.rows * size.width);
@@ -420,7 +426,7 @@ struct Gradients {
 template <class E>
 void attention_backward(const E *q, const E *k, const E *v, const std::int32_t *first, const E *out, const float *total,
                         const E *dout, Shape s, E *dq, float *dk, float *dv, int threads) {
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(std::min<int64_t>(threads, s.B * s.H))
     {
         const Tiles tiles;
         Gradients<E> gradients{q, k, v, out, dout, first, total, s};

@@ -5,6 +5,8 @@ the sources, of the flags, of the versions of torch and of the C library, and of
 changes, a new one is built.
 """
 import contextlib
+import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -57,6 +59,13 @@ def cpu_has(what):
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get(what))
 
 
+@functools.cache
+def has_tiles():
+    """Whether this CPU has AMX and the system lets the process use it, which must be asked for."""
+    arch_prctl, permission, tiles = map(ctypes.c_long, (158, 0x1023, 18))  # ARCH_REQ_XCOMP_PERM of XTILEDATA
+    return cpu_has("amx_bf16") and ctypes.CDLL(None).syscall(arch_prctl, permission, tiles) == 0
+
+
 def flags(kind):
     """(flags of the C++ compiler, flags of nvcc)."""
     cxx = ["-O3"]
@@ -65,8 +74,8 @@ def flags(kind):
         cxx += SIMD.get(level, [])
         if level == "AVX512" and kind != "cpu" and cpu_has("avx512_bf16"):  # the scan has vectors of its own
             cxx += ["-mavx512bf16"]
-        if kind in ("training", "orthogonalize") and cpu_has("amx_bf16"):
-            cxx += ["-mamx-tile", "-mamx-bf16"]
+            if kind in ("training", "orthogonalize") and has_tiles():
+                cxx += ["-mamx-tile", "-mamx-bf16"]
     else:
         cxx += ["-DWITH_CUDA"]
     if platform.system() == "Linux":

@@ -70,6 +70,7 @@ void pack_pairs(Matrix &x, std::vector<Tile> &to) {
 // c (2 x 2 tiles of fp32) = 32 rows of a, `deep` tiles long, times 32 columns of packed
 #ifdef __AMX_BF16__
 inline void product(const std::uint16_t *a, const std::uint16_t *packed, int64_t deep, float c[4][256]) {
+    asm volatile("" ::: "memory");  // what loads a tile does not tell the compiler that it reads memory
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -136,7 +137,8 @@ inline void round_to(std::uint16_t *tile, const float *left, const float *right)
                             rounded_both(_mm512_loadu_ps(left + 16 * row), _mm512_loadu_ps(right + 16 * row)));
 }
 
-// out = scale x y^T + add old, all of them symmetric; old may be null. packed is pack_transposed(y)
+// out = scale x y^T + add old, of which half is computed; old may be null. packed is pack_transposed(y). The result must
+// be symmetric: it is if x and y are the same, or two polynomials of one symmetric matrix
 void symmetric(Matrix &x, const std::vector<Tile> &packed, float scale, Matrix *old, float add, Matrix &out) {
     const int64_t deep = x.k / COLUMNS, blocks = x.m / COLUMNS;
     alignas(64) float c[4][256];
@@ -277,9 +279,6 @@ void orthogonalize(float *numbers, int64_t rows, int64_t columns, const float *q
 }
 
 }  // namespace
-
-// Whether this process can call what stands below
-extern "C" int is_allowed() { return may_use_tiles(); }
 
 // Each matrix of a stack (count, rows, columns), in place; quintics: (n, 3)
 extern "C" void orthogonalize_stack(float *stack, int64_t count, int64_t rows, int64_t columns, const float *quintics,

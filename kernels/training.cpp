@@ -1,7 +1,8 @@
-// What stands between the matrix products of a Llama-like model's training step, on a CPU: each function reads and
-// writes every number once, where PyTorch's separate operations go through memory several times.
+// What stands between the layers' matrix products in a Llama-like model's training step, on a CPU: each function reads
+// and writes every number once, where PyTorch's separate operations go through memory several times. For attention see
+// attention.h.
 //
-// E is the type of activations, fp32 or bf16; the residual stream, the vectors' weights and all arithmetic are fp32.
+// E is the type of activations, fp32 or bf16; the residual stream, the vectors' weights and the arithmetic are fp32.
 // Rows are tokens, N = B T of them. Results are the same to the bit for any number of threads: a sum over tokens is
 // made of partial sums over 64 of them, each in a row of its own. No header of torch; training.py calls by address.
 #include <algorithm>
@@ -257,9 +258,6 @@ void scatter_add(const float *rows, const int64_t *idx, int64_t N, int64_t d, fl
     (void *)attention<E>, (void *)attention_backward<E>, (void *)swiglu<E>, (void *)swiglu_backward<E>, \
     (void *)cross_entropy<E>, (void *)cross_entropy_backward<E>, (void *)scatter_add}
 extern "C" {
-// Whether this process can call what stands here
-int is_allowed() { return may_use_tiles(); }
-
 // From now on the process keeps memory that was freed: a step asks for the same again, and new memory from the system
 // costs as much as the arithmetic in it
 void keep_memory() {

@@ -1,4 +1,4 @@
-"""A quick training step on a CPU: the matrix products are PyTorch's, all between them is in training.cpp.
+"""A quick training step on a CPU: the layers' matrix products are PyTorch's, all between them is in training.cpp.
 
     net = quick_net(model, T)                       for rows of T tokens; None if nothing is quicker than the model
     _, loss = net(idx, targets)                     as the model itself, with gradients; also loss_weights, reset
@@ -48,8 +48,6 @@ class Functions:
 
     def __init__(self, dtype):
         library = ctypes.CDLL(str(build.library("training")))
-        if not library.is_allowed():
-            raise OSError("the system does not let this process use the CPU's tiles (AMX)")
         table = (ctypes.c_void_p * len(FUNCTIONS)).in_dll(library, f"for_{str(dtype)[6:]}")
         for address, (name, kinds) in zip(table, FUNCTIONS.items()):
             setattr(self, name, functools.partial(self.call, ctypes.CFUNCTYPE(None, *kinds, ctypes.c_int)(address)))
@@ -95,7 +93,7 @@ class Pass:
         """(dx = g + the norm's gradient, dx in the compute type, the norm's output, gradient of its weight)."""
         N, d = x.shape
         dx, dw = torch.empty_like(x), self.empty(-(-N // GROUP), d, dtype=torch.float32)
-        small, out = self.empty(N, d), self.empty(N, d)
+        small, out = dx if dx.dtype == self.dtype else self.empty(N, d), self.empty(N, d)
         self.of.norm_backward(x, weight, dout, g, self.eps, N, d, dx, small, out, dw)
         return dx, small, out, dw.sum(0)
 

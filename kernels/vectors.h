@@ -1,14 +1,11 @@
-// What the CPU's kernels share: vectors of numbers in fp32, made of fp32 or bf16 in memory. No header of torch.
+// What the CPU's kernels share: vectors of numbers in fp32, made of fp32 or bf16 in memory, and AMX's tiles. No header
+// of torch.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #ifdef __AVX512F__
 #include <immintrin.h>
-#endif
-#ifdef __AMX_BF16__
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 using std::int64_t;
@@ -52,14 +49,14 @@ inline floats load(const bf16 *w) {
 }
 
 // e^x for x <= 0: 2^n times 2^f, with a polynomial that interpolates (2^f - 1) / f at Chebyshev's points of [0, 1].
-// Its relative error is 1.2e-7 down to x = -1, 1e-6 down to -16, 4e-6 down to -87
+// Its relative error is 1.2e-7 down to x = -1, 1e-6 down to -16, 4e-6 down to -87, below which it is at most 1.2e-38
 inline floats exp_of(floats x) {
     floats t = x * 1.44269504f;
 #ifdef __AVX512F__
     const floats n = (floats)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     const floats f = t - n;
 #else
-    t = t > -126.0f ? t : floats{} - 126.0f;
+    t = t < -126.0f ? floats{} - 126.0f : t;  // and NaN stays NaN
     ints n = __builtin_convertvector(t, ints);  // towards zero
     n += __builtin_convertvector(n, floats) > t;  // a comparison gives 0 or -1
     const floats f = t - __builtin_convertvector(n, floats);
@@ -144,7 +141,7 @@ inline void transpose(floats *r) {
 #endif
 }
 
-// The same for the first n numbers, the last of which may be fewer than a vector. What is missing reads as 0
+// load() and store() where only n numbers are left, which may be fewer than a vector. What is missing reads as 0
 template <class E>
 inline floats load(const E *from, int64_t n) {
     if (n >= WIDTH) return load(from);
@@ -173,14 +170,16 @@ inline void store(E *to, floats x, int64_t n) {
 
 // While one exists, the thread's tiles are 16 rows of 64 bytes each (AMX)
 #ifdef __AMX_BF16__
-struct Tiles {
-    struct {
-        std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
+struct TileSizes {
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+// A constant, because GCC leaves out stores that only LDTILECFG reads (its bug 114098)
+alignas(64) constexpr TileSizes TILE_SIZES;
 
-    Tiles() { _tile_loadconfig(&config); }
+struct Tiles {
+    Tiles() { _tile_loadconfig(&TILE_SIZES); }
     ~Tiles() { _tile_release(); }
 };
 #else
@@ -188,14 +187,5 @@ struct Tiles {
     ~Tiles() {}  // there are none; that it does something keeps compilers from calling it unused
 };
 #endif
-
-// Whether the system lets this process use the tiles, which it does not do unasked
-inline bool may_use_tiles() {
-#ifdef __AMX_BF16__
-    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
-#else
-    return true;
-#endif
-}
 
 }  // namespace

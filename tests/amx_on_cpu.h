@@ -2,8 +2,6 @@
 // they are loaded, and a thread that uses one without having configured it ends the process.
 #pragma once
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <cstdint>
@@ -70,4 +68,3 @@ inline void store(int from, void *to, long stride) {
 #define _tile_loadd amx_on_cpu::load
 #define _tile_stored amx_on_cpu::store
 #define _tile_dpbf16ps amx_on_cpu::multiply
-#define syscall(...) 0

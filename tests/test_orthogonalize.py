@@ -48,7 +48,6 @@ def test_and_where_most_singular_values_are_small(decay):
 
 def test_and_with_the_tiles_of_amx(monkeypatch, tmp_path):
     with_tiles = ctypes.CDLL(str(library_with_tiles("orthogonalize", tmp_path)))
-    assert with_tiles.is_allowed()
     with_tiles.orthogonalize_stack.argtypes = library().orthogonalize_stack.argtypes
     monkeypatch.setattr(orthogonalize, "library", lambda: with_tiles)
     for shape in ((2, 40, 70), (1, 70, 33), (1, 64, 200), (1, 1, 1)):
@@ -81,3 +80,13 @@ def test_muon_uses_it_in_bf16_unless_plain_pytorch_is_asked_for():
         muon = train.Muon([("w", p, None)], dtype=dtype)
         found = machine.quick_orthogonalize(train.Settings(compile=compile), muon)
         assert found is (quick_orthogonalize if quick else None)
+
+
+@pytest.mark.parametrize("changed, quick", [
+    (lambda u, stack: u, True), (lambda u, stack: 1.1 * u, False), (lambda u, stack: stack, False)])
+def test_a_fork_that_orthogonalizes_in_another_way_is_noticed(monkeypatch, changed, quick):
+    own = train.orthogonalize
+    monkeypatch.setattr(train, "orthogonalize", lambda stack, *how: changed(own(stack, *how), stack))
+    muon = train.Muon([("w", torch.nn.Parameter(torch.randn(8, 8)), None)], dtype=torch.bfloat16)
+    found = machine.quick_orthogonalize(train.Settings(), muon)
+    assert found is (quick_orthogonalize if quick else None)

@@ -717,9 +717,10 @@ def test_bf16_is_another_arithmetic_of_nearly_the_same_losses(workdir):
 
 def test_decay_only_keeps_optimizer_ema_and_data_position_and_decays(workdir):
     """A stable run continued by its decay alone equals a wsd run that decays from the same step, to the bit."""
-    run_train("--data=pydocs-hybrid", "--out=stable", "--max_steps=30", "--decay_fraction=0", "--keep_every=8")
+    common = ["--data=pydocs-hybrid", "--muon_lr=0.02"]
+    run_train(*common, "--out=stable", "--max_steps=30", "--decay_fraction=0", "--keep_every=8")
     train.main(["--init_from=stable/step_8.pt", "--decay_only", "--decay_steps=4", "--final_lr_fraction=0.1"])
-    run_train("--data=pydocs-hybrid", "--out=whole", "--max_steps=12", "--decay_steps=4", "--final_lr_fraction=0.1")
+    run_train(*common, "--out=whole", "--max_steps=12", "--decay_steps=4", "--final_lr_fraction=0.1")
     a, b = (run.read_checkpoint(workdir / out / "ckpt.pt") for out in ("out/tinymemory-decay", "whole"))
     assert a["step"] == b["step"] == 12
     for key in ("model", "ema", "optimizer", "loader"):
@@ -783,7 +784,8 @@ def test_without_its_line_in_the_table_an_optimizer_is_unknown(workdir):
 
 def test_a_new_schedule_is_one_function_and_one_line_in_a_table(workdir, monkeypatch):
     monkeypatch.setitem(train.SCHEDULES, "halving", lambda step, s: 0.5 ** (step - s.warmup_steps))
-    run_train("--data=pydocs-hybrid", "--schedule=halving", "--out=run", "--max_steps=6", "--warmup_steps=2")
+    run_train("--data=pydocs-hybrid", "--schedule=halving", "--out=run", "--max_steps=6", "--warmup_steps=2",
+              "--muon_lr=0.02")
     rates = [row["lr"] / 0.02 for row in step_rows(workdir / "run")]
     assert rates == pytest.approx([0.5, 1, 1, 0.5, 0.25, 0.125])
 
