@@ -1,11 +1,11 @@
 // Causal attention of the quick training step, on a CPU, and its gradients (FlashAttention: arXiv 2205.14135).
 //
-// Scores exist for 32 queries at a time, are computed anew for the gradients, and stay in a core's cache. Keys that none
-// of these queries sees get no scores. Scores lie transposed, a row for each key: the numbers of a vector belong to
+// Scores exist for 32 queries at a time, are computed anew for the gradients, and stay in a core's cache. Keys that no
+// such query sees get no scores. Scores lie transposed, a row for each key: the numbers of a vector belong to
 // different queries, so that a softmax adds up vectors and not numbers of one.
 //
 // A product takes A row by row, and B in panels, a row of which fills one register: WIDTH numbers of fp32 or, with
-// AVX-512, 16 pairs of bf16, each of them two consecutive numbers of a column. VDPBF16PS adds the products of such a row
+// AVX-512, 16 pairs of bf16, each pair two consecutive numbers of a column. VDPBF16PS adds the products of such a row
 // and two numbers of A to 16 sums in fp32. On CPUs without it, numbers in bf16 are multiplied in fp32.
 #pragma once
 #include <algorithm>
@@ -195,7 +195,7 @@ void pack(const E *from, int64_t stride, int64_t rows, int64_t n, C *to, int64_t
                        r + 1 < rows ? load(from + (r + 1) * stride + i, n - i) : floats{});
 }
 
-// (rows, n), rows `stride` apart -> B of QUERIES columns, those from `rows` on 0, and of `depth` rows, n of them written
+// (rows, n), rows `stride` apart -> B of QUERIES columns, those from `rows` on 0, and `depth` rows, n of them written
 template <class E, class C>
 void pack_transposed(const E *from, int64_t stride, int64_t rows, int64_t n, C *to, int64_t depth) {
     for (int64_t r = 0; r < QUERIES; r += WIDTH)

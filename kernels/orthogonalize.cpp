@@ -137,8 +137,8 @@ inline void round_to(std::uint16_t *tile, const float *left, const float *right)
                             rounded_both(_mm512_loadu_ps(left + 16 * row), _mm512_loadu_ps(right + 16 * row)));
 }
 
-// out = scale x y^T + add old, of which half is computed; old may be null. packed is pack_transposed(y). The result must
-// be symmetric: it is if x and y are the same, or two polynomials of one symmetric matrix
+// out = scale x y^T + add old, of which half is computed; old may be null. packed is pack_transposed(y). The result has
+// to be symmetric: it is if x and y are the same, or two polynomials of one symmetric matrix
 void symmetric(Matrix &x, const std::vector<Tile> &packed, float scale, Matrix *old, float add, Matrix &out) {
     const int64_t deep = x.k / COLUMNS, blocks = x.m / COLUMNS;
     alignas(64) float c[4][256];
