@@ -579,7 +579,7 @@ def test_the_card_tells_what_the_files_tell(evaluated, corpora, monkeypatch):
         "| Context length | 128 tokens, trained on rows of 64 |", "| Attention heads | 2 |",
         f"| pydocs | {final['val_loss'][kind]['mixed']:.4f} |", f"| {final['val_bits_per_byte'][kind]['mixed']:.3f} |",
         f"`xz -9` needs {final['xz_bits_per_byte']:.3f} bits", f"| Tokens trained on | {checkpoint['tokens']:,} |",
-        "| Muon lr | 0.02 |", "| Tokens per step | 512 |", "| PSF |", "100%",
+        "| Muon lr | 0.025 |", "| Tokens per step | 512 |", "| PSF |", "100%",
         "| blimp | acc | 0.614 ± 0.0017 |", "num fewshot 0, window 1024", "NVIDIA H100 80GB HBM3",
         "| Precision | bfloat16 |", "It is a base model", f"step_{checkpoint['step']}.pt", "training_config.json",
         "eval.json", "(loss.png)"]

@@ -244,7 +244,8 @@ def make_old(out, optimizer, **changes):
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_run_of_the_older_version_resumes_to_the_bit_samples_and_fine_tunes(optimizer, workdir, capsys):
-    flags = ["--data=pydocs-hybrid", f"--optimizer={optimizer}", "--eval_every=4", "--decay_fraction=0.45"]
+    flags = ["--data=pydocs-hybrid", f"--optimizer={optimizer}", "--eval_every=4", "--muon_lr=0.02",
+             "--decay_fraction=0.45"]
     run_train(*flags, "--out=whole", "--max_steps=8")
     run_train(*flags, "--out=old", "--max_steps=8", "--keep_every=4")
     for name in ("ckpt.pt", "best.pt", "step_8.pt"):
