@@ -45,8 +45,6 @@ template <class C> constexpr int64_t ROWS = IN_TILES<C> ? 32 : AT_ONCE;
 template <class C> constexpr int64_t COLUMNS = IN_TILES<C> ? 32 : WIDTH;
 template <class C> constexpr int64_t DEPTH = IN_TILES<C> ? 32 : UNIT<C>;
 
-inline int64_t filled_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // Memory of one thread, zeros at first, that begins at a line of the cache
 template <class E>
 struct Space {
@@ -367,7 +365,7 @@ struct Gradients {
                 floats d[2];
                 for (int64_t j = 0; j < 2; j++) {
                     const int64_t from = (row + j) * QUERIES + i * WIDTH, to = (row + j) * MANY + column + i * WIDTH;
-                    const floats e = exp_of(load(scores + from) * scale - log_sum[i]);
+                    const floats e = exp_of(load(scores + from) * scale - log_sum[i]);  // anything for unseen keys
                     const floats p = seen.only(e, begin + row + j, i, 0);
                     d[j] = p * (load(dweights + from) - mean[i]) * scale;
                     store(weights + to, p);

@@ -62,8 +62,10 @@ def cpu_has(what):
 @functools.cache
 def has_tiles():
     """Whether this CPU has AMX and the system lets the process use it, which must be asked for."""
+    if platform.system() != "Linux" or not cpu_has("amx_bf16"):
+        return False
     arch_prctl, permission, tiles = map(ctypes.c_long, (158, 0x1023, 18))  # ARCH_REQ_XCOMP_PERM of XTILEDATA
-    return cpu_has("amx_bf16") and ctypes.CDLL(None).syscall(arch_prctl, permission, tiles) == 0
+    return ctypes.CDLL(None).syscall(arch_prctl, permission, tiles) == 0
 
 
 def flags(kind):

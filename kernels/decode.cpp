@@ -32,7 +32,7 @@ namespace {
 struct Numbers {
     std::vector<float> space;
     float *first;
-    explicit Numbers(int64_t n) : space(n + 16) {
+    explicit Numbers(int64_t n) : space(n + 16) {  // a line is 16 numbers
         first = reinterpret_cast<float *>((reinterpret_cast<std::uintptr_t>(space.data()) + 63) / 64 * 64);
     }
     float *data() { return first; }

@@ -212,13 +212,11 @@ struct Window {
     }
 };
 
-int64_t filled_up(int64_t n) { return (n + 31) / 32 * 32; }
-
 // One matrix (rows, columns), in place
 void orthogonalize(float *numbers, int64_t rows, int64_t columns, const float *quintics, int64_t n) {
     const bool tall = rows > columns;
     const int64_t m = std::min(rows, columns), k = std::max(rows, columns);
-    Matrix x(filled_up(m), filled_up(k)), a(x.m, x.m), b(x.m, x.m);
+    Matrix x(filled_up(m, 32), filled_up(k, 32)), a(x.m, x.m), b(x.m, x.m);
     std::vector<Tile> packed(x.m * x.k / TILE);
 
     // singular values at most 1, where the iteration converges

@@ -26,6 +26,8 @@ typedef std::int32_t ints __attribute__((vector_size(4 * WIDTH)));
 typedef std::uint32_t words __attribute__((vector_size(4 * WIDTH)));
 typedef bf16 halves __attribute__((vector_size(2 * WIDTH)));
 
+inline int64_t filled_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
 inline float value(float w) { return w; }
 inline float value(bf16 w) {
     const std::uint32_t bits = std::uint32_t(w) << 16;
@@ -49,7 +51,7 @@ inline floats load(const bf16 *w) {
 }
 
 // e^x for x <= 0: 2^n times 2^f, with a polynomial that interpolates (2^f - 1) / f at Chebyshev's points of [0, 1].
-// Its relative error is 1.2e-7 down to x = -1, 1e-6 down to -16, 4e-6 down to -87, below which it is at most 1.2e-38
+// Its relative error is 1.2e-7 down to x = -1, 1e-6 down to -16, 4e-6 down to -87; for less, e^x is at most 1.2e-38
 inline floats exp_of(floats x) {
     floats t = x * 1.44269504f;
 #ifdef __AVX512F__
