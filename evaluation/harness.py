@@ -26,7 +26,6 @@ import logging
 import math
 import os
 import random
-import sys
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path

@@ -17,6 +17,7 @@ import ivme
 import prepare
 import race
 import sample
+import terminal
 import tinymemory
 import train
 from common import run_tool
@@ -89,7 +90,7 @@ def nothing_heavy(monkeypatch):
 
     monkeypatch.setattr(train, "train", make)
     monkeypatch.setattr(sample, "write_samples", lambda *args: 0)
-    monkeypatch.setattr(sample.Conversation, "go_on", lambda *args: 0)
+    monkeypatch.setattr(terminal.Conversation, "go_on", lambda *args: 0)
     monkeypatch.setattr(eval, "work", lambda measured: None)
     monkeypatch.setattr(eval, "compare", lambda *args: None)
     monkeypatch.setattr(export, "make_release", lambda *args: None)

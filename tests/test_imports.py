@@ -10,7 +10,7 @@ from conftest import ROOT
 # A module imports only modules from lines above its own, also inside its functions
 ORDER = [
     ["common"],
-    ["corpus.foreign", "corpus.chats", "corpus.catalogue", "corpus.samples", "machine", "report"],
+    ["corpus.foreign", "corpus.chats", "corpus.catalogue", "corpus.samples", "machine", "report", "terminal"],
     ["corpus.tokenizer"],
     ["corpus.files", "corpus.counts"],
     ["corpus.text"],

@@ -1,5 +1,5 @@
 """The configuration of an i3 in `transformers`: the fields of I3Config, under the same names."""
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 from transformers import PretrainedConfig
 
