@@ -163,8 +163,8 @@ def draw_replies(rows, sources, is_chat, bos, T, rng):
 def pack_replies(pairs, T, n_rows=None):
     """Rows of T positions that hold (context, reply) pairs of token arrays; only the tokens of replies are targets.
 
-    Returns x, y, reset as `fill_rows` does, and number, int64 (rows, T): i + 1 where the target is part of the reply of
-    pairs[i], else 0. A pair goes to the first row that has room; a context that is too long for a row loses its
+    Returns x, y, reset as `make_tensors` does, and number, int64 (rows, T): i + 1 where the target is part of the reply
+    of pairs[i], else 0. A pair goes to the first row that has room; a context that is too long for a row loses its
     beginning. n_rows: make this many rows, and leave out what finds no room in them.
     """
     pairs = [(context[max(0, len(context) + len(reply) - 1 - T):], reply) for context, reply in pairs]

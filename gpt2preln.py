@@ -96,7 +96,7 @@ def within_documents(reset, dtype):
         dtype = torch.get_autocast_dtype(device.type)
     # rows of a multiple of 8 numbers: CUDA's memory-efficient attention would copy other rows, again in every layer
     B, T = reset.shape
-    mask = torch.zeros(B, 1, T, -(-T // 8) * 8, dtype=dtype, device=device)[..., :T]
+    mask = torch.zeros(B, 1, T, math.ceil(T / 8) * 8, dtype=dtype, device=device)[..., :T]
     document = reset.cumsum(1)  # number of the document that each token belongs to
     later = torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
     unseen = (document[:, :, None] != document[:, None, :]) | later
@@ -206,9 +206,9 @@ class GPT2PreLN(nn.Module):
     def roles(self):
         """End of a parameter's name -> (role, rows of each map in a fused matrix).
 
-        Initialisation and train.py's optimizers both go by this table. A "matrix" is a linear map inside a block.
-        Muon orthogonalises each map alone and therefore needs the rows. AdamW trains "embedding", "head" and "vector",
-        without weight decay on vectors.
+        Each parameter must match exactly one end. Initialisation and train.py's optimizers both go by this table. A
+        "matrix" is a linear map inside a block. Muon orthogonalises each map alone and therefore needs the rows. AdamW
+        trains "embedding", "head" and "vector", without weight decay on vectors.
         """
         d = self.cfg.d_model
         table = {
@@ -333,7 +333,7 @@ def next_token(logits, text, temperature, top_k, top_p, repetition_penalty, gene
         logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
     if top_p is not None:
         p, order = logits.softmax(-1).sort(descending=True)
-        beyond = p.cumsum(-1) - p >= top_p
+        beyond = p.cumsum(-1) - p >= top_p  # where likelier tokens have that probability already
         beyond[:, 0] = False  # the likeliest token always stays
         logits.scatter_(1, order, logits.gather(1, order).masked_fill(beyond, -math.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)

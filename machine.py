@@ -91,8 +91,8 @@ def pick_device(device, dtype="auto", compile="auto", deterministic=False, local
     if dtype == "auto":
         dtype = "bfloat16" if fast_bf16 else "float32"
 
-    names = (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")
-    compiler = any(name and shutil.which(name) for name in names)
+    named = os.environ.get("CXX", "").split()[:1]  # of "ccache g++" the first word is the program
+    compiler = any(shutil.which(name) for name in (*named, "c++", "g++", "clang++", "cl"))
     if compile == "on" and device.type == "cpu" and not compiler:
         raise UserError("--compile=on needs a C++ compiler on a CPU, and none was found; --compile=off trains without")
     if device.type == "cpu" or deterministic:
@@ -256,7 +256,7 @@ def can_compile(on):
         return on.compiler
     from torch.utils._triton import has_triton
     headers = os.path.join(sysconfig.get_path("include"), "Python.h")
-    lacks = [what for what, is_here in (("a C compiler", on.compiler), (headers, os.path.exists(headers)),
+    lacks = [what for what, is_here in (("a C++ compiler", on.compiler), (headers, os.path.exists(headers)),
                                         ("a Triton for this GPU", has_triton())) if not is_here]
     if lacks:
         print(f"compile      torch.compile lacks {' and '.join(lacks)}, so training takes longer",

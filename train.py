@@ -32,7 +32,7 @@ from objective import Pretraining
 @dataclass(frozen=True)
 class Settings:
     model: str = "tinymemory"  # preset of an architecture file: tinymemory, ivme, i3, gpt2preln..., or one of your own
-    data: str = ""  # prepared folders, or names under data/: NAME or NAME:FACTOR,NAME:FACTOR; empty: the recipe's
+    data: str = ""  # folders, or names under data/, with commas; NAME:2 counts as twice as large; empty: the recipe's
     tokenizer: str = "bpe"  # tokenizer that a bare name in --data means: pydocs with hybrid is data/pydocs-hybrid
     out: str = ""  # folder of the run; empty: out/MODEL
     resume: bool = False  # go on with the run in --out from its ckpt.pt, with its recorded settings; =FOLDER, =latest
@@ -41,7 +41,7 @@ class Settings:
     decay_only: bool = False  # with --init_from: keep optimizer, EMA and place in the data, and run --decay_steps
 
     # batches
-    order: str = "random"  # random: windows of all sources; sequential: source after source; balanced: equal shares
+    order: str = "random"  # random: rows of all sources by size; sequential: in turn; balanced: equal shares
     pack: str = "stream"  # stream: windows of the token stream; document: whole documents, which do not see each other
     block_size: int = 256  # tokens in a training row; at most the model's context
     batch_tokens: int = 4096  # tokens in an optimizer step, over all processes
@@ -50,7 +50,7 @@ class Settings:
     max_steps: int = 600  # optimizer steps of the run
     epochs: float = 0.0  # in place of --max_steps: passes over the training data
     minutes: float = 0.0  # in place of --max_steps: minutes to train; steps, batch and warm-up are made to fit
-    word_boost: float = 1.0  # weight in the loss of target tokens of more than one character; 1: off
+    word_boost: float = 1.0  # weight in the loss of tokens that are longer than one character; 1: off
 
     # optimizer
     optimizer: str = "muon"  # muon: matrices of the blocks by Muon, all else by AdamW; adamw: everything by AdamW
@@ -67,12 +67,12 @@ class Settings:
 
     # evaluation, saving, showing
     eval_every: int = 100  # steps between evaluations; 0: only at the end
-    eval_tokens: int = 32_768  # validation tokens of each source in an evaluation, spread evenly; 0: all
+    eval_tokens: int = 32_768  # validation tokens of each source that an evaluation reads, from all over it; 0: all
     final_eval_tokens: int = 4_000_000  # the same for the last evaluation, of best.pt; 0: all
     eval_tasks: str = ""  # benchmarks to score at evaluations too, as eval.py's --tasks; empty: none
-    eval_limit: int = 100  # documents of each benchmark, and of each subtask if it has some, as blimp has 67; 0: all
+    eval_limit: int = 100  # documents of each benchmark, or of each of its subtasks (blimp has 67); 0: all
     tasks_dir: str = ""  # folder with the benchmarks' data, for machines without network
-    probes: str = ""  # probes to put at evaluations too: a JSON file as eval.py's, or "card" for the four of the card
+    probes: str = ""  # prompts to try at evaluations: a JSON file as eval.py's, or "card" for the four of the card
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     keep_every: int = 0  # steps between checkpoints that stay, as step_N.pt; 0: none
     log_every: int = 10  # steps between rows of metrics.jsonl and lines of the log
@@ -129,7 +129,7 @@ class Muon:
         self.names = [name for name, _, _ in matrices]
         self.params = [p for _, p, _ in matrices]
         self.momentum, self.weight_decay, self.dtype = momentum, weight_decay, dtype
-        self.orthogonalize = orthogonalize
+        self.orthogonalize = orthogonalize  # Optimizers may put a compiled one in its place
         self.buffers = [torch.zeros_like(p) for p in self.params]
         self.stacks = {}  # (rows, columns) -> [(index of the parameter, first row)]
         for i, (name, p, parts) in enumerate(matrices):
@@ -237,7 +237,9 @@ class Optimizers:
         # Newton-Schulz needs few digits, so it runs in bf16 if the model does
         self.matrix = MATRIX_OPTIMIZERS[self.name](matrices, s.weight_decay, dtype) if matrices else None
         if isinstance(self.matrix, Muon):
-            self.matrix.orthogonalize = machine.quick_orthogonalize(s, self.matrix) or orthogonalize
+            quick = machine.quick_orthogonalize(s, self.matrix)  # compiled code for this CPU, or None
+            if quick is not None:
+                self.matrix.orthogonalize = quick
         self.adamw = AdamW([(decayed, s.weight_decay), (vectors, 0.0)])
 
     def step(self, factor):
@@ -265,7 +267,7 @@ class Optimizers:
 def wsd(step, s):
     """Warm-up, stable, decay (arXiv 2405.18392): 1, then linear to final_lr_fraction.
 
-    final_lr_fraction is what a further step would have, so that none is spent on a rate of 0.
+    The line would reach final_lr_fraction one step after the last, so that no step is spent on a rate of 0.
     """
     decay_steps = s.decay_steps or round(s.decay_fraction * s.max_steps)
     left = min(1.0, (s.max_steps - step) / max(1, decay_steps))
@@ -334,13 +336,17 @@ def clip_gradients(params, largest):
         if p.grad is None:  # the loss does not depend on it, and the optimizers need a gradient of each
             p.grad = torch.zeros_like(p)
     norm = torch.nn.utils.get_total_norm([p.grad for p in params], foreach=True)
-    if largest and (norm.is_cuda or norm > largest):  # to ask a GPU here would be to wait for it
+    if largest and (norm.is_cuda or norm > largest):  # comparing would wait for the GPU; there it may scale by 1
         torch.nn.utils.clip_grads_with_norm_(params, largest, norm, foreach=True)
     return float(norm)
 
 
 class Trainer:
-    """The model, what trains it, and the run's folder; and what is done with all of them: save, measure, finish."""
+    """A run: it holds the model, the optimizers, the weights' average and the folder, and it saves and measures.
+
+    plan: run.Plan, which settings, and which checkpoint to start from. task: objective.Pretraining or what finetune.py
+    has in its place, the batches and the loss. world: machine.World, the processes. on: machine.Device.
+    """
 
     def __init__(self, plan, task, world, on):
         self.plan, self.task, self.world, self.on = plan, task, world, on
@@ -348,9 +354,9 @@ class Trainer:
         torch.manual_seed(s.seed)
         self.model = run.make_model(plan.module, plan.cfg)
         if plan.start:
-            # a run that continues goes on from the raw weights, a new one starts from those that won
-            won = plan.start["use_ema"] and not plan.continues
-            run.load_weights(self.model, plan.start, won, plan.start_path)
+            # a run that continues goes on from the raw weights, a new one starts from the better ones
+            use_ema = plan.start["use_ema"] and not plan.continues
+            run.load_weights(self.model, plan.start, use_ema, plan.start_path)
         if s.grad_checkpoint:
             machine.checkpoint_blocks(self.model)
         run.on_device(self.model, on.device)
@@ -362,6 +368,7 @@ class Trainer:
         torch.manual_seed(s.seed + world.rank)  # dropout, if a fork has any, differs between processes
         if plan.continues:
             self.go_on(plan.start)
+        # the model as the loop calls it, compiled or distributed, and a word for the log that says which
         self.net, self.how = machine.make_net(self.model, s, on, world)
         self.folder = runfolder.RunFolder(s.out, world)
         self.progress = self.folder.progress
@@ -398,7 +405,8 @@ class Trainer:
     def begin(self):
         """Makes the folder and tells what the run is. Fine-tuning is measured before its first step too."""
         resumed_at = self.state.step if self.plan.kind == "resumed" else None
-        here = dict(chip=self.on.chip, processes=self.world.size, dtype=str(self.on.dtype)[6:], torch=torch.__version__)
+        dtype = str(self.on.dtype).removeprefix("torch.")
+        here = dict(chip=self.on.chip, processes=self.world.size, dtype=dtype, torch=torch.__version__)
         self.folder.begin(self.s, self.plan.cfg, self.task.tokenizer_text, here, resumed_at)
         self.world.barrier()
         for line in report.run_lines(self):
@@ -452,7 +460,9 @@ class Trainer:
         if is_best:
             state.best_loss, state.best_step = loss, state.step
         line = report.evaluation_line(row, self.task.measured, winner)
-        self.progress.done(line + "  best" if is_best else line)
+        if is_best:
+            line += "  best"
+        self.progress.done(line)
         if is_best:
             self.save("best.pt")
             stays = s.keep_every and state.step % s.keep_every == 0
@@ -500,6 +510,11 @@ def loop(trainer, stop):
     flop_per_step = model.flops_per_token(task.T) * s.batch_tokens * (1 + task.extra_rows) / world.size
     peak = machine.peak_flops(on.chip, on.dtype)
     pace = machine.Pace(state)
+
+    def is_due(every):
+        """Whether this step is one of those in which something is done every so many steps; 0: never."""
+        return every > 0 and state.step % every == 0
+
     while state.step < s.max_steps:
         # forward and backward, in micro-batches whose losses add up to the step's
         batch, loss = task.next_batch(state.step), torch.zeros((), device=on.device)
@@ -507,7 +522,7 @@ def loop(trainer, stop):
             with machine.gradients_stay_here(net, last=micro is batch.micros[-1]):
                 with on.autocast():
                     part = task.loss(net, micro)
-                (part * world.size).backward()  # DDP takes the mean over the processes, and this is a sum
+                (part * world.size).backward()  # the parts add up to the loss, but DDP takes the processes' mean
             loss += part.detach()
 
         # the update
@@ -535,14 +550,14 @@ def loop(trainer, stop):
 
         # evaluate, save, sample
         with pace.paused():
-            if is_last or s.eval_every and state.step % s.eval_every == 0:
+            if is_last or is_due(s.eval_every):
                 trainer.evaluate()
-            if is_last or stopping or s.save_every and state.step % s.save_every == 0:
+            if is_last or stopping or is_due(s.save_every):
                 trainer.save("ckpt.pt")
                 state.saved_step = state.step
-            if s.keep_every and state.step % s.keep_every == 0:
+            if is_due(s.keep_every):
                 trainer.save(f"step_{state.step}.pt")
-            if s.sample_every and state.step % s.sample_every == 0 and not is_last and world.is_main:
+            if is_due(s.sample_every) and not is_last and world.is_main:
                 trainer.show_sample()
         if stopping and not is_last:
             return False
@@ -558,8 +573,8 @@ def train(plan, make_task=Pretraining):
         during.check(s)
     with world.joined(on.device), lasting_output():
         task = make_task(plan, world, on)
-        if s.minutes and (not s.resume or "minutes" in plan.given):
-            print(minutes.settle(plan, task, world, on, Optimizers))
+        if s.minutes and (not s.resume or "minutes" in plan.given):  # a resumed run keeps the steps that were found
+            print(minutes.settle(plan, task, world, on, Optimizers))  # it puts steps and batch into plan.settings
             task = make_task(plan, world, on)
         trainer = Trainer(plan, task, world, on)
         trainer.begin()

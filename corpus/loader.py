@@ -2,7 +2,7 @@
 
 A prepared folder holds token files, one pair for each source of text. `TokenSource` maps a pair into memory. `Loader`
 deals out training rows from all sources. A row of T positions consists of pieces, (first token, number of positions),
-of one source; `fill_rows` makes inputs and targets of them. There are two kinds of rows:
+of one source; `make_tensors` makes inputs and targets of them. There are two kinds of rows:
 
     --pack=stream     a row is one window of T + 1 tokens, cut from the stream without looking at documents
     --pack=document   a row holds whole documents, which do not see each other; see `document_rows`
@@ -39,7 +39,7 @@ class TokenSource:
         if "mask" in entry["train"]:
             self.train_mask = read_tokens(folder / entry["train"]["mask"]["file"], "uint8")
             self.val_mask = read_tokens(folder / entry["val"]["mask"]["file"], "uint8")
-        self.packed = {}  # (T, frame) -> what validation_rows found
+        self.validation_cache = {}  # (T, frame) -> what validation_rows found
 
     @property
     def is_chat(self):
@@ -48,18 +48,19 @@ class TokenSource:
     def validation_rows(self, T, frame=None):
         """The validation text in rows of T positions, the same every time: (number of rows, their targets, row).
 
-        row(k) gives the pieces of row number k. frame: see `Loader`.
+        row(k) gives the pieces of row number k. frame: (bos, eos) to pack whole documents, None for windows.
         """
-        if (T, frame) not in self.packed:
+        found = self.validation_cache
+        if (T, frame) not in found:
             if frame is None:
                 targets = max(len(self.val) - 1, 0)
                 n_rows = math.ceil(targets / T)
-                self.packed[T, frame] = n_rows, targets, lambda k: [(T * k, min(T, targets - T * k))]
+                found[T, frame] = n_rows, targets, lambda k: [(T * k, min(T, targets - T * k))]
             else:
                 first, pieces = document_rows(document_edges(self.val, *frame), T)
                 targets = int(pieces[:, 1].sum())
-                self.packed[T, frame] = len(first) - 1, targets, lambda k: pieces[first[k]:first[k + 1]].tolist()
-        return self.packed[T, frame]
+                found[T, frame] = len(first) - 1, targets, lambda k: pieces[first[k]:first[k + 1]].tolist()
+        return found[T, frame]
 
     def spread_rows(self, tokens, T, frame=None):
         """Validation rows with about `tokens` targets, spread evenly over the text; all of them if `tokens` is 0.
@@ -107,20 +108,21 @@ def cut_documents(edges, T, rng=None):
     becomes pieces of T and a shorter one. The shorter one is the last or, with rng, any of them, so that the cuts
     differ between epochs.
     """
+    # of each document
     positions = np.diff(edges) - 1
-    n_pieces = -(-positions // T)  # of each document, rounded up
-    document = np.repeat(np.arange(len(n_pieces)), n_pieces)  # which document a piece belongs to
-    i = np.arange(len(document)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)  # a piece's number within it
-    rest = (positions - T * (n_pieces - 1))[document]  # length of the document's shorter piece
+    n_pieces = -(-positions // T)  # rounded up; 0 for a document of one token
+    short = n_pieces - 1  # which of its pieces is the shorter one: the last ...
+    if rng is not None:
+        short = rng.integers(np.maximum(n_pieces, 1))  # ... or any
+    missing = T * n_pieces - positions  # what the shorter piece lacks
+    pieces_before = np.cumsum(n_pieces) - n_pieces  # in the documents before it
 
-    if rng is None:
-        short = n_pieces - 1
-    else:
-        short = rng.integers(np.maximum(n_pieces, 1))
-    short = short[document]
-    length = np.where(i == short, rest, T)
-    start = edges[document] + T * i
-    start -= (T - rest) * (i > short)  # pieces after the shorter one begin earlier by what it lacks
+    # of each piece
+    document = np.repeat(np.arange(len(n_pieces)), n_pieces)  # the document that it belongs to
+    number = np.arange(len(document)) - pieces_before[document]  # its number within that document
+    length = np.where(number == short[document], T - missing[document], T)
+    start = edges[document] + T * number
+    start = np.where(number > short[document], start - missing[document], start)  # behind the shorter one
     return start, length
 
 
@@ -131,21 +133,22 @@ def best_fit(lengths, T):
     """
     row_of, n_rows = [], 0
     rows_with = [[] for _ in range(T + 1)]  # rows_with[r]: the rows that have r positions left
-    lefts = 0  # bit r is set if rows_with[r] is not empty, so that the search below is one operation
+    rooms = 0  # bit r is set if rows_with[r] is not empty: the search below is then one operation
     for n in lengths:
-        fitting = lefts >> n
-        if fitting:
-            left = n + (fitting & -fitting).bit_length() - 1  # the least room that is enough
-            row = rows_with[left].pop()
-            if not rows_with[left]:
-                lefts ^= 1 << left
+        enough = rooms >> n  # whose bit 0 stands for a room of n
+        if enough:
+            lowest = enough & -enough  # only the lowest bit that is set
+            room = n + lowest.bit_length() - 1  # the least room that is enough
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                rooms ^= 1 << room
         else:
-            row, left = n_rows, T
+            row, room = n_rows, T
             n_rows += 1
         row_of.append(row)
-        if left > n:
-            rows_with[left - n].append(row)
-            lefts |= 1 << (left - n)
+        if room > n:
+            rows_with[room - n].append(row)
+            rooms |= 1 << (room - n)
     return row_of, n_rows
 
 
@@ -169,21 +172,21 @@ def document_rows(edges, T, rng=None):
 
 
 def fill_rows(tokens, rows, T):
-    """Rows, each a list of pieces of `tokens`, as (inputs, targets, reset), torch tensors of shape (rows, T).
+    """`make_tensors` for rows of one token array. rows: the pieces of each row."""
+    return make_tensors([(tokens, pieces) for pieces in rows], T)
+
+
+def row_tensors(sources, rows, T):
+    """`make_tensors` for rows of the training text: (number of the source, pieces) each."""
+    return make_tensors([(sources[i].train, pieces) for i, pieces in rows], T)
+
+
+def make_tensors(rows, T):
+    """Rows, (token array, pieces) each -> (inputs, targets, reset), torch tensors of shape (rows, T).
 
     Inputs and targets are int64; a target is -1 where it does not count. reset is bool: true where a piece begins and
     where the padding begins.
     """
-    return rows_of([(tokens, pieces) for pieces in rows], T)
-
-
-def row_tensors(sources, rows, T):
-    """Rows as (number of the source, pieces) -> (inputs, targets, reset), see `fill_rows`."""
-    return rows_of([(sources[i].train, pieces) for i, pieces in rows], T)
-
-
-def rows_of(rows, T):
-    """The same of rows as (tokens, pieces of them)."""
     x = np.zeros((len(rows), T), np.int64)
     y = np.full((len(rows), T), -1, np.int64)
     reset = np.zeros((len(rows), T), bool)
@@ -224,7 +227,7 @@ class Loader:
         self.sources, self.order, self.T, self.seed = sources, order, T, seed
         self.frame, self.first_number = frame, first_number
         self.taken = [0] * len(sources)  # rows that each source has given
-        self.dealt = {}  # source -> (epoch, row): see deal()
+        self.current = {}  # number of a source -> (its epoch, the rows of that epoch): see shuffled()
 
         # how many rows an epoch of each source has, and which part of them is text and not padding
         self.edges = [None if frame is None else document_edges(s.train, *frame) for s in sources]
@@ -259,15 +262,16 @@ class Loader:
         """Fraction of the positions of source number i that hold a token; the rest is padding."""
         if self.edges[i] is None:
             return 1.0
-        n_documents = len(self.edges[i]) - 1
+        n_documents = len(self.edges[i]) - 1  # the last token of each is no input, so it fills no position
         return (len(self.sources[i].train) - n_documents) / (self.per_epoch[i] * self.T)
 
     def set_length(self, total_rows):
         """Says how many rows the run takes. "sequential" gives each source its turn accordingly."""
+        # after how many rows of the run each source's turn is over
         self.turn_ends = np.round(np.cumsum(self.row_share) * total_rows)
 
-    def deal(self, i, epoch):
-        """The rows of source number i in this epoch, as a function: number of a row -> its pieces."""
+    def shuffled(self, i, epoch):
+        """The rows of source number i in the order of this epoch, as a function: number of a row -> its pieces."""
         rng = np.random.default_rng([self.seed, self.first_number + i, epoch])
         n = self.per_epoch[i]
         if self.edges[i] is None:
@@ -286,19 +290,21 @@ class Loader:
             i = int(np.searchsorted(self.turn_ends, sum(self.taken), side="right"))
             i = min(i, len(self.sources) - 1)
         elif len(self.sources) > 1:
-            i = int(np.argmin((np.array(self.taken) + 0.5) / self.row_share))
+            due = (np.array(self.taken) + 0.5) / self.row_share  # when, in rows of the run, each one's next row is due
+            i = int(np.argmin(due))
         epoch, k = divmod(self.taken[i], self.per_epoch[i])
-        if i not in self.dealt or self.dealt[i][0] != epoch:
-            self.dealt[i] = epoch, self.deal(i, epoch)
+        if i not in self.current or self.current[i][0] != epoch:
+            self.current[i] = epoch, self.shuffled(i, epoch)
+        _, pieces_of = self.current[i]
         self.taken[i] += 1
-        return i, self.dealt[i][1](k)
+        return i, pieces_of(k)
 
     def next_rows(self, n):
         """The next n rows, as `next_row` gives them."""
         return [self.next_row() for _ in range(n)]
 
     def tensors(self, rows):
-        """Rows as `next_row` gives them -> (inputs, targets, reset), see `fill_rows`; reset is None for windows."""
+        """Rows as `next_row` gives them -> (inputs, targets, reset), see `make_tensors`; reset is None for windows."""
         x, y, reset = row_tensors(self.sources, rows, self.T)
         return x, y, None if self.frame is None else reset
 
@@ -310,13 +316,17 @@ class Loader:
         return state
 
     def load_state_dict(self, state):
-        """Goes on where the loader of `state` was, or at the same part of each epoch if its rows had another length."""
-        before = state.get("per_epoch", self.per_epoch)  # the first checkpoints of this format lack it
-        self.taken = [taken if n == m else round(taken * n / m)
-                      for taken, n, m in zip(state["taken"], self.per_epoch, before)]
+        """Goes on where the loader that gave `state` was.
 
-        # a run that has become longer or shorter is in the turn where it was, and what is left of the turns changes
-        if self.order == "sequential" and "turn_ends" in state and self.per_epoch == before:
-            ends, here = np.array(state["turn_ends"]), sum(self.taken)
-            stretch = (self.turn_ends[-1] - here) / max(1, ends[-1] - here)
-            self.turn_ends = np.where(ends <= here, ends, np.round(here + (ends - here) * stretch))
+        If the length of rows has changed, so has their number: each source then goes on at the same part of its epoch.
+        """
+        old_per_epoch = state.get("per_epoch", self.per_epoch)  # the first checkpoints of this format lack it
+        self.taken = []
+        for taken, old, new in zip(state["taken"], old_per_epoch, self.per_epoch):
+            self.taken.append(taken if new == old else round(taken * new / old))
+
+        # in a run that has become longer or shorter, turns that are over stay, and what is left of the others stretches
+        if self.order == "sequential" and "turn_ends" in state and self.per_epoch == old_per_epoch:
+            old_ends, now = np.array(state["turn_ends"]), sum(self.taken)
+            stretch = (self.turn_ends[-1] - now) / max(1, old_ends[-1] - now)
+            self.turn_ends = np.where(old_ends <= now, old_ends, np.round(now + (old_ends - now) * stretch))

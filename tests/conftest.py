@@ -186,7 +186,8 @@ class FakeSource(TokenSource):
     """A source whose tokens are in memory."""
 
     def __init__(self, tokens, weight=1.0, budget=None, val=(), name="s"):
-        self.name, self.language, self.kind, self.fingerprint, self.packed = name, "en", "code", [name, ""], {}
+        self.name, self.language, self.kind, self.fingerprint = name, "en", "code", [name, ""]
+        self.validation_cache = {}
         self.train, self.val = np.asarray(tokens), np.asarray(val)
         self.train_mask = self.val_mask = None
         self.weight, self.budget = weight, budget or len(tokens)

@@ -1,5 +1,5 @@
 """The configuration of an i3 in `transformers`: the fields of I3Config, under the same names."""
-from dataclasses import fields
+from dataclasses import dataclass, fields  # dataclass: for I3Config, whose text replaces the import below
 
 from transformers import PretrainedConfig
 
