@@ -16,10 +16,14 @@ import re
 import shlex
 import shutil
 import stat
+import subprocess
 import sys
 import time
 from fractions import Fraction
 from pathlib import Path
+
+
+WINDOWS = os.name == "nt"
 
 
 class UserError(Exception):
@@ -54,7 +58,7 @@ def yes_or_no(text):
 
 def quoted(value):
     """The value as a shell takes it for one word, for commands that are printed to be pasted."""
-    return shlex.quote(str(value))
+    return subprocess.list2cmdline([str(value)]) if WINDOWS else shlex.quote(str(value))
 
 
 def nearest(word, words):
@@ -168,6 +172,8 @@ def run_tool(main):
     for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace"), (sys.stdin, "replace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
+            if WINDOWS and not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
+                stream.reconfigure(encoding="utf-8")  # as files have it; Windows would take its old code page
     try:
         if sys.version_info < (3, 11):
             raise UserError(f"this needs Python 3.11 or newer, and {sys.executable} is {platform.python_version()}")
@@ -188,7 +194,7 @@ def told(error):
     if isinstance(error, KeyboardInterrupt):
         print(f"\n{tool}: stopped", file=sys.stderr)
         return 130
-    if isinstance(error, BrokenPipeError):  # `... | head` closed the pipe
+    if is_closed_pipe(error):  # by `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if isinstance(error, (UserError, argparse.ArgumentTypeError)):
@@ -207,10 +213,19 @@ def told(error):
     return 2
 
 
+def is_closed_pipe(error):
+    """Whether this is the system's way to say that nobody reads the output; Windows calls it an invalid argument."""
+    if WINDOWS and isinstance(error, OSError) and error.errno == errno.EINVAL:
+        return not error.filename
+    return isinstance(error, BrokenPipeError)
+
+
 def is_out_of_memory(error):
     """Whether this is Python's, a CPU's or a GPU's way to say so, in torch's words, which need not be loaded here."""
-    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            or isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("can't allocate memory", "not enough memory", "out of memory")  # Linux, Windows, a GPU
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in words)
 
 
 # ---------------------------------------------------------------------------------------------------- the terminal
@@ -234,7 +249,8 @@ class LastingOutput:
 
     It stands in the place of sys.stdout. What is written afterwards is lost.
     """
-    LOST = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    LOST = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
+            *([errno.EINVAL] if WINDOWS else []))  # Windows' word for a closed pipe
 
     def __init__(self, stream):
         self.stream = stream
@@ -271,6 +287,8 @@ class Progress:
     def __init__(self):
         self.live = sys.stdout.isatty()
         self.shown_at = 0.0
+        if self.live and WINDOWS:
+            os.system("")  # after it an old console understands the code that clears a line
 
     def show(self, text):
         """Replaces the line, ten times a second at most."""
@@ -307,14 +325,28 @@ def lock(path):
     """
     file = open(path, "a")
     try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except (ImportError, OSError):
+        if WINDOWS:
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if isinstance(e, PermissionError if WINDOWS else BlockingIOError):
+            file.close()
+            return None
+    except ImportError:
         pass
     return file
+
+
+def replace(new, old):
+    """os.replace, for which Windows has to wait until nobody reads the old file: a virus scanner, or sample.py."""
+    for _ in range(20 if WINDOWS else 0):
+        with contextlib.suppress(PermissionError):
+            return os.replace(new, old)
+        time.sleep(0.1)
+    os.replace(new, old)
 
 
 @contextlib.contextmanager
@@ -332,7 +364,7 @@ def replacing(path):
             yield f
             f.flush()
             os.fsync(f.fileno())  # without it the rename can reach the disk before the contents
-        os.replace(part, path)
+        replace(part, path)
     except OSError:  # a full disk needs the room
         with contextlib.suppress(OSError):
             part.unlink()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 
-from common import UserError, told
+from common import UserError, is_out_of_memory, told
 
 # ---------------------------------------------------------------------------------------------------- the device
 
@@ -41,7 +41,7 @@ class Device:
     """What a run computes on."""
     device: torch.device
     dtype: torch.dtype  # compute type: bfloat16 (by autocast) or float32
-    compiler: bool  # whether there is a C++ compiler, which torch.compile needs on a CPU
+    compiler: bool  # whether torch.compile finds the compiler that it needs: of C++ on a CPU, of C on a GPU
 
     def autocast(self):
         if self.dtype == torch.bfloat16:
@@ -52,6 +52,8 @@ class Device:
     def chip(self):
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
+        if self.device.type == "mps":
+            return torch.backends.mps.get_name()
         return f"{torch.get_num_threads()} threads"
 
 
@@ -76,7 +78,19 @@ def find_device(name, local_rank=0):
             raise UserError(f"there is no device cuda:{index}: this machine has {torch.cuda.device_count()}")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+        check_runs(device)
     return device
+
+
+def check_runs(device):
+    """UserError if this build of torch has no code for the GPU, as the usual one has none for a P100."""
+    try:
+        torch.zeros(1, device=device).add_(1)
+    except RuntimeError as e:
+        if is_out_of_memory(e):
+            raise
+        raise UserError(f"torch {torch.__version__} does not run on {torch.cuda.get_device_name(device)}: "
+                        f"{str(e).splitlines()[0]}; see TROUBLESHOOTING.md, or use --device=cpu") from None
 
 
 def pick_device(device, dtype="auto", compile="auto", deterministic=False, local_rank=0):
@@ -91,10 +105,14 @@ def pick_device(device, dtype="auto", compile="auto", deterministic=False, local
     if dtype == "auto":
         dtype = "bfloat16" if fast_bf16 else "float32"
 
-    named = os.environ.get("CXX", "").split()[:1]  # of "ccache g++" the first word is the program
-    compiler = any(shutil.which(name) for name in (*named, "c++", "g++", "clang++", "cl"))
+    if device.type == "cuda":
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang", "cl"]
+    else:  # torch takes the system's own, and CXX must be a single word
+        names = [os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")]
+    compiler = any(map(shutil.which, names))
     if compile == "on" and device.type == "cpu" and not compiler:
-        raise UserError("--compile=on needs a C++ compiler on a CPU, and none was found; --compile=off trains without")
+        raise UserError(f"--compile=on needs a C++ compiler on a CPU, and there is no {names[0]}; --compile=off trains "
+                        "without")
     if device.type == "cpu" or deterministic:
         # without this, compiled CPU code was seen to differ from run to run
         torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would load the compiler: a second
@@ -256,7 +274,7 @@ def can_compile(on):
         return on.compiler
     from torch.utils._triton import has_triton
     headers = os.path.join(sysconfig.get_path("include"), "Python.h")
-    lacks = [what for what, is_here in (("a C++ compiler", on.compiler), (headers, os.path.exists(headers)),
+    lacks = [what for what, is_here in (("a C compiler", on.compiler), (headers, os.path.exists(headers)),
                                         ("a Triton for this GPU", has_triton())) if not is_here]
     if lacks:
         print(f"compile      torch.compile lacks {' and '.join(lacks)}, so training takes longer",
@@ -293,7 +311,7 @@ class StopSignals:
 
     def __enter__(self):
         self.asked = False
-        numbers = [signal.SIGINT, signal.SIGTERM]
+        numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if hasattr(signal, "SIGBREAK") else [])]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
         self.previous = {number: signal.signal(number, self.on_signal) for number in numbers}

@@ -90,7 +90,7 @@ def measured(plan, task, world, on, make_optimizers, steps=0, micro_rows=0):
             loss.backward()
 
     def update():
-        torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizers.step(0.0)
         torch._foreach_lerp_([p.detach().clone() for p in params], params, 0.1)
 

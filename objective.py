@@ -83,7 +83,7 @@ class Pretraining:
         self.s = self.settled(s)  # --epochs needs the number of rows, which the loader has counted
         self.loader.set_length(self.s.max_steps * self.rows)
         self.place = None  # the loader's state behind the step's rows, which a checkpoint keeps
-        self.reads_ahead = on.device.type == "cuda"
+        self.reads_ahead = self.is_pinned = on.device.type == "cuda"
         self.reader, self.ahead = ThreadPoolExecutor(1), None
 
     def measured_sources(self):
@@ -125,7 +125,7 @@ class Pretraining:
     def read(self):
         rows = self.loader.next_rows(self.rows)
         tensors = self.loader.tensors(rows[self.world.rank::self.world.size])
-        if self.on.device.type == "cuda":  # from pinned memory a copy needs nobody to wait for it
+        if self.is_pinned:  # from pinned memory a copy needs nobody to wait for it
             tensors = [x if x is None else x.pin_memory() for x in tensors]
         return rows, tensors, self.loader.state_dict()
 
@@ -142,7 +142,7 @@ class Pretraining:
         micros = []
         for i in range(0, len(x), self.micro):
             part = slice(i, i + self.micro)
-            moved = [None if t is None else t[part].to(self.on.device, non_blocking=True)
+            moved = [None if t is None else t[part].to(self.on.device, non_blocking=self.is_pinned)
                      for t in (x, y, reset, None if self.boost is None else weights)]
             micros.append(Micro(*moved, share=float(weights[part].sum()) / whole))
         self.nats = torch.zeros((), device=self.on.device)

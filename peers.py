@@ -63,7 +63,7 @@ def peer(build):
                 with on.autocast():
                     loss = loss_of(x, y)
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
+                torch.nn.utils.clip_grad_norm_(params, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
             return step

@@ -35,12 +35,11 @@ import dataclasses
 import hashlib
 import itertools
 import os
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from common import Progress, UserError, nearest, parse_flags, run_tool
+from common import Progress, UserError, nearest, parse_flags, quoted, run_tool
 from corpus.catalogue import HUB, MIXES, list_table
 from corpus.chats import chat_ids
 from corpus.describe import is_reused, show
@@ -333,12 +332,12 @@ def next_command(folder, meta, s):
     For a new tokenizer: train the model whose default tokenizer this is. For the tokenizer of an existing model: go on
     training that model, with finetune.py if there are chats.
     """
-    data = shlex.quote(f"--data={folder}")
+    data = quoted(f"--data={folder}")
     if is_reused(meta):
         chats = any("mask" in source["train"] for source in meta["sources"])
         tool = "finetune.py" if chats else "train.py"
         checkpoint = s.tokenizer if s.tokenizer.endswith(".pt") else "CHECKPOINT"
-        return f"python {tool} {shlex.quote(f'--init_from={checkpoint}')} {data}"
+        return f"python {tool} {quoted(f'--init_from={checkpoint}')} {data}"
 
     kind, vocab_size = meta["settings"]["tokenizer"], meta["settings"]["vocab_size"]
     if (kind, vocab_size) == ("bpe", 32_000):

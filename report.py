@@ -4,7 +4,6 @@ A result of an evaluation is a nested dict, {"loss": {"mixed": x, "language": {.
 the same}; fine-tuning adds "base" beside "mixed", and relevance_accuracy and relevance_gap beside "loss". `results` are
 those of the raw and the averaged weights, {"raw": result, "ema": result}.
 """
-import lzma
 import math
 import os
 from pathlib import Path
@@ -205,7 +204,12 @@ def best_validation(result, sources, **about):
 
 
 def xz_bits_per_byte(sources, tokenizer, limit=8_000_000):
-    """What `xz -9` needs for the validation text: a language model is a compressor too. None above `limit` bytes."""
+    """What `xz -9` needs for the validation text: a language model is a compressor too. None above `limit` bytes, and
+    if this Python was built without xz."""
+    try:
+        import lzma
+    except ImportError:
+        return None
     if sum(len(source.val) for source in sources) > limit:  # a token is at least a byte, nearly always more
         return None
     text = "".join(tokenizer.decode(source.val.tolist()) for source in sources).encode()

@@ -12,12 +12,13 @@ import signal
 import sys
 from pathlib import Path
 
-from common import replacing
+from common import WINDOWS, replacing
 
-COMMANDS = """/reset         begins a new chat
-/save [FILE]   adds this chat to FILE (chats.jsonl), a line {"messages": [...]} that prepare.py reads
+END = "Ctrl-Z and Enter" if WINDOWS else "Ctrl-D"
+COMMANDS = f"""/reset         begins a new chat
+/save [FILE]   adds this chat to FILE (chats.jsonl), a line {{"messages": [...]}} that prepare.py reads
 /help          this list
-/exit          ends, as Ctrl-D does. Ctrl-C ends a reply
+/exit          ends, as {END} does. Ctrl-C ends a reply
 A line that ends with a backslash goes on in the next."""
 
 
@@ -88,7 +89,7 @@ class Conversation:
         if self.live:
             with contextlib.suppress(ImportError):
                 importlib.import_module("readline")  # history and editing of the line, if the system has it
-            note("Ctrl-D ends the chat, /help lists the commands")
+            note(f"{END} ends the chat, /help lists the commands")
         elif isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(encoding="utf-8", errors="replace")
 

@@ -335,9 +335,9 @@ def clip_gradients(params, largest):
     for p in params:
         if p.grad is None:  # the loss does not depend on it, and the optimizers need a gradient of each
             p.grad = torch.zeros_like(p)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params], foreach=True)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     if largest and (norm.is_cuda or norm > largest):  # comparing would wait for the GPU; there it may scale by 1
-        torch.nn.utils.clip_grads_with_norm_(params, largest, norm, foreach=True)
+        torch.nn.utils.clip_grads_with_norm_(params, largest, norm)
     return float(norm)
 
 

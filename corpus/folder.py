@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import Progress, UserError, lock
+from common import WINDOWS, Progress, UserError, lock
 from corpus.files import suffix_of
 from corpus.text import SKIPPED, Document, Seen, split_label
 from corpus.tokenizer import DEFAULT_VOCAB, READY, TRAINERS
@@ -235,7 +235,7 @@ def alone(folder, tool="prepare.py"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = lock(path)
-            if file is not None and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            if file is not None and (WINDOWS or os.path.samestat(os.fstat(file.fileno()), os.stat(path))):
                 break
         except FileNotFoundError:  # the other one has just removed the lock, or an empty folder
             vanished += 1
@@ -248,8 +248,13 @@ def alone(folder, tool="prepare.py"):
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        file.close()
+        if WINDOWS:  # which does not remove an open file, so nobody else can have one of this name
+            file.close()
+            with contextlib.suppress(OSError):  # somebody else has opened it meanwhile
+                path.unlink()
+        else:
+            path.unlink(missing_ok=True)
+            file.close()
         for parent in new:
             with contextlib.suppress(OSError):  # it is not empty
                 parent.rmdir()

@@ -233,7 +233,7 @@ class HubReader:
     def __init__(self, source, wanted, state=None):
         self.name, self.spec, self.seed = source.name, source.hub, source.seed
         self.where = location(self.spec.repo, source.revision, source.folder)
-        self.root = str(source.folder.resolve()) + "/" if source.folder else f"@{source.revision}/"
+        self.root = source.folder.resolve().as_posix() + "/" if source.folder else f"@{source.revision}/"
         self.wanted = wanted
         self.block_characters = min(self.BLOCK_CHARACTERS, wanted.least or math.inf)
         self.opened = {}  # number of a configuration -> what open() gives

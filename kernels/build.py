@@ -104,8 +104,8 @@ def library(kind):
         raise CannotBuild(f"there is no C++ compiler ({compiler})")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with only_one(root / ".selective_scan.lock"):
-            for left in root.glob(f"{BUILDING}*"):  # by a process that was killed
+        with only_one(root / ".selective_scan.lock") as alone:
+            for left in root.glob(f"{BUILDING}*") if alone else ():  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             if not path.exists():  # else another process has built it meanwhile
                 compile_into(path, kind, *flags(kind))
@@ -137,11 +137,16 @@ def digest(kind, cxx, nvcc):
 
 @contextlib.contextmanager
 def only_one(path):
-    """Lets one process in at a time. The system drops the lock when a process dies, so none can be left behind."""
+    """Lets one process in at a time, and gives True; False on a disk without locks, as some network's, where all go in.
+    The system drops the lock when a process dies, so none can be left behind."""
     import fcntl
     with open(path, "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
 
 
 def say(text, end="\n"):
