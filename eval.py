@@ -2,8 +2,9 @@
 its scores on benchmarks; --bundle=DIR, its behaviour too. `python eval.py --compare A.pt B.pt` ranks checkpoints.
 
 Losses    of each source, language and kind of the data that it was trained on, or of --data, over whole validation
-          files. A window of --context positions moves over the text in steps of --stride. A fine-tuned checkpoint is
-          measured on chats as finetune.py does it: its replies, the base data, and context relevance. --plot draws the
+          files. A window of --context positions moves over the text in steps of --stride. A checkpoint that
+          was fine-tuned on replies is measured on chats as finetune.py does it: its replies, the base data, and context
+          relevance. --plot draws the
           loss over the position in the context.
 --tasks   Benchmarks by their names in EleutherAI's lm-evaluation-harness, such as wikitext, blimp, arc_easy.
 --bundle  The evaluation of the 1gpu-llm card in a folder: source losses, behaviour, probes, and a search for decoding
@@ -84,8 +85,7 @@ class Measured:
         self.on = machine.pick_device(s.device, s.dtype or self.recorded["dtype"], local_rank=world.local_rank)
         self.model.to(self.on.device)
 
-        averaged = self.checkpoint["use_ema"] if s.ema is None else s.ema
-        self.weights = "EMA" if averaged else "raw"
+        self.weights = "EMA" if run.weights_of(self.checkpoint, s.ema) == "ema" else "raw"
         self.trained = min(self.recorded["block_size"], self.cfg.context_length)
         self.context = s.context or self.trained
         self.stride = min(s.stride or max(1, self.context // 2), self.context)
@@ -139,8 +139,8 @@ def replies_of(measured):
 
 
 def is_about_replies(measured, sources):
-    """Whether replies alone count: those of a model that was fine-tuned on chats."""
-    return run.is_fine_tuning(measured.recorded) and any(source.is_chat for source in sources)
+    """Whether replies alone count: those of a model that was fine-tuned on them."""
+    return measured.recorded.get("loss_on") == "responses" and any(source.is_chat for source in sources)
 
 
 def losses_of(measured, sources):
@@ -223,13 +223,12 @@ def make_bundle(measured, scores):
     """Writes the folder --bundle. scores: tasks of the harness, name -> score, if there are any."""
     from evaluation import bundle, probes
     s, sources = measured.s, measured.sources()
-    bundle.check_folder(s.bundle)
     questions = probes.read_probes(s.probes)
     text = losses_of(measured, sources)
     found = bundle.write_bundle(s.bundle, s.ckpt, measured.model, measured.tokenizer, measured.checkpoint, sources,
                                 text, measured.on, measured.weights, questions, scores, s.seed)
     print("\n".join(bundle.summary_lines(found)))
-    print(f"wrote {s.bundle}: {' '.join(bundle.FILES)}")
+    print(f"wrote {s.bundle}: {' '.join(runfolder.BUNDLE)}")
 
 
 def compare(s, world, paths):
@@ -238,13 +237,19 @@ def compare(s, world, paths):
     Raises UserError if they were trained on different sets, and --data does not say on which one they are measured.
     """
     from evaluation import bundle, decoding
-    rows, texts = [], []
+    rows, texts, protocols = [], [], []
     for path in paths:
-        sources = Measured(replace(s, ckpt=path), world).sources()
+        measured = Measured(replace(s, ckpt=path), world)
+        sources = measured.sources()
         texts.append({source.name: source.entries[1]["bytes"] for source in sources})
         if texts[-1].keys() != texts[0].keys():
             raise UserError(f"{path} was trained on {', '.join(texts[-1])}, {paths[0]} on {', '.join(texts[0])}, and "
                             "losses of different texts have no order: --data names one for all")
+        about_replies = is_about_replies(measured, sources)
+        protocols.append((about_replies, measured.context, about_replies or measured.stride, measured.frame is None))
+        if about_replies != protocols[0][0]:
+            raise UserError(f"of {path} and {paths[0]}, one was fine-tuned on replies and the other was not: losses of "
+                            "replies and of whole texts have no order")
     for path in paths:
         measured = Measured(replace(s, ckpt=path), world)
         sources = measured.sources()
@@ -255,6 +260,9 @@ def compare(s, world, paths):
     print("\n".join(bundle.comparison_lines(bundle.compare(rows))))
     if any(text != texts[0] for text in texts):
         print("not all were measured on the same validation text, so small differences mean nothing")
+    if len(set(protocols)) > 1:
+        print("not all were measured in windows of one length, or not all document by document, as they were trained; "
+              "--context gives all the same length")
 
 
 # ---------------------------------------------------------------------------------------------------- the tool
@@ -281,6 +289,11 @@ def keep(measured, **found):
 def work(measured):
     """All that the flags ask for: benchmarks, the bundle, else the losses."""
     s, scores = measured.s, {}
+    if s.bundle:  # what is wrong is said now, and not after hours of benchmarks
+        from evaluation import bundle, probes
+        bundle.check_folder(s.bundle)
+        probes.read_probes(s.probes)
+        measured.sources()
     if s.tasks:
         found = show_tasks(measured)
         scores = found["tasks"]
@@ -303,6 +316,9 @@ def check_modes(s, given):
     for name, other in PART_OF.items():
         if name in given and not getattr(s, other):
             raise UserError(f"--{name} is a part of --{other}, which is not asked for")
+    if s.tasks and not (s.data or s.plot or s.bundle):
+        for name in sorted({"eval_tokens", "stride", "micro_batch"} & given.keys()):
+            raise UserError(f"--{name} is about losses, which are not asked for: --data, --plot or --bundle does so")
     alone = [name for name in ("ckpt", "tasks", "bundle", "plot") if s.compare and name in given]
     if alone:
         raise UserError(f"--compare ranks checkpoints by their losses; --{alone[0]} is for a single one")

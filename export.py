@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import types
@@ -95,7 +96,8 @@ def write_files(folder, release, s):
 def write_checkpoint(folder, release):
     """step_N.pt: the released weights as a checkpoint of ours, without what only training needs."""
     weights = {name: value.clone() for name, value in release.model.state_dict().items()}
-    checkpoint = dict(release.checkpoint, model=weights, ema={}, use_ema=False, optimizer={}, rng=[])
+    checkpoint = dict(release.checkpoint, model=weights, ema={}, use_ema=False, optimizer={}, rng=[],
+                      released=release.weights)
     name = f"step_{checkpoint['step']}.pt"
     runfolder.save_checkpoint(folder / name, checkpoint)
     return {name: "checkpoint for sample.py, finetune.py and train.py --init_from, without the optimizer's state"}
@@ -117,11 +119,10 @@ def copy_what_the_run_left(folder, release):
         if release.beside(name).is_file():
             shutil.copyfile(release.beside(name), folder / own)
             files[own] = about
-    if release.bundle_folder.is_dir():
-        for path in sorted(release.bundle_folder.iterdir()):
-            if path.is_file() and not (folder / path.name).exists():  # nothing that stands there already
-                shutil.copyfile(path, folder / path.name)
-                files[path.name] = "part of the evaluation"
+    for name in runfolder.BUNDLE if release.bundle_folder else ():
+        if (release.bundle_folder / name).is_file():
+            shutil.copyfile(release.bundle_folder / name, folder / name)
+            files[name] = "part of the evaluation"
     return files
 
 
@@ -175,7 +176,7 @@ def write_card_names(folder, release):
 
 
 def pretrained(release):
-    """The release that a fine-tuned one was started from; None if its checkpoint is gone or another one by now."""
+    """The release that a fine-tuned one was started from; None if its checkpoint is gone, or of another shape now."""
     path = Path(release.settings.get("init_from", ""))
     if not path.is_file():
         return None
@@ -220,13 +221,16 @@ def check_settings(s, given):
         raise UserError("--gguf_type belongs to --gguf")
     if s.bundle and not Path(s.bundle).is_dir():
         raise UserError(f"--bundle={s.bundle} is no folder")
-    if s.push and [bool(part) for part in s.push.split("/")] != [True, True]:
-        raise UserError(f"--push={s.push} is not USER/NAME")
+    if s.push and not re.fullmatch(r"[\w.-]+/[\w.-]{1,96}", s.push, re.ASCII):
+        raise UserError(f"--push={s.push} is not USER/NAME, of letters, digits and . _ -")
 
 
 def check_release(release, s):
     """Raises UserError, before anything is written, for what this model or this machine cannot do."""
     transformers_format.model_config(release)  # knows the architectures
+    if s.bundle and release.bundle_folder is None:
+        raise UserError(f"--bundle={s.bundle} is no evaluation of these weights: eval.py --ckpt={quoted(s.ckpt)} "
+                        "--bundle=FOLDER makes one")
     if not s.bin:
         transformers_format.needed("safetensors")
     if s.card_names and release.architecture not in CARD_NAMES:

@@ -553,6 +553,10 @@ def adapt(plan):
             if name in given and getattr(s, name) != value:
                 raise UserError(f"--{name} goes only with --loss_on=responses")
         s = replace(s, **off)
+    needs = dict(response_start_tokens=("response_start_weight", 1.0), relevance_margin=("relevance", 0.0))
+    for name, (partner, off) in needs.items():
+        if name in given and getattr(s, partner) == off:
+            raise UserError(f"--{name} does nothing without --{partner}")
     if s.relevance and s.pack != "document":
         raise UserError("--relevance compares replies under whole prompts: it needs --pack=document")
     plan.settings = s

@@ -117,6 +117,12 @@ def load_checkpoint(path, device="cpu", ema=None):
     return on_device(model, device).eval(), load_tokenizer(checkpoint["tokenizer"]), checkpoint
 
 
+def weights_of(checkpoint, ema=None):
+    """Which weights `load_checkpoint` takes, "ema" or "raw". A release has but one kind, and says which it was."""
+    ema = checkpoint["use_ema"] if ema is None else ema
+    return checkpoint.get("released") or ("ema" if ema else "raw")
+
+
 def check_types(kind, values):
     """TypeError if a value of a dict has another type than the default of its field in the dataclass `kind`."""
     if not isinstance(values, dict):

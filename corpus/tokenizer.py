@@ -56,9 +56,14 @@ def load_tokenizer(source):
     bos_eos(tokenizer, name)
     check_model(tokenizer, name)
     hide_special_tokens(tokenizer, [*SPECIAL_TOKENS, END_OF_TEXT])
-    if isinstance(tokenizer.model, models.BPE):
-        tokenizer.model.dropout = None  # the same text must have the same ids each time
+    no_dropout(tokenizer)
     return tokenizer
+
+
+def no_dropout(tokenizer):
+    """From now on the same text has the same ids each time, also with a BPE that was trained to vary them."""
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.dropout = None
 
 
 def read_tokenizer(source):
@@ -440,19 +445,7 @@ def tiktoken_gives_equal_ids(tokenizer, merges, tokens):
     nothing may change the text or find tokens in it beforehand, and the text must be cut into words as GPT-2 does it.
     """
     spec = json.loads(tokenizer.to_str())
-    model = spec["model"]
-    words = spec["pre_tokenizer"] or {}
-
-    # A BPE that nothing comes before, with GPT-2's words
-    if model["type"] != "BPE" or not merges or spec["normalizer"]:
-        return False
-    if words.get("type") != "ByteLevel" or words["add_prefix_space"] or not words.get("use_regex", True):
-        return False
-
-    # Merges alone decide: none is left out by chance, no whole word is looked up, no mark is added to a part of a word
-    if model["dropout"] or model["ignore_merges"]:
-        return False
-    if model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
+    if not is_gpt2s_kind(spec):
         return False
 
     # An added token that is not special is found in the text first
@@ -462,9 +455,25 @@ def tiktoken_gives_equal_ids(tokenizer, merges, tokens):
     # Each token comes from one merge or is a byte, every byte has a token, and each token's text gives the token alone
     if len({a + b for a, b in merges}) != len(merges):
         return False
-    if not byte_of_character().keys() <= model["vocab"].keys():
+    if not byte_of_character().keys() <= spec["model"]["vocab"].keys():
         return False
     return all(len(tokenizer.model.tokenize(token)) == 1 for token in tokens)
+
+
+def is_gpt2s_kind(spec):
+    """Whether a tokenizer.json describes a BPE whose merges alone decide, over GPT-2's words of the unchanged text."""
+    model, words = spec["model"], spec["pre_tokenizer"] or {}
+
+    # Nothing comes before the words, and they are GPT-2's
+    if model["type"] != "BPE" or not model["merges"] or spec["normalizer"]:
+        return False
+    if words.get("type") != "ByteLevel" or words["add_prefix_space"] or not words.get("use_regex", True):
+        return False
+
+    # No merge is left out by chance, no whole word is looked up, no mark is added to a part of a word
+    if model["dropout"] or model["ignore_merges"]:
+        return False
+    return not (model["continuing_subword_prefix"] or model["end_of_word_suffix"])
 
 
 def library_encoder(tokenizer):

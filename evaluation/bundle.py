@@ -34,11 +34,6 @@ from evaluation import behaviour, decoding, probes
 from evaluation.decoding import MAX_NEW_TOKENS, MERITS, PRESETS, RunText
 from sample import RECOMMENDED
 
-FILES = ("benchmark_report.md", "eval_summary.json", "benchmark_metrics.json", "benchmark_source_losses.json",
-         "benchmark_scores.json", "comparison.json", "probe_summary.json", "decoding_report.md",
-         "decoding_summary.json", "tuning_leaderboard.csv", "holdout_leaderboard.csv", "tuning_generations.jsonl",
-         "holdout_generations.jsonl", RECOMMENDED)
-
 
 # ---------------------------------------------------------------------------------------------------- comparison
 
@@ -113,9 +108,7 @@ def run_comparison(path, checkpoint, losses, weights, run_text, device):
     rows, measured = [], {}  # measured: (step, weights) -> behaviour; best.pt and ckpt.pt often hold the same weights
     for other in sorted(paths, key=lambda other: other.name):
         model, tokenizer, loaded = run.load_checkpoint(other, device, weights == "EMA" if other == path else None)
-        step, kind = loaded["step"], "ema" if loaded["use_ema"] else "raw"
-        if other == path:
-            kind = weights.lower()
+        step, kind = loaded["step"], weights.lower() if other == path else run.weights_of(loaded)
         if (step, kind) not in measured:
             measured[step, kind] = decoding.greedy_behaviour(model, tokenizer, run_text)
 
@@ -425,7 +418,7 @@ def bundle_files(found):
                                         ("holdout", sweep.holdout_text, sweep.holdout, run_text.holdout)):
         files[f"{part}_leaderboard.csv"] = leaderboard_csv(trials, text)
         files[f"{part}_generations.jsonl"] = generations(trials, text, prompts, run_text.identifier)
-    assert set(files) == set(FILES)
+    assert set(files) == set(runfolder.BUNDLE)
     return files
 
 
@@ -438,7 +431,7 @@ def check_folder(folder):
         raise UserError(f"--bundle={folder} is a file; name a folder")
     foreign = []
     if folder.exists():
-        foreign = sorted(path.name for path in folder.iterdir() if path.name not in FILES)
+        foreign = sorted(path.name for path in folder.iterdir() if path.name not in runfolder.BUNDLE)
     if foreign:
         raise UserError(f"{folder} holds {foreign[0]}, which belongs to no bundle; name another folder with --bundle")
 

@@ -205,7 +205,7 @@ def losses_section(release):
     rows = [(name, f"{nats:.4f}", f"{perplexity(nats):,.2f}", f"{b:.3f}")
             for name, nats, b in entries if math.isfinite(nats)]
 
-    text = "the replies in validation chats" if release.is_chat_model else "validation text"
+    text = "the replies in validation chats" if release.settings.get("loss_on") == "responses" else "validation text"
     notes = (f"Measured on {text}, no part of which was trained on, in rows of {trained_rows(release):,} tokens. "
              "Bits per byte compare models that have different tokenizers.")
     if row.get("xz_bits_per_byte"):

@@ -119,16 +119,15 @@ class Release:
 
     @functools.cached_property
     def bundle_folder(self):
-        """The evaluation's folder: the one that was named, or one beside the checkpoint that is about these weights,
-        which need not be there."""
-        if self.bundle:
-            return Path(self.bundle)
-        about = read_json(self.beside("bundle/eval_summary.json"))
+        """The evaluation's folder, if it is about these weights, else None: the one that was named, or bundle/ beside
+        the checkpoint."""
+        folder = Path(self.bundle) if self.bundle else self.beside("bundle")
+        about = read_json(folder / "eval_summary.json")
         is_mine = all(about.get(name) == self.checkpoint[name] for name in ("step", "tokens"))
         is_mine &= str(about.get("weights")).lower() == self.weights
         if not self.checkpoint["step"]:
             is_mine &= about.get("checkpoint") == self.path.name
-        return self.beside("bundle") if is_mine else self.beside("no bundle of these weights")
+        return folder if is_mine else None
 
     @functools.cached_property
     def decoding(self):
@@ -136,7 +135,7 @@ class Release:
         a penalty would count the tokens that end each reply before."""
         if self.is_chat_model:
             return {}
-        for folder in (self.bundle_folder, self.path.parent):
+        for folder in filter(None, (self.bundle_folder, self.path.parent)):
             found = read_json(folder / "recommended_decoding_params.json")
             known = {name: kind(found[name]) for name, kind in DECODING.items() if is_number(found.get(name))}
             if known:
@@ -152,9 +151,8 @@ class Release:
 def open_release(path, ema=None, **about):
     """A checkpoint as a Release. ema: see run.load_checkpoint, which says what it raises. about: further fields."""
     model, tokenizer, checkpoint = run.load_checkpoint(path, ema=ema)
-    ema = checkpoint["use_ema"] if ema is None else ema
     about.setdefault("name", Path(path).resolve().parent.name)
-    return Release(path=Path(path), checkpoint=checkpoint, model=model, weights="ema" if ema else "raw",
+    return Release(path=Path(path), checkpoint=checkpoint, model=model, weights=run.weights_of(checkpoint, ema),
                    tokenizer=tokenizer, **about)
 
 

@@ -9,6 +9,7 @@ import json
 import numpy as np
 
 from common import UserError
+from corpus.tokenizer import is_gpt2s_kind
 from release.transformers_format import CHAT_TEMPLATE, needed, weights_in_transformers
 
 # Type of the matrices -> the number that llama.cpp has for such a file. Vectors are F32 in all of them
@@ -25,11 +26,9 @@ def check(release, types):
             raise UserError(f"--gguf_type={name} is not one of {', '.join(TYPES)}")
     if release.architecture not in ARCHITECTURES:
         raise UserError(f"llama.cpp has no {release.architecture}: --gguf is for {', '.join(ARCHITECTURES)}")
-    spec = json.loads(release.tokenizer.to_str())
-    has_merges = spec["model"]["type"] == "BPE" and spec["model"]["merges"]
-    if not has_merges or (spec["pre_tokenizer"] or {}).get("type") != "ByteLevel":
-        raise UserError("llama.cpp needs a byte-level BPE, and this checkpoint's tokenizer is none: "
-                        "--gguf is for models that were trained with --tokenizer=bpe or gpt2")
+    if not is_gpt2s_kind(json.loads(release.tokenizer.to_str())):
+        raise UserError("llama.cpp would cut the text into other tokens than this checkpoint's tokenizer: --gguf needs "
+                        "a byte-level BPE with GPT-2's words, as --tokenizer=bpe and gpt2 are")
     needed("gguf")
 
 
@@ -116,6 +115,7 @@ def decoding_of(release):
 
 def add_decoding(writer, decoding):
     """The recommended decoding settings, which llama.cpp then takes where the user says nothing."""
+    writer.add_sampling_sequence("penalties;temperature;top_k;top_p;min_p")  # sample.py's order, not llama.cpp's own
     writer.add_sampling_temp(temperature(decoding))
     writer.add_sampling_top_k(decoding.get("top_k", 0))
     writer.add_sampling_top_p(decoding.get("top_p", 1.0))

@@ -2,10 +2,13 @@
 import re
 from pathlib import Path
 
-from common import UserError, columns
+from common import UserError, columns, quoted
+from runfolder import BUNDLE, LOGS
 
-# Weights of an older release, which a new one replaces whatever their names were
-OURS = ("model.safetensors", "pytorch_model.bin", "step_*.pt")
+# Files of an older release, which a new one replaces or removes: they are about other weights
+OURS = ("model.safetensors", "pytorch_model.bin", "step_*.pt", "*.gguf", "Modelfile", "chat_template.jinja",
+        "ivme_base_ema.pt", "ivme_instruct_ema.pt", "ivme_tokenizer.json", "pretrain.pt", "model.pt", "model.py",
+        "eval.json", *LOGS, *BUNDLE)
 # What is fetched of a model, beside its weights
 TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -31,7 +34,7 @@ def push(folder, name):
     print("\n".join(f"  {line}" for line in lines), flush=True)
 
     api, log_in = connect(), "log in with a token that may write: hf auth login, or HF_TOKEN"
-    again = f"then python export.py --out={folder} --push={name} uploads it"
+    again = f"then python export.py --out={quoted(folder)} --push={name} uploads it"
     try:
         api.create_repo(name, exist_ok=True)
         done = api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Release of {name}",

@@ -19,24 +19,33 @@ from tokenizers import Tokenizer, processors
 import runfolder
 from common import UserError
 from corpus.chats import ROLES
+from corpus.tokenizer import no_dropout
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
 
 # The frame of corpus/chats.py: <|bos|>[<|system|>text]<|user|>text<|assistant|>text<|eos|><|user|>... Messages of one
-# role that follow each other are one message, with an empty line between them, as there. Each tag has a - on both
-# sides, so that the line ends of the template are no part of a chat.
+# role that follow each other are one message, with an empty line between them, as there; a blank system message, and a
+# blank reply behind another one, are left out. Each tag has a - on both sides, so that the line ends of the template
+# are no part of a chat.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
+{%- set turn = namespace(role='', has_text=false) -%}
 {%- for message in messages -%}
-  {%- set goes_on = not loop.first and messages[loop.index0 - 1]['role'] == message['role'] -%}
+  {%- set goes_on = message['role'] == turn.role -%}
   {%- set is_last = loop.last or messages[loop.index0 + 1]['role'] != message['role'] -%}
-  {%- if goes_on -%}{{- '\\n\\n' -}}
-  {%- elif message['role'] == 'system' -%}{{- '<|system|>' -}}
-  {%- elif message['role'] == 'user' -%}{{- '<|user|>' -}}
-  {%- elif message['role'] == 'assistant' -%}{{- '<|assistant|>' -}}
-  {%- else -%}{{- raise_exception('a role other than system, user and assistant: ' + message['role']) -}}
+  {%- set is_blank = not message['content'] | trim -%}
+  {%- if not (is_blank and (message['role'] == 'system' or (message['role'] == 'assistant' and goes_on))) -%}
+    {%- if goes_on and turn.has_text and message['content'] -%}{{- '\\n\\n' -}}
+    {%- elif goes_on -%}
+    {%- elif message['role'] == 'system' -%}{{- '<|system|>' -}}
+    {%- elif message['role'] == 'user' -%}{{- '<|user|>' -}}
+    {%- elif message['role'] == 'assistant' -%}{{- '<|assistant|>' -}}
+    {%- else -%}{{- raise_exception('a role other than system, user and assistant: ' + message['role']) -}}
+    {%- endif -%}
+    {{- message['content'] -}}
+    {%- set turn.has_text = (goes_on and turn.has_text) or message['content'] != '' -%}
+    {%- set turn.role = message['role'] -%}
   {%- endif -%}
-  {{- message['content'] -}}
   {%- if message['role'] == 'assistant' and is_last -%}{{- eos_token -}}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
@@ -169,6 +178,7 @@ def write_tokenizer(folder, release):
 def tokenizer_with_bos(text, bos):
     """The text of a tokenizer.json that puts the token `bos` first: so every document began in training."""
     tokenizer = Tokenizer.from_str(text)
+    no_dropout(tokenizer)
     token = tokenizer.id_to_token(bos)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{token} $A", pair=f"{token} $A $B", special_tokens=[(token, bos)])

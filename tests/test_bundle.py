@@ -10,6 +10,7 @@ import shutil
 import pytest
 
 import run
+import runfolder
 import sample
 from common import UserError
 from conftest import CPU, evaluations, sources_of
@@ -52,7 +53,7 @@ def contents(folder):
 def test_a_bundle_has_all_files_of_the_card_and_they_say_what_was_measured(written, trained):
     folder, found = written
     files = {name: text.decode() for name, text in contents(folder).items()}
-    assert set(files) == set(bundle.FILES) and os.listdir(folder.parent) == ["b"]
+    assert set(files) == set(runfolder.BUNDLE) and os.listdir(folder.parent) == ["b"]
     for name, text in files.items():
         assert str(folder.parent) not in text and str(trained.parent) not in text, name
     read = {name: json.loads(text) for name, text in files.items() if name.endswith(".json")}
@@ -104,7 +105,7 @@ def test_the_same_seed_gives_the_same_bytes(written, make, tmp_path):
 
 def test_a_bundle_is_replaced_whole_or_stays_as_it_was(monkeypatch, tmp_path):
     folder = tmp_path / "b"
-    bundle.write_folder(folder, dict.fromkeys(bundle.FILES, "old"))
+    bundle.write_folder(folder, dict.fromkeys(runfolder.BUNDLE, "old"))
     before, synced = contents(folder), []
 
     def full_disk(fd):
@@ -114,10 +115,10 @@ def test_a_bundle_is_replaced_whole_or_stays_as_it_was(monkeypatch, tmp_path):
     with monkeypatch.context() as m:
         m.setattr(os, "fsync", full_disk)
         with pytest.raises(OSError):
-            bundle.write_folder(folder, dict.fromkeys(bundle.FILES, "new"))
-    assert contents(folder) == before == dict.fromkeys(bundle.FILES, b"old")
-    bundle.write_folder(folder, dict.fromkeys(bundle.FILES, "new"))
-    assert contents(folder) == dict.fromkeys(bundle.FILES, b"new") and os.listdir(tmp_path) == ["b"]
+            bundle.write_folder(folder, dict.fromkeys(runfolder.BUNDLE, "new"))
+    assert contents(folder) == before == dict.fromkeys(runfolder.BUNDLE, b"old")
+    bundle.write_folder(folder, dict.fromkeys(runfolder.BUNDLE, "new"))
+    assert contents(folder) == dict.fromkeys(runfolder.BUNDLE, b"new") and os.listdir(tmp_path) == ["b"]
 
 
 def test_a_folder_with_anything_else_is_refused_before_the_work(make, tmp_path, monkeypatch):

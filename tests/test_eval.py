@@ -116,7 +116,40 @@ def test_checkpoints_of_different_sets_have_no_order_and_a_path_may_have_spaces(
         eval.main(["--compare=my other/best.pt", *flags])
     capsys.readouterr()
     eval.main(["--compare", "my other/best.pt", "--data=pydocs-hybrid", *flags])
-    assert "my other" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "my other" in out and "windows of one length" not in out
+    run_train("--data=two-hybrid", "--out=shorter", "--max_steps=1", "--ema_beta=0", "--block_size=32")
+    eval.main(["--compare", "my other/best.pt", "shorter/best.pt", "--data=pydocs-hybrid", "--device=cpu",
+               "--eval_tokens=512"])
+    assert "not all were measured in windows of one length" in capsys.readouterr().out
+
+
+def test_losses_of_replies_and_of_texts_have_no_order(tuned, workdir):
+    checkpoint = run.read_checkpoint(tuned / "best.pt")
+    for name, loss_on in (("replies", "responses"), ("texts", "all")):
+        settings = dict(checkpoint["train"], loss_on=loss_on)
+        runfolder.save_checkpoint(f"{name}.pt", dict(checkpoint, train=settings))
+    with pytest.raises(UserError, match="of texts.pt and replies.pt, one was fine-tuned on replies and the other was"):
+        eval.main(["--compare", "replies.pt", "texts.pt", "--device=cpu", "--eval_tokens=512"])
+
+
+def test_a_checkpoint_that_was_tuned_on_whole_chats_is_measured_on_them(tuned, workdir, capsys):
+    checkpoint = run.read_checkpoint(tuned / "best.pt")
+    Path("run").mkdir()
+    runfolder.save_checkpoint("run/best.pt", dict(checkpoint, train=dict(checkpoint["train"], loss_on="all")))
+    heading, _ = measured(capsys, "--ckpt=run/best.pt", "--eval_tokens=512")
+    assert "windows of 64" in heading and "replies" not in heading
+
+
+def test_what_is_wrong_with_a_bundle_is_said_before_the_benchmarks(trained, workdir, monkeypatch):
+    runfolder.save_checkpoint("best.pt", run.read_checkpoint(trained / "best.pt"))
+    monkeypatch.setattr(eval, "show_tasks", lambda measured: pytest.fail("benchmarks came first"))
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds notes.txt, which belongs to no bundle"):
+        eval.main(["--ckpt=best.pt", "--tasks=wikitext", "--bundle=mine", "--device=cpu"])
+    with pytest.raises(UserError, match="nowhere.json"):
+        eval.main(["--ckpt=best.pt", "--tasks=wikitext", "--bundle=new", "--probes=nowhere.json", "--device=cpu"])
 
 
 def test_scores_of_one_protocol_stay_together(trained, workdir):
@@ -204,6 +237,7 @@ def test_what_cannot_be_measured_is_one_line(trained, workdir):
         (["--ckpt=best.pt", "--data=pydoc"], "no prepared data 'pydoc' (did you mean"),
         (["--ckpt=best.pt", "--context=129"], "longer than the model's context of 128"),
         (["--ckpt=best.pt", "--eval_tokens=-1"], "cannot be negative"),
+        (["--ckpt=best.pt", "--tasks=wikitext", "--stride=64"], "--stride is about losses, which are not asked for"),
         (["--ckpt=best.pt", "--row"], "--row is a part of --tasks, which is not asked for"),
         (["--ckpt=best.pt", "--probes=card"], "--probes is a part of --bundle, which is not asked for"),
         (["--compare=best.pt", "--plot"], "--compare ranks checkpoints by their losses; --plot is for a single one"),

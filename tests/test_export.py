@@ -47,8 +47,12 @@ RELEASES = {
 every_release = pytest.mark.parametrize("name", RELEASES)
 
 TEXTS = llama_cpp.varied_texts(1000)
-CHATS = [tidy((m["role"], m["content"]) for m in chat["messages"]) for chat in made_up_chats(20, seed=0)]
-CHATS += [[("user", " hi\n"), ("assistant", "")], [("system", "İvme 🙂"), ("user", ""), ("assistant", "  x\n\n")]]
+CHATS = [[(m["role"], m["content"]) for m in chat["messages"]] for chat in made_up_chats(20, seed=0)]
+CHATS += [
+    [("user", " hi\n"), ("assistant", "a"), ("user", ""), ("assistant", "b")],
+    [("system", "İvme 🙂"), ("user", ""), ("assistant", "  x\n\n")],
+    [("system", " "), ("system", "brief"), ("user", "a"), ("user", ""), ("user", "b"), ("assistant", "x")],
+    [("system", ""), ("user", ""), ("user", "hi"), ("assistant", ""), ("assistant", "x"), ("assistant", "\n")]]
 
 
 # ---------------------------------------------------------------------------------------------------- making releases
@@ -277,8 +281,8 @@ def test_transformers_reads_text_as_we_do_and_never_makes_a_special_token_of_it(
 def test_the_chat_template_frames_chats_as_our_tools_do(name, checkpoints, in_transformers):
     release, got = opened(checkpoints, name), in_transformers[0][name]
     encode, special = fast_encoder(release.tokenizer), chat_ids(release.tokenizer)
-    assert got["chats"] == [ids.tolist() for ids, _ in encode_chats(CHATS, encode, special)]
-    (asked, _), = encode_chats([CHATS[0][:-1] + [("assistant", "")]], encode, special)
+    assert got["chats"] == [ids.tolist() for ids, _ in encode_chats([tidy(chat) for chat in CHATS], encode, special)]
+    (asked, _), = encode_chats([tidy(CHATS[0])[:-1] + [("assistant", "")]], encode, special)
     assert got["asked"] == asked[:-1].tolist()
 
 
@@ -497,6 +501,7 @@ def test_recommended_decoding_goes_into_every_format(with_bpe, tmp_path):
     settings = settings["generation_settings"]
     ours = dict(temperature=0.75, top_k=13, top_p=0.875, min_p=0.0, repeat_penalty=1.25)
     assert {name: settings[name] for name in ours} == ours
+    assert settings["samplers"] == ["penalties", "temperature", "top_k", "top_p", "min_p"]  # in sample.py's order
 
 
 def test_greedy_decoding_leaves_out_what_nothing_is_drawn_by(checkpoints):
@@ -547,6 +552,50 @@ def test_a_release_of_a_release_keeps_what_is_known_of_the_training(evaluated):
     export.main([f"--ckpt={again}", f"--out={evaluated / 'again'}"])
     first, second = ((evaluated / name / "training_config.json").read_text() for name in ("release", "again"))
     assert first == second and "NVIDIA H100" in (evaluated / "again/README.md").read_text()
+    losses = [(evaluated / name / "README.md").read_text().split("## Validation losses")[1].split("##")[0]
+              for name in ("release", "again")]
+    assert losses[0] == losses[1] and "blimp" in (evaluated / "again/README.md").read_text()
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_a_release_says_which_weights_it_has(use_ema, evaluated):
+    checkpoint = run.read_checkpoint(evaluated / "best.pt")
+    runfolder.save_checkpoint(evaluated / "best.pt", dict(checkpoint, use_ema=use_ema))
+    export.main([f"--ckpt={evaluated / 'best.pt'}"])
+    (again,) = (evaluated / "release").glob("step_*.pt")
+    assert contents.open_release(again).weights == ("ema" if use_ema else "raw")
+
+
+def test_of_a_bundle_only_what_eval_has_written_is_released(evaluated):
+    (evaluated / "bundle").mkdir()
+    (evaluated / "bundle/eval_summary.json").write_text(json.dumps(about_weights(evaluated)))
+    (evaluated / "bundle/.env").write_text("TOKEN=secret")
+    (evaluated / "bundle/notes.txt").write_text("mine")
+    for flags in ([], [f"--bundle={evaluated / 'bundle'}"]):
+        export.main([f"--ckpt={evaluated / 'best.pt'}", f"--out={evaluated / str(len(flags))}", *flags])
+        names = {path.name for path in (evaluated / str(len(flags))).iterdir()}
+        assert "eval_summary.json" in names and not names & {".env", "notes.txt"}
+
+
+def test_a_tokenizer_that_varied_in_training_does_not_vary_in_the_release(with_bpe, tmp_path):
+    checkpoint = run.read_checkpoint(with_bpe["ivme"])
+    spec = json.loads(checkpoint["tokenizer"])
+    spec["model"]["dropout"] = 0.9
+    runfolder.save_checkpoint(tmp_path / "best.pt", dict(checkpoint, tokenizer=json.dumps(spec)))
+    export.main([f"--ckpt={tmp_path / 'best.pt'}", f"--out={tmp_path / 'it'}"])
+    assert json.loads((tmp_path / "it/tokenizer.json").read_text())["model"]["dropout"] is None
+
+
+@pytest.mark.parametrize("change", [
+    dict(pre_tokenizer=dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True)),
+    dict(pre_tokenizer=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)),
+    dict(normalizer=dict(type="Lowercase"))], ids=["prefix space", "no words", "normalizer"])
+def test_a_tokenizer_that_llama_cpp_would_read_otherwise_has_no_gguf(change, with_bpe, tmp_path):
+    checkpoint = run.read_checkpoint(with_bpe["ivme"])
+    text = json.dumps(json.loads(checkpoint["tokenizer"]) | change)
+    runfolder.save_checkpoint(tmp_path / "best.pt", dict(checkpoint, tokenizer=text))
+    with pytest.raises(UserError, match="llama.cpp would cut the text into other tokens"):
+        export.main([f"--ckpt={tmp_path / 'best.pt'}", f"--out={tmp_path / 'it'}", "--gguf"])
 
 
 # ---------------------------------------------------------------------------------------------------- the model card
@@ -882,11 +931,13 @@ MISTAKES = {
     "no such type": ("ivme", ["--dtype=int8"], None, "--dtype=int8 is not one of float32, float16, bfloat16"),
     "no such GGUF type": ("ivme", ["--gguf", "--gguf_type=Q4"], None, "--gguf_type=Q4 is not one of F32"),
     "a GGUF type without GGUF": ("ivme", ["--gguf_type=F32"], None, "--gguf_type belongs to --gguf"),
-    "GGUF of words": ("tinymemory", ["--gguf"], None, "llama.cpp needs a byte-level BPE"),
+    "GGUF of words": ("tinymemory", ["--gguf"], None, "--gguf needs a byte-level BPE with GPT-2's words"),
     "GGUF of an i3": ("i3", ["--gguf"], None, "llama.cpp has no i3"),
     "names of no card": ("i3", ["--card_names"], None, r"pytorch_model.bin \(--bin\)"),
     "no name on the Hub": ("ivme", ["--push=small"], None, "--push=small is not USER/NAME"),
+    "a bad name on the Hub": ("ivme", ["--push=me/my model"], None, "--push=me/my model is not USER/NAME, of letters"),
     "a bundle that is not there": ("ivme", ["--bundle=none"], None, "--bundle=none is no folder"),
+    "a bundle of something else": ("ivme", ["--bundle=."], None, "--bundle=. is no evaluation of these weights"),
     "uploading what is no release": (
         "ivme", ["--ckpt=", "--out=there", "--push=me/it"], None, "there is not a release"),
     "importing into no file": (

@@ -274,8 +274,9 @@ def test_the_relevance_loss_moves_the_weights_as_its_formula_says(tune, trained,
     checkpoint = run.read_checkpoint(trained / "best.pt")
     loud = randomised(run.load_checkpoint(trained / "best.pt")[0])
     runfolder.save_checkpoint("start.pt", checkpoint | dict(model=loud.state_dict(), use_ema=False))
-    flags = ["--init_from=start.pt", "--max_steps=1", "--ema_beta=0", "--relevance_margin=5", "--batch_tokens=1024"]
-    out, without = tune(*OFF, *flags, "--relevance=1", still=False), tune(*OFF, *flags, still=False)
+    flags = ["--init_from=start.pt", "--max_steps=1", "--ema_beta=0", "--batch_tokens=1024"]
+    out = tune(*OFF, *flags, "--relevance=1", "--relevance_margin=5", still=False)
+    without = tune(*OFF, *flags, still=False)
 
     # the same batch, as a plain sum
     s, (model, tokenizer, _), (source,) = settings_of(out), run.load_checkpoint("start.pt"), sources_of(chat_data)
