@@ -9,6 +9,10 @@ where the best rate lies at its edge.
 The final runs have the best rate, other seeds, and two lengths: --tokens tokens for each, and the time that the slowest
 needs for them, in which a faster one trains on more. Speeds are those of `python train.py` on this machine, with what
 makes it quick there: a CPU has kernels for the blocks of ivme and tinymemory.
+
+The table compares each entrant with the best of its column, which the same runs have chosen, in part by luck. So if
+twelve are equally good and have three seeds, one comparison in ten says "worse", and not one in twenty. The verdicts
+are not corrected for that, and a note below the table says so. The runs do not choose the pairs of pairs.md.
 """
 import bisect
 import json
@@ -32,6 +36,8 @@ FURTHEST = 27  # the grid's last factor, and its inverse
 RECIPES = ("common", "own")
 CURVE_POINTS = 8
 TUNING, EQUAL_TOKENS, EQUAL_TIME = "tuning", "equal tokens", "equal time"
+NOTE = ("A verdict is against the first of its column, which these same runs have chosen. "
+        "So an equally good one is called worse more often than once in twenty.")
 
 
 # ---------------------------------------------------------------------------------------------------- who takes part
@@ -260,7 +266,7 @@ def show(race, best, speeds, results):
     def of(length, name, recipe):
         return [results[length, name, recipe, seed] for seed in range(1, 1 + race.s.seeds)]
 
-    tables.write(race.runs.out / "table.md", main_table(race, best, speeds, of))
+    tables.write(race.runs.out / "table.md", main_table(race, best, speeds, of), NOTE)
     tables.write(race.runs.out / "pairs.md", pairs_table(race, of))
     curves = {}
     for entrant, recipe in race.starters:

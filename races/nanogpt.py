@@ -26,7 +26,7 @@ from corpus.tokenizer import load_tokenizer
 from races import tables
 from races.architectures import FURTHEST, GRID, VOCAB_SIZE, Entrant, fitted
 from races.recipe import BATCH, TOKENS
-from races.runs import Result, Runs, as_flags, as_result, document_losses, kept
+from races.runs import Result, Runs, as_flags, as_result, code_of, document_losses, kept
 
 OURS = ["--model=tinymemory", "--data=pydocs", "--tokenizer=hybrid"]
 # the rate of its own small configuration, config/train_shakespeare_char.py; it falls to a tenth of it
@@ -57,7 +57,8 @@ class NanoGPT:
 
     def __init__(self, s, runs, size):
         self.folder, self.runs = Path(s.nanogpt).resolve(), runs
-        if not s.nanogpt or not (self.folder / "train.py").exists():
+        self.files = self.folder / "train.py", self.folder / "model.py"
+        if not s.nanogpt or not all(path.exists() for path in self.files):
             raise UserError("--nanogpt=DIR names the folder of nanoGPT, https://github.com/karpathy/nanoGPT")
         shape, _ = fitted(Entrant("GPT-2", "gpt2preln-gpt2", dict(n_head=4)), size)
         self.shape = dict(n_layer=shape["n_layer"], n_head=4, n_embd=shape["d_model"])
@@ -151,7 +152,7 @@ def nanogpt(s):
     plan = runs.plan(*OURS)
     ours, size = plan.settings, run.make_model(plan.module, plan.cfg).n_params
     theirs = NanoGPT(s, runs, size)
-    here = runs.about(OURS)  # device and data
+    here = runs.about(OURS) | dict(theirs=code_of("races/nanogpt.py", *theirs.files))  # device, data and code
     compiled, steps = kept(runs.out, here | dict(minutes=s.minutes), lambda: theirs.steps_in(s.minutes))
 
     def flags_of_ours(factor):

@@ -1,11 +1,12 @@
 """Training runs for an experiment: each is made once, measured on the validation documents, and kept.
 
-A run is known by the flags that train.py is told, by its data, by the device and by the code that trains. What was
-measured of it is a line of results.jsonl, so an experiment can be stopped at any moment, and the same command goes on
-with it.
+A run is known by the flags that train.py is told, by its data, by the device and by the code that trains and measures.
+What was measured of it is a line of results.jsonl, so an experiment can be stopped at any moment, and the same command
+goes on with it.
 """
 import ast
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -29,6 +30,7 @@ from corpus.loader import bytes_per_token
 from corpus.tokenizer import bos_eos
 from evaluation.losses import token_losses, windows_of
 from machine import World, pick_device
+from races.variants import VARIANTS
 from races.verdicts import Measured
 from report import Diverged
 
@@ -59,10 +61,38 @@ def as_result(values):
     return result
 
 
-def code_of(*modules):
-    """A hash of what these modules' files say, comments left out."""
-    trees = [ast.dump(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))) for module in modules]
-    return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:16]
+ROOT = Path(__file__).parent.parent
+# What trains and measures, whatever the architecture. What only prepares data is not here: data has its fingerprint
+CODE = ("train.py", "objective.py", "run.py", "machine.py", "minutes.py", "report.py", "corpus/loader.py",
+        "corpus/counts.py", "corpus/folder.py", "corpus/tokenizer.py", "evaluation/losses.py", "races/runs.py")
+
+
+def is_docstring(node):
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+@functools.cache
+def hash_of(path):
+    """A hash of a source file. Of Python, comments and docstrings do not count.
+
+    The file is read once: if it changes while a race runs, the program still runs what it said before.
+    """
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(getattr(node, "body", None), list):
+                node.body = [line for line in node.body if not is_docstring(line)]
+        text = ast.dump(tree)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def code_of(*more):
+    """A hash of the code that trains and measures, and of the files `more`, which are named from the repository."""
+    kernels = [path for path in sorted((ROOT / "kernels").iterdir())
+               if path.suffix in (".py", ".cpp", ".cu", ".h") and path.name != "bench.py"]
+    hashes = [hash_of(path) for path in (*kernels, *(ROOT / name for name in (*CODE, *more)))]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
 def find(folder, about):
@@ -146,11 +176,18 @@ class Runs:
         entries = [source.entries[0] for source in self.data(flags)[0]]
         return sum(entry["bytes"] for entry in entries) / sum(entry["tokens"] for entry in entries)
 
+    def code(self, flags):
+        """A hash of the code that makes a run with these flags."""
+        plan = self.plan(*flags)
+        files = [plan.module.__file__]
+        if plan.settings.optimizer in VARIANTS:
+            files.append("races/variants.py")
+        return code_of(*files)
+
     def about(self, flags):
         """The key of a result in results.jsonl."""
-        module, on = self.plan(*flags).module, self.training_device
-        data = [source.fingerprint for source in self.data(flags)[0]]
-        return dict(flags=flags, device=on.chip, dtype=str(on.dtype), code=code_of(train, objective, module), data=data,
+        on, data = self.training_device, [source.fingerprint for source in self.data(flags)[0]]
+        return dict(flags=flags, device=on.chip, dtype=str(on.dtype), code=self.code(flags), data=data,
                     val_tokens=self.s.val_tokens)
 
     def find(self, flags):
@@ -217,8 +254,8 @@ class Runs:
 
     def work(self, flags):
         """What the speed of a run depends on, as text."""
-        flags = [flag for flag in flags if not flag.startswith(NOT_SPEED)]
-        return " ".join([self.training_device.chip, str(self.training_device.dtype), *flags])
+        on, code = self.training_device, self.code(flags)
+        return " ".join([on.chip, str(on.dtype), code, *(flag for flag in flags if not flag.startswith(NOT_SPEED))])
 
     def speed(self, flags):
         """Tokens that a run with these flags trains on in a second, from a measurement of some seconds."""

@@ -60,11 +60,15 @@ def markdown(rows):
     return "\n".join([first, "|" + "---|" * len(rows[0]), *rest])
 
 
-def write(path, rows):
-    """Prints the table, and writes it as Markdown."""
+def write(path, rows, note=""):
+    """Prints the table and a note below it, and writes both as Markdown."""
     print("\n".join(columns(rows)))
+    text = markdown(rows) + "\n"
+    if note:
+        print(note)
+        text += f"\n{note}\n"
     with replacing(path) as f:
-        f.write((markdown(rows) + "\n").encode())
+        f.write(text.encode())
 
 
 def draw(path, curves):

@@ -31,7 +31,7 @@ from corpus.folder import document_edges
 from corpus.loader import bytes_per_token
 from corpus.tokenizer import bos_eos
 from evaluation.behaviour import loop_rate, repeated_4gram_rate, until
-from races.runs import kept
+from races.runs import code_of, kept
 
 # ---------------------------------------------------------------------------------------------------- measures
 
@@ -128,7 +128,9 @@ class Tricks:
         if not any(source.is_chat and len(source.val) for source in self.sources):
             raise UserError(f"{self.data} holds no chats to validate on; --data names a set of chats")
 
-        self.on = machine.pick_device(s.device, "float32")
+        self.on = machine.pick_device(s.device, "float32")  # for measuring
+        self.training_device = machine.pick_device(s.device, s.dtype)
+        self.code = code_of("finetune.py", "sample.py", "evaluation/behaviour.py", "races/tricks.py", module.__file__)
         self.stamp = hashlib.sha256(Path(s.init_from).read_bytes()).hexdigest()[:16]
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -144,9 +146,10 @@ class Tricks:
 
     def measures(self, kind, seed):
         """The measures of a run, which is trained unless it was measured earlier."""
-        flags = self.flags(kind, seed)
+        flags, on = self.flags(kind, seed), self.training_device
         about = dict(kind=kind, seed=seed, questions=self.s.questions, flags=flags, recipe=self.recipe,
-                     parent=self.stamp, data=[source.fingerprint for source in (*self.sources, *self.base)])
+                     device=on.chip, dtype=str(on.dtype), code=self.code, parent=self.stamp,
+                     data=[source.fingerprint for source in (*self.sources, *self.base)])
 
         def make():
             path = self.s.init_from

@@ -3,8 +3,10 @@
 All runs are measured on the same validation documents, and a pair of runs has one seed. Another seed would give another
 difference, and so would other documents. How much, the seeds show by their standard deviation and Student's t, and the
 documents by drawing them anew with replacement, DRAWS times (the bootstrap, Efron 1979). The 95% interval holds both.
-So one comparison in twenty of kinds that are equally good finds a difference.
+So one comparison in twenty of kinds that are equally good finds a difference, if the two were chosen before the runs
+were made. A table of many comparisons is expected to have some that chance made.
 """
+import functools
 import math
 import statistics
 from dataclasses import dataclass
@@ -34,25 +36,29 @@ class Verdict:
     difference: float
     low: float  # the ends of the 95% interval; infinite for one seed
     high: float
-    spread: float  # standard deviation of the difference over the seeds; nan for one seed
 
     @property
     def word(self):
         """better, worse or tie, of the first kind. One seed gives no verdict: it does not show how much seeds differ.
 
-        A difference counts if its interval leaves out 0 and if it is larger than its spread over the seeds.
+        A difference counts if its interval leaves out 0.
         """
-        if math.isnan(self.spread):
+        if math.isinf(self.low):
             return "one seed"
-        if self.low <= 0 <= self.high or abs(self.difference) <= self.spread:
+        if self.low <= 0 <= self.high:
             return "tie"
         return "better" if self.difference < 0 else "worse"
 
 
+@functools.lru_cache(maxsize=1)  # all pairs of a table have the same documents, and the matrix can be large
+def draws(n):
+    """How often each of n documents occurs in each draw, (DRAWS, n)."""
+    return np.random.default_rng(0).multinomial(n, [1 / n] * n, size=DRAWS)
+
+
 def of_documents(first, second):
     """Standard error of the mean difference if other documents were drawn, in bits per byte."""
-    n = len(first[0].nats)
-    drawn = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=DRAWS)  # how often each document occurs
+    drawn = draws(len(first[0].nats))
 
     def bits_per_byte(runs):
         nats, n_bytes = (np.mean([getattr(run, name) for run in runs], axis=0) for name in ("nats", "bytes"))
@@ -69,8 +75,7 @@ def compare(first, second):
     each = [a.bits_per_byte - b.bits_per_byte for a, b in zip(first, second)]
     difference = statistics.mean(each)
     if n == 1:
-        return Verdict(difference, -math.inf, math.inf, math.nan)
-    spread = statistics.stdev(each)
-    of_seeds = STUDENT[min(n - 1, len(STUDENT)) - 1] * spread / math.sqrt(n)
+        return Verdict(difference, -math.inf, math.inf)
+    of_seeds = STUDENT[min(n - 1, len(STUDENT)) - 1] * statistics.stdev(each) / math.sqrt(n)
     half = math.hypot(of_seeds, NORMAL * of_documents(first, second))
-    return Verdict(difference, difference - half, difference + half, spread)
+    return Verdict(difference, difference - half, difference + half)

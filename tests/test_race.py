@@ -1,18 +1,22 @@
 """race.py: what is compared with what, and an experiment that can be stopped."""
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 import finetune
+import machine
 import prepare
 import race
 import run
 import tinymemory
 from common import UserError
-from conftest import ROOT
+from conftest import CPU, ROOT
 from made_up import made_up_chats
-from races import tricks
+from races import runs, tricks
 
 
 def test_each_kind_is_plain_tuning_with_one_trick_of_the_recipe_or_all():
@@ -71,6 +75,32 @@ def test_each_kind_is_trained_once_and_what_was_measured_is_printed(flags, workd
         with pytest.raises(KeyboardInterrupt):
             race.main(flags)
     assert len(results.read_text().splitlines()) == 5
+
+
+def test_a_result_is_known_by_code_device_and_compute_type(flags, trained, monkeypatch):
+    monkeypatch.setattr(tricks, "kept", lambda folder, about, make: about)
+    plain, picked = Path.read_text, replace(CPU)
+    monkeypatch.setattr(machine, "pick_device", lambda device, dtype: replace(picked, dtype=getattr(torch, dtype)))
+
+    def key(changed="", **more):
+        def read(path, *args, **kwargs):
+            return plain(path, *args, **kwargs) + "\nCHANGED = 1\n" * (path == ROOT / changed)
+        settings = race.Settings(**dict(init_from=f"{trained}/best.pt", data="mine/chats", out="out/tricks",
+                                        base_data="data/pydocs-hybrid", dtype="float32") | more)
+        with monkeypatch.context() as m:
+            m.setattr(Path, "read_text", read)
+            runs.hash_of.cache_clear()  # as in a new process
+            about = tricks.Tricks(settings).measures("plain", 0)
+        runs.hash_of.cache_clear()
+        return {name: value for name, value in about.items() if name != "flags"}
+
+    before = key()
+    for name in ("finetune.py", "train.py", "sample.py", "tinymemory.py", "corpus/loader.py",
+                 "evaluation/behaviour.py", "races/tricks.py", "kernels/training.cpp"):
+        assert key(name) != before, name
+    assert key("races/variants.py") == key("README.md") == before != key(dtype="bfloat16")
+    monkeypatch.setattr(machine.Device, "chip", "another GPU")
+    assert key() != before
 
 
 def test_what_cannot_be_tried_is_one_line(flags):
