@@ -79,11 +79,11 @@ class Measured:
 
     def __init__(self, s, world):
         self.s, self.world = s, world
-        self.model, self.tokenizer, self.checkpoint = run.load_checkpoint(s.ckpt, ema=s.ema)
+        device = machine.find_device(s.device, world.local_rank)
+        self.model, self.tokenizer, self.checkpoint = run.load_checkpoint(s.ckpt, device, s.ema)
         self.recorded, self.cfg = asdict(train.Settings()) | self.checkpoint["train"], self.model.cfg
         check_settings(s, self.cfg)
         self.on = machine.pick_device(s.device, s.dtype or self.recorded["dtype"], local_rank=world.local_rank)
-        self.model.to(self.on.device)
 
         self.weights = "EMA" if run.weights_of(self.checkpoint, s.ema) == "ema" else "raw"
         self.trained = min(self.recorded["block_size"], self.cfg.context_length)

@@ -294,12 +294,14 @@ class ChatMicro:
     reset: torch.Tensor | None
     weights: torch.Tensor  # float (rows, T)
     of_chats: torch.Tensor  # bool (rows, 1): whether the row holds chats, of which only the replies count
+    n_compared: int = 0  # replies that stand in the extra rows too
     number: torch.Tensor | None = None  # int64 (extra rows, T), see pack_replies
     own: torch.Tensor | None = None  # int64 (rows, T), see wrong_prompts
 
     def to(self, device):
         """The same on another device."""
-        return ChatMicro(*(None if tensor is None else tensor.to(device) for tensor in vars(self).values()))
+        return ChatMicro(*(value.to(device, non_blocking=device.type == "cuda") if torch.is_tensor(value) else value
+                           for value in vars(self).values()))
 
 
 class FineTuning(Pretraining):
@@ -405,6 +407,7 @@ class FineTuning(Pretraining):
         if n_rows:
             micro.x, micro.y, micro.reset = map(torch.cat, zip((micro.x, micro.y, micro.reset), extra))
             micro.number, micro.own = number, own
+            micro.n_compared = int(number.max())  # known here, so that nobody has to ask the GPU for it
 
     def marks(self, source, pieces):
         """mark_replies of a row; all ones if every target counts, as in base data."""
@@ -416,7 +419,7 @@ class FineTuning(Pretraining):
         losses = net(micro.x, micro.y, reduction="none", reset=micro.reset)[1]
         contrast = torch.zeros_like(self.contrast)
         if micro.number is not None:
-            n = int(micro.number.max())
+            n = micro.n_compared
             losses, under_wrong = losses.split((len(micro.weights), len(micro.number)))
             lengths = reply_sums(torch.ones_like(under_wrong), micro.number, n)
             own, wrong = reply_sums(losses, micro.own, n), reply_sums(under_wrong, micro.number, n)

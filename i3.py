@@ -149,12 +149,10 @@ def causal_attention(q, k, v, mask=None):
     T, S = q.size(2), k.size(2)
     q, k = q.type_as(v), k.type_as(v)
     if mask is not None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.type_as(v))
-    if T == S:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if T > 1:  # is_causal would align the triangle with the first key, but these queries are the last T positions
+        mask = mask.type_as(v)
+    elif 1 < T < S:  # is_causal would align the triangle with the first key, but these queries are the last T positions
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S and mask is None)
 
 
 def within_documents(reset, dtype):

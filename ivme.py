@@ -113,17 +113,15 @@ def causal_attention(q, k, v, mask=None):
             return causal_attention(q.float(), k.float(), v.float(), mask).type_as(v)
     T, S = q.size(2), k.size(2)
     q, k = q.type_as(v), k.type_as(v)
+    if mask is not None:
+        mask = mask.type_as(v)
+    elif 1 < T < S:  # is_causal would align the triangle with the first key, but these queries are the last T positions
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     if mask is not None or (v.is_cuda and v.dtype == torch.float32):
-        # CUDA's attention with a mask, or in fp32, has no shared heads: every query head gets a copy
+        # quick attention with a mask, or in fp32 on CUDA, has no shared heads: every query head gets a copy
         k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
         v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
-    if mask is not None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.type_as(v))
-    if T == S:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    if T > 1:  # is_causal would align the triangle with the first key, but these queries are the last T positions
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S and mask is None, enable_gqa=True)
 
 
 def within_documents(reset, dtype):

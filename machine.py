@@ -79,6 +79,9 @@ def find_device(name, local_rank=0):
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         check_runs(device)
+        # cuDNN's attention plans anew for every length, up to half a second, and lengths change in sampling and
+        # evaluation; with some masks its gradients are NaN (pytorch issue 196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -238,8 +241,11 @@ def checkpoint_blocks(model):
         block.forward = functools.partial(recomputed, block.forward)
 
 
-# torch.compile takes half a minute on a CPU. It pays from this many FLOP on, about 15 minutes of training on two cores
+# torch.compile takes half a minute or more. On a CPU it pays from this many FLOP on, about 15 minutes of training on
+# two cores. On a GPU it pays from what the GPU could do at its peak in so many seconds, of which small models reach a
+# few percent: an estimate
 COMPILE_PAYS = 1e14
+COMPILE_PAYS_SECONDS = 5
 
 
 def make_net(model, s, on, world):
@@ -254,7 +260,10 @@ def make_net(model, s, on, world):
     if net is None:
         net, how = model, ""
         work = model.flops_per_token(s.block_size) * s.batch_tokens * s.max_steps
-        pays = on.device.type == "cuda" or (on.device.type == "cpu" and on.compiler and work > COMPILE_PAYS)
+        least = COMPILE_PAYS
+        if on.device.type == "cuda":
+            least = COMPILE_PAYS_SECONDS * (peak_flops(on.chip, on.dtype) or 1e14)
+        pays = on.device.type in ("cpu", "cuda") and work > least
         if s.compile == "on" or (s.compile == "auto" and pays and can_compile(on)):
             torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # now the compiler knows
             # graphs stay whole; gradients are exchanged once a step, of which cutting them would hide little
@@ -276,10 +285,14 @@ def can_compile(on):
     headers = os.path.join(sysconfig.get_path("include"), "Python.h")
     lacks = [what for what, is_here in (("a C compiler", on.compiler), (headers, os.path.exists(headers)),
                                         ("a Triton for this GPU", has_triton())) if not is_here]
-    if lacks:
-        print(f"compile      torch.compile lacks {' and '.join(lacks)}, so training takes longer",
-              file=sys.stderr, flush=True)
+    if lacks and os.environ.get("LOCAL_RANK", "0") == "0":
+        say_once(f"compile      torch.compile lacks {' and '.join(lacks)}, so training takes longer")
     return not lacks
+
+
+@functools.cache
+def say_once(line):
+    print(line, file=sys.stderr, flush=True)
 
 
 def quick_orthogonalize(s, muon):

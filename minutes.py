@@ -90,6 +90,9 @@ def measured(plan, task, world, on, make_optimizers, steps=0, micro_rows=0):
             loss.backward()
 
     def update():
+        for p in params:
+            if p.grad is None:  # the loss does not depend on it
+                p.grad = torch.zeros_like(p)
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizers.step(0.0)
         torch._foreach_lerp_([p.detach().clone() for p in params], params, 0.1)

@@ -6,22 +6,26 @@
     y, h = selective_scan(..., h0=h, return_state=True)             going on from a state
     y = selective_scan_step(h, u, delta, A, B, C, D)                one token, h changed in place
 
-Three implementations stand behind one operator, torch.ops.kernels.selective_scan, which torch.compile keeps as one node
-of its graph: reference.py (PyTorch), selective_scan.cpp (C++ with SIMD and threads) and selective_scan.cu (CUDA). The
-compiled ones are built at first use. If that fails, one line says why and the reference runs. The environment variable
-KERNELS chooses:
+Four implementations stand behind one operator, torch.ops.kernels.selective_scan, which torch.compile keeps as one node
+of its graph: reference.py (PyTorch), selective_scan.cpp (C++ with SIMD and threads), selective_scan.cu (CUDA) and
+scan_triton.py (Triton). The C++ and CUDA ones are built at first use. Where that fails, one line says why and what runs
+in their place. The environment variable KERNELS chooses:
 
-    auto         the default: CUDA's for tensors on an NVIDIA GPU, the CPU's for those on a CPU, and the reference for
-                 others, if these cannot be built, or if the GPU has too little shared memory
+    auto         the default: the CPU's for tensors on a CPU, CUDA's for those on a GPU. Where CUDA's cannot be built,
+                 as without nvcc, or finds too little shared memory, Triton's. The reference, if these fail
     reference    always the reference
     cpu          the CPU's must build, else RuntimeError; tensors on a GPU go to the reference
     cuda         CUDA's must build, else RuntimeError; tensors on a CPU are treated as with auto
+    triton       Triton's must run, else RuntimeError; tensors on a CPU are treated as with auto, but go to Triton's
+                 interpreter with TRITON_INTERPRET=1
 
 An empty KERNELS is no KERNELS.
 
-fp64 on CUDA always goes to the reference. To use the folder in another project, copy it.
+fp64 on a GPU always goes to the reference. To use the folder in another project, copy it.
 """
 import functools
+import importlib
+import os
 
 import torch
 from torch import Tensor
@@ -35,28 +39,56 @@ SHARED_MEMORY = 92 * 1024  # bytes of it that their largest block needs; a T4 an
 
 # ---------------------------------------------------------------------------------------------------- implementations
 
+def compiled(kind):
+    """The compiled operators of `kind`, cpu or cuda. Raises CannotBuild, or OSError if they cannot be loaded."""
+    torch.ops.load_library(build.library(kind))
+    return getattr(torch.ops, f"selective_scan_{kind}")
+
+
 @functools.cache
-def compiled(kind, must):
-    """The compiled operators of `kind` (cpu or cuda), or None if they cannot be built; with `must` a RuntimeError."""
+def on_cpu(must):
+    """What computes the scan on a CPU. must: RuntimeError if it is not compiled."""
     try:
-        torch.ops.load_library(build.library(kind))
-        return getattr(torch.ops, f"selective_scan_{kind}")
+        return compiled("cpu")
     except (build.CannotBuild, OSError) as e:
         if must:
-            raise RuntimeError(f"KERNELS={kind}, but {e}") from None
+            raise RuntimeError(f"KERNELS=cpu, but {e}") from None
         build.say(f"kernels      {e}, so the selective scan runs in PyTorch, several times slower")
-        return None
+        return reference
 
 
 @functools.cache
-def has_room(device):
-    """Whether the CUDA kernels fit this GPU. If they do not, a line says so."""
+def on_gpu(device, must):
+    """What computes the scan on this GPU. must: RuntimeError if it is not CUDA's."""
     gpu = torch.cuda.get_device_properties(device)
-    if gpu.shared_memory_per_block_optin >= SHARED_MEMORY:
-        return True
-    build.say(f"kernels      {gpu.name} has too little shared memory, so the selective scan runs in PyTorch, several "
-              "times slower")
-    return False
+    try:
+        if gpu.shared_memory_per_block_optin < SHARED_MEMORY:
+            raise build.CannotBuild(f"{gpu.name} has too little shared memory")
+        return compiled("cuda")
+    except (build.CannotBuild, OSError) as e:
+        if must:
+            raise RuntimeError(f"KERNELS=cuda, but {e}") from None
+        why_not = str(e)
+    try:
+        found = in_triton(device)
+        build.say(f"kernels      {why_not}, so the selective scan runs in Triton")
+        return found
+    except RuntimeError as e:
+        build.say(f"kernels      {why_not}, and {e}, so the selective scan runs in PyTorch, many times slower")
+        return reference
+
+
+@functools.cache
+def in_triton(device):
+    """Triton's scan, once it has run on this device. Raises RuntimeError if it cannot."""
+    try:
+        found = importlib.import_module(f"{__name__}.scan_triton")
+        x = torch.ones(1, 2, 1, device=device)
+        y, _, kept = found.forward(x, x, -x[0, :1], x, x, None, None, None, True)
+        found.backward(y, None, x, x, -x[0, :1], x, x, None, None, kept)
+        return found
+    except Exception as e:  # Triton and what it calls, such as a C compiler, fail in many ways
+        raise RuntimeError(f"Triton does not run ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
 
 
 def implementation(x):
@@ -64,9 +96,13 @@ def implementation(x):
     choice, kind = build.choice(), x.device.type
     if choice == "reference" or kind not in ("cpu", "cuda"):
         return reference
-    if kind == "cuda" and (choice == "cpu" or x.dtype == torch.float64 or not has_room(x.device)):
+    if choice == "triton" and (kind == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
+        return reference if x.dtype == torch.float64 else in_triton(x.device)
+    if kind == "cpu":
+        return on_cpu(must=choice == "cpu")
+    if choice == "cpu" or x.dtype == torch.float64:
         return reference
-    return compiled(kind, must=choice == kind) or reference
+    return on_gpu(x.device, must=choice == "cuda")
 
 
 # ---------------------------------------------------------------------------------------------------- the operator

@@ -125,12 +125,31 @@ def mamba_ssm(u, delta, A, B, C, D):
     return selective_scan_fn(u.mT.contiguous(), delta.mT.contiguous(), A, B.mT.contiguous(), C.mT.contiguous(), D).mT
 
 
+class InTriton(torch.autograd.Function):
+    """Our scan in Triton, which runs where there is no nvcc."""
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, D):
+        from kernels import scan_triton
+        y, _, kept = scan_triton.forward(u, delta, A, B, C, D, None, None, True)
+        ctx.save_for_backward(u, delta, A, B, C, D, kept)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        from kernels import scan_triton
+        *inputs, kept = ctx.saved_tensors
+        return scan_triton.backward(dy, None, *inputs, None, kept)[:6]
+
+
 def contenders():
     """{name: scan} of what is installed. On CUDA without mamba_ssm, plain PyTorch also runs compiled."""
     found = {"ours": kernels.selective_scan, "loop": loop}
     if importlib.util.find_spec("mambapy"):
         found["mambapy"] = mambapy
     if DEVICE.type == "cuda":
+        if importlib.util.find_spec("triton"):
+            found["ours in Triton"] = InTriton.apply
         if importlib.util.find_spec("mamba_ssm"):
             found["mamba_ssm"] = mamba_ssm
         elif "mambapy" in found:

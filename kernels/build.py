@@ -49,8 +49,8 @@ class CannotBuild(Exception):
 def choice():
     """What the environment variable KERNELS says, see __init__.py. Raises ValueError for anything else."""
     found = os.environ.get("KERNELS") or "auto"
-    if found not in ("auto", "reference", "cpu", "cuda"):
-        raise ValueError(f"KERNELS={found} is not one of auto, reference, cpu, cuda")
+    if found not in ("auto", "reference", "cpu", "cuda", "triton"):
+        raise ValueError(f"KERNELS={found} is not one of auto, reference, cpu, cuda, triton")
     return found
 
 

@@ -94,7 +94,8 @@ OF_IVME = {
         "k, v (B, K, S, D)": "k, v (B, H, S, D)",
         ", enable_gqa=True": "",
         "    if mask is not None or (v.is_cuda and v.dtype == torch.float32):\n": "",
-        "        # CUDA's attention with a mask, or in fp32, has no shared heads: every query head gets a copy\n": "",
+        "        # quick attention with a mask, or in fp32 on CUDA, has no shared heads: "
+        "every query head gets a copy\n": "",
         "        k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)\n": "",
         "        v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)\n": "",
     },

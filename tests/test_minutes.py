@@ -48,6 +48,15 @@ def test_what_is_chosen_fits_into_the_time_and_fills_it(time, micro, update, spe
         assert evaluated < 0.2 * found.max_steps * found.batch_tokens
 
 
+def test_a_model_with_idle_parameters_is_measured_too(workdir):
+    """As i3 without its scan: the loss does not depend on the scan's parameters, which have no gradient then."""
+    assert train.main(["--model=i3", "--scan=false", "--n_layer=1", "--d_model=16", "--n_head=2", "--d_state=4",
+                       "--delta_rank=4", "--ffn_rank=8", "--head_rank=8", "--vocab_size=600", "--data=pydocs-hybrid",
+                       "--minutes=0.02", "--block_size=32", "--batch_tokens=256", "--micro_batch=4",
+                       "--sample_tokens=0", "--device=cpu", "--compile=off", "--out=idle"]) == 0
+    assert step_rows("idle")
+
+
 def test_flags_that_were_typed_stay():
     found = choice(SETTINGS, {"batch_tokens", "warmup_steps", "eval_every"}, Costs(1.0, 0.1, 0.0), 8)
     assert (found.batch_tokens, found.warmup_steps) == (2 ** 19, 50) and found.eval_every == SETTINGS.eval_every

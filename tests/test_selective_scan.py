@@ -1,7 +1,7 @@
 """The selective scan: every implementation against a float64 loop over time, and what its callers rely on.
 
 Errors are max |difference| / max |reference|. CUDA takes part if there is a GPU; test_selective_scan_cuda.py runs its
-kernels on the CPU.
+kernels on the CPU, test_scan_triton.py those in Triton.
 """
 import ast
 import functools
@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_leaves
 import kernels
 from conftest import ROOT, command
 from kernels import bench, build
+from scans import NAMES, brute_force, convert, error, gradients, problem
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 IMPLEMENTATIONS = ["reference"] + ["cpu"] * bool(COMPILER) + ["cuda"] * torch.cuda.is_available()
-NAMES = ("u", "delta", "A", "B", "C", "D", "h0")
 every_implementation = pytest.mark.parametrize("kind", IMPLEMENTATIONS)
 
 
@@ -35,57 +35,6 @@ def use(monkeypatch):
         monkeypatch.setenv("KERNELS", kind)
         return "cuda" if kind == "cuda" else "cpu"
     return choose
-
-
-def problem(batch, T, channels, N, seed=0, optional=True):
-    """float64 inputs by name, with decays from fast to slow, as in a trained Mamba. D, h0 and reset are optional."""
-    g = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    x = dict(u=draw(batch, T, channels), delta=torch.nn.functional.softplus(2 * draw(batch, T, channels) - 2),
-             A=-draw(channels, N).exp(), B=draw(batch, T, N), C=draw(batch, T, N))
-    if optional:
-        x |= dict(D=draw(channels), h0=draw(batch, channels, N), reset=torch.rand(batch, T, generator=g) < 0.05)
-    return x
-
-
-def brute_force(u, delta, A, B, C, D=None, h0=None, reset=None):
-    """The definition, one step and one tensor operation after the other."""
-    h = torch.zeros(u.size(0), *A.shape, dtype=u.dtype) if h0 is None else h0
-    y = [torch.zeros_like(u[:, :0])]
-    for t in range(u.size(1)):
-        if reset is not None:
-            h = torch.where(reset[:, t, None, None], 0.0, h)
-        h = torch.exp(delta[:, t, :, None] * A) * h + delta[:, t, :, None] * B[:, t, None] * u[:, t, :, None]
-        y.append((C[:, t, None] * h).sum(-1)[:, None])
-    return torch.cat(y, 1) + (0 if D is None else D * u), h
-
-
-def gradients(scan, x, dy, dh):
-    """[y, last state, *gradients by inputs] of scan(**x) for the output gradients dy and dh."""
-    leaves = {k: v.detach().requires_grad_() if k in NAMES else v for k, v in x.items()}
-    y, h = scan(**leaves)
-    inputs = [leaves[k] for k in NAMES if k in leaves]
-    grads = [None] * len(inputs)
-    outputs = [(out, grad.to(out)) for out, grad in ((y, dy), (h, dh)) if out.requires_grad]
-    if outputs:  # there are none if T is 0 and h0 is not given
-        grads = torch.autograd.grad([o for o, _ in outputs], inputs, [g for _, g in outputs], allow_unused=True)
-    return [y.detach(), h.detach(), *(torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs))]
-
-
-def error(value, truth):
-    value, truth = value.double().cpu(), truth.double().cpu()
-    assert value.shape == truth.shape
-    return float((value - truth).abs().max() / truth.abs().max().clamp(min=1e-30)) if truth.numel() else 0.0
-
-
-def convert(x, device, dtype):
-    """Activations in dtype, parameters and state in float32."""
-    types = {k: dtype if k in ("u", "delta", "B", "C") else torch.float32 for k in x}
-    types["reset"] = torch.bool
-    return {k: v.to(device, types[k]) for k, v in x.items()}
 
 
 scan = functools.partial(kernels.selective_scan, return_state=True)
@@ -392,12 +341,41 @@ def test_a_machine_with_another_c_library_builds_its_own(monkeypatch):
     assert build.path_of("cpu") != ours
 
 
-def test_a_gpu_with_too_little_memory_for_a_block_gets_the_reference(monkeypatch, capsys):
-    for room, has_room in ((64 * 1024, False), (99 * 1024, True)):
-        gpu = types.SimpleNamespace(name="Tesla T4", shared_memory_per_block_optin=room)
-        monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: gpu)
-        assert kernels.has_room(f"cuda with {room}") is has_room
-        assert (capsys.readouterr().err == "") is has_room
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU on which CUDA's kernels and Triton's are only names, or fail: set its room, cuda and triton."""
+    gpu = types.SimpleNamespace(name="Tesla T4", shared_memory_per_block_optin=99 * 1024, cuda=None, triton=None)
+
+    def answer(what):
+        if isinstance(what, Exception):
+            raise what
+        return what
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(kernels, "compiled", lambda kind: answer(gpu.cuda))
+    monkeypatch.setattr(kernels, "in_triton", lambda device: answer(gpu.triton))
+    return gpu
+
+
+def test_a_gpu_without_nvcc_or_room_for_a_block_gets_triton_and_else_the_reference(gpu, capsys):
+    choose = kernels.on_gpu.__wrapped__  # not what was cached
+    gpu.cuda, gpu.triton = "CUDA's", "Triton's"
+    assert choose("cuda", must=False) == "CUDA's" and capsys.readouterr().err == ""
+    gpu.shared_memory_per_block_optin = 64 * 1024
+    assert choose("cuda", must=False) == "Triton's"
+    assert "Tesla T4 has too little shared memory, so the selective scan runs in Triton\n" in capsys.readouterr().err
+    gpu.shared_memory_per_block_optin, gpu.cuda = 99 * 1024, build.CannotBuild("there is no nvcc")
+    assert choose("cuda", must=False) == "Triton's" and "there is no nvcc, so" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="KERNELS=cuda, but there is no nvcc"):
+        choose("cuda", must=True)
+    gpu.triton = RuntimeError("Triton does not run (no gcc)")
+    assert choose("cuda", must=False) is kernels.reference
+    assert "there is no nvcc, and Triton does not run (no gcc), so the selective scan" in capsys.readouterr().err
+
+
+def test_triton_that_does_not_run_is_a_reason_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kernels.scan_triton", None)
+    with pytest.raises(RuntimeError, match=r"Triton does not run \(ModuleNotFoundError: "):
+        kernels.in_triton.__wrapped__("cpu")
 
 
 def test_the_benchmarks_contenders_compute_the_same(monkeypatch):
@@ -414,7 +392,7 @@ def test_the_folder_imports_nothing_of_the_project():
         nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
         imported = {a.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for a in node.names}
         imported |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-        optional = {"ninja", "mambapy", "mamba_ssm"}
+        optional = {"ninja", "mambapy", "mamba_ssm", "triton"}
         assert imported - sys.stdlib_module_names - optional <= {"torch", "kernels"}, file.name
 
 
@@ -456,12 +434,15 @@ def test_an_architecture_that_torch_does_not_know_is_reported_in_one_line(tmp_pa
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))  # as if the CUDA toolkit were there
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "99.9z")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    compiled = kernels.compiled.__wrapped__  # not what was cached
-    assert compiled("cuda", must=False) is None  # which means the reference
+    room = types.SimpleNamespace(name="a GPU", shared_memory_per_block_optin=99 * 1024)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: room)
+    monkeypatch.setitem(sys.modules, "kernels.scan_triton", None)
+    choose = kernels.on_gpu.__wrapped__  # not what was cached
+    assert choose("cuda:7", must=False) is kernels.reference
     line = capfd.readouterr().err.splitlines()[-1]
     assert "TORCH_CUDA_ARCH_LIST=99.9z" in line and "the selective scan runs in PyTorch" in line
     with pytest.raises(RuntimeError, match="KERNELS=cuda, but .*99.9z"):
-        compiled("cuda", must=True)
+        choose("cuda:7", must=True)
 
 
 def test_an_unwritable_cache_is_no_end(tmp_path):

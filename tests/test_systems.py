@@ -218,3 +218,30 @@ def test_a_python_without_xz_trains_without_its_figure(monkeypatch):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           cwd=Path(report.__file__).parent)
     assert done.stdout == "here\n", done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------- GPUs that compile
+
+@pytest.mark.parametrize("chip, flop, compiled", [
+    ("NVIDIA H100 80GB HBM3", 3.6e13, False), ("NVIDIA H100 80GB HBM3", 2.7e17, True),
+    ("NVIDIA GeForce RTX 3060", 3.6e13, False), ("NVIDIA GeForce RTX 3060", 1e15, True), ("a new one", 1e15, True)])
+def test_a_gpu_compiles_a_run_that_is_long_enough_for_it(chip, flop, compiled, monkeypatch):
+    """The quick start, 3.6e13 FLOP, is over before a compiler would be done."""
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: chip)
+    monkeypatch.setattr("torch.compile", lambda model, dynamic: model)
+    monkeypatch.setattr(machine, "can_compile", lambda on: True)
+    model = torch.nn.Linear(1, 1)
+    model.flops_per_token = lambda T: 1
+    s = types.SimpleNamespace(compile="auto", grad_checkpoint=False, block_size=1, batch_tokens=1, max_steps=flop)
+    on = machine.Device(torch.device("cuda"), torch.bfloat16, compiler=True)
+    assert machine.make_net(model, s, on, types.SimpleNamespace(size=1)) == (model, "compiled" if compiled else "")
+
+
+def test_what_compiling_lacks_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/once")
+    on = machine.Device(torch.device("cuda"), torch.float32, compiler=True)
+    assert [machine.can_compile(on) for _ in range(3)] == [False] * 3 and capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/another")
+    assert not machine.can_compile(on) and capsys.readouterr().err == ""
