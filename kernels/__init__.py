@@ -39,56 +39,50 @@ SHARED_MEMORY = 92 * 1024  # bytes of it that their largest block needs; a T4 an
 
 # ---------------------------------------------------------------------------------------------------- implementations
 
-def compiled(kind):
-    """The compiled operators of `kind`, cpu or cuda. Raises CannotBuild, or OSError if they cannot be loaded."""
-    torch.ops.load_library(build.library(kind))
-    return getattr(torch.ops, f"selective_scan_{kind}")
-
-
 @functools.cache
-def on_cpu(must):
-    """What computes the scan on a CPU. must: RuntimeError if it is not compiled."""
+def compiled(kind, must):
+    """The compiled operators of `kind` (cpu or cuda), or None if they cannot be built; with `must` a RuntimeError."""
     try:
-        return compiled("cpu")
+        torch.ops.load_library(build.library(kind))
+        return getattr(torch.ops, f"selective_scan_{kind}")
     except (build.CannotBuild, OSError) as e:
         if must:
-            raise RuntimeError(f"KERNELS=cpu, but {e}") from None
-        build.say(f"kernels      {e}, so the selective scan runs in PyTorch, several times slower")
-        return reference
+            raise RuntimeError(f"KERNELS={kind}, but {e}") from None
+        build.say(f"kernels      {e}, so the selective scan runs in {in_its_place(kind)}")
+        return None
 
 
 @functools.cache
-def on_gpu(device, must):
-    """What computes the scan on this GPU. must: RuntimeError if it is not CUDA's."""
+def has_room(device):
+    """Whether the CUDA kernels fit this GPU. If they do not, a line says so."""
     gpu = torch.cuda.get_device_properties(device)
-    try:
-        if gpu.shared_memory_per_block_optin < SHARED_MEMORY:
-            raise build.CannotBuild(f"{gpu.name} has too little shared memory")
-        return compiled("cuda")
-    except (build.CannotBuild, OSError) as e:
-        if must:
-            raise RuntimeError(f"KERNELS=cuda, but {e}") from None
-        why_not = str(e)
-    try:
-        found = in_triton(device)
-        build.say(f"kernels      {why_not}, so the selective scan runs in Triton")
-        return found
-    except RuntimeError as e:
-        build.say(f"kernels      {why_not}, and {e}, so the selective scan runs in PyTorch, many times slower")
-        return reference
+    if gpu.shared_memory_per_block_optin >= SHARED_MEMORY:
+        return True
+    build.say(f"kernels      {gpu.name} has too little shared memory, "
+              f"so the selective scan runs in {in_its_place('cuda')}")
+    return False
+
+
+def in_its_place(kind):
+    """The name of what runs where `kind` cannot."""
+    return "Triton" if kind == "cuda" and in_triton(must=False) else "PyTorch, several times slower"
 
 
 @functools.cache
-def in_triton(device):
-    """Triton's scan, once it has run on this device. Raises RuntimeError if it cannot."""
+def in_triton(must):
+    """The module that computes the scan in Triton, or None if Triton does not run here; with `must` a RuntimeError."""
     try:
         found = importlib.import_module(f"{__name__}.scan_triton")
-        x = torch.ones(1, 2, 1, device=device)
+        x = torch.ones(1, 2, 1, device="cuda" if torch.cuda.is_available() else "cpu")
         y, _, kept = found.forward(x, x, -x[0, :1], x, x, None, None, None, True)
         found.backward(y, None, x, x, -x[0, :1], x, x, None, None, kept)
         return found
     except Exception as e:  # Triton and what it calls, such as a C compiler, fail in many ways
-        raise RuntimeError(f"Triton does not run ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
+        why = f"Triton does not run ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+        if must:
+            raise RuntimeError(f"KERNELS=triton, but {why}") from None
+        build.say(f"kernels      {why}")
+        return None
 
 
 def implementation(x):
@@ -96,13 +90,13 @@ def implementation(x):
     choice, kind = build.choice(), x.device.type
     if choice == "reference" or kind not in ("cpu", "cuda"):
         return reference
-    if choice == "triton" and (kind == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
-        return reference if x.dtype == torch.float64 else in_triton(x.device)
-    if kind == "cpu":
-        return on_cpu(must=choice == "cpu")
-    if choice == "cpu" or x.dtype == torch.float64:
+    if kind == "cuda" and (choice == "cpu" or x.dtype == torch.float64):
         return reference
-    return on_gpu(x.device, must=choice == "cuda")
+    if choice == "triton" and (kind == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
+        return reference if x.dtype == torch.float64 else in_triton(must=True)
+    if kind == "cpu":
+        return compiled("cpu", must=choice == "cpu") or reference
+    return has_room(x.device) and compiled("cuda", must=choice == "cuda") or in_triton(must=False) or reference
 
 
 # ---------------------------------------------------------------------------------------------------- the operator

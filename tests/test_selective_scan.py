@@ -341,41 +341,43 @@ def test_a_machine_with_another_c_library_builds_its_own(monkeypatch):
     assert build.path_of("cpu") != ours
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """A GPU on which CUDA's kernels and Triton's are only names, or fail: set its room, cuda and triton."""
-    gpu = types.SimpleNamespace(name="Tesla T4", shared_memory_per_block_optin=99 * 1024, cuda=None, triton=None)
+@pytest.mark.parametrize("triton, what", [("Triton's", "Triton"), (None, "PyTorch, several times slower")])
+def test_a_gpu_with_too_little_memory_for_a_block_gets_triton_or_the_reference(triton, what, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "in_triton", lambda must: triton)
+    monkeypatch.setattr(kernels, "compiled", lambda kind, must: "CUDA's")
+    x = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    for room, fits in ((64 * 1024, False), (99 * 1024, True)):
+        kernels.has_room.cache_clear()
+        gpu = types.SimpleNamespace(name="Tesla T4", shared_memory_per_block_optin=room)
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: gpu)
+        assert kernels.implementation(x) == ("CUDA's" if fits else triton or kernels.reference)
+        said = f"kernels      Tesla T4 has too little shared memory, so the selective scan runs in {what}\n"
+        assert capsys.readouterr().err == ("" if fits else said)
+    kernels.has_room.cache_clear()
 
-    def answer(what):
-        if isinstance(what, Exception):
-            raise what
-        return what
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: gpu)
-    monkeypatch.setattr(kernels, "compiled", lambda kind: answer(gpu.cuda))
-    monkeypatch.setattr(kernels, "in_triton", lambda device: answer(gpu.triton))
-    return gpu
 
-
-def test_a_gpu_without_nvcc_or_room_for_a_block_gets_triton_and_else_the_reference(gpu, capsys):
-    choose = kernels.on_gpu.__wrapped__  # not what was cached
-    gpu.cuda, gpu.triton = "CUDA's", "Triton's"
-    assert choose("cuda", must=False) == "CUDA's" and capsys.readouterr().err == ""
-    gpu.shared_memory_per_block_optin = 64 * 1024
-    assert choose("cuda", must=False) == "Triton's"
-    assert "Tesla T4 has too little shared memory, so the selective scan runs in Triton\n" in capsys.readouterr().err
-    gpu.shared_memory_per_block_optin, gpu.cuda = 99 * 1024, build.CannotBuild("there is no nvcc")
-    assert choose("cuda", must=False) == "Triton's" and "there is no nvcc, so" in capsys.readouterr().err
+def test_a_gpu_without_nvcc_gets_triton(monkeypatch, capsys):
+    def library(kind):
+        raise build.CannotBuild("there is no nvcc")
+    monkeypatch.setattr(build, "library", library)
+    monkeypatch.setattr(kernels, "in_triton", lambda must: "Triton's")
+    monkeypatch.setattr(kernels, "has_room", lambda device: True)
+    monkeypatch.setattr(kernels, "compiled", kernels.compiled.__wrapped__)  # not what was cached
+    x = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    assert kernels.implementation(x) == "Triton's"
+    assert capsys.readouterr().err == "kernels      there is no nvcc, so the selective scan runs in Triton\n"
+    monkeypatch.setenv("KERNELS", "cuda")
     with pytest.raises(RuntimeError, match="KERNELS=cuda, but there is no nvcc"):
-        choose("cuda", must=True)
-    gpu.triton = RuntimeError("Triton does not run (no gcc)")
-    assert choose("cuda", must=False) is kernels.reference
-    assert "there is no nvcc, and Triton does not run (no gcc), so the selective scan" in capsys.readouterr().err
+        kernels.implementation(x)
 
 
-def test_triton_that_does_not_run_is_a_reason_in_one_line(monkeypatch):
+def test_triton_that_does_not_run_is_a_reason_in_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "kernels.scan_triton", None)
-    with pytest.raises(RuntimeError, match=r"Triton does not run \(ModuleNotFoundError: "):
-        kernels.in_triton.__wrapped__("cpu")
+    look = kernels.in_triton.__wrapped__  # not what was cached
+    assert look(must=False) is None
+    assert capsys.readouterr().err.startswith("kernels      Triton does not run (ModuleNotFoundError: ")
+    with pytest.raises(RuntimeError, match=r"KERNELS=triton, but Triton does not run \(ModuleNotFoundError: "):
+        look(must=True)
 
 
 def test_the_benchmarks_contenders_compute_the_same(monkeypatch):
@@ -434,15 +436,14 @@ def test_an_architecture_that_torch_does_not_know_is_reported_in_one_line(tmp_pa
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))  # as if the CUDA toolkit were there
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "99.9z")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    room = types.SimpleNamespace(name="a GPU", shared_memory_per_block_optin=99 * 1024)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: room)
     monkeypatch.setitem(sys.modules, "kernels.scan_triton", None)
-    choose = kernels.on_gpu.__wrapped__  # not what was cached
-    assert choose("cuda:7", must=False) is kernels.reference
+    monkeypatch.setattr(kernels, "in_triton", kernels.in_triton.__wrapped__)
+    compiled = kernels.compiled.__wrapped__  # not what was cached
+    assert compiled("cuda", must=False) is None
     line = capfd.readouterr().err.splitlines()[-1]
     assert "TORCH_CUDA_ARCH_LIST=99.9z" in line and "the selective scan runs in PyTorch" in line
     with pytest.raises(RuntimeError, match="KERNELS=cuda, but .*99.9z"):
-        choose("cuda:7", must=True)
+        compiled("cuda", must=True)
 
 
 def test_an_unwritable_cache_is_no_end(tmp_path):
