@@ -2,10 +2,9 @@
 its scores on benchmarks; --bundle=DIR, its behaviour too. `python eval.py --compare A.pt B.pt` ranks checkpoints.
 
 Losses    of each source, language and kind of the data that it was trained on, or of --data, over whole validation
-          files. A window of --context positions moves over the text in steps of --stride. A checkpoint that
-          was fine-tuned on replies is measured on chats as finetune.py does it: its replies, the base data, and context
-          relevance. --plot draws the
-          loss over the position in the context.
+          files. A window of --context positions moves over the text in steps of --stride. A checkpoint that was
+          fine-tuned on replies is measured on chats as finetune.py does it: its replies, the base data, and context
+          relevance. --plot draws the loss over the position in the context.
 --tasks   Benchmarks by their names in EleutherAI's lm-evaluation-harness, such as wikitext, blimp, arc_easy.
 --bundle  The evaluation of the 1gpu-llm card in a folder: source losses, behaviour, probes, and a search for decoding
           parameters, which sample.py then uses if DIR is bundle/ beside the checkpoint.

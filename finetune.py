@@ -558,7 +558,7 @@ def adapt(plan):
         s = replace(s, **off)
     needs = dict(response_start_tokens=("response_start_weight", 1.0), relevance_margin=("relevance", 0.0))
     for name, (partner, off) in needs.items():
-        if name in given and getattr(s, partner) == off:
+        if name in given and getattr(s, name) != getattr(Settings, name) and getattr(s, partner) == off:
             raise UserError(f"--{name} does nothing without --{partner}")
     if s.relevance and s.pack != "document":
         raise UserError("--relevance compares replies under whole prompts: it needs --pack=document")

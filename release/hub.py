@@ -5,10 +5,10 @@ from pathlib import Path
 from common import UserError, columns, quoted
 from runfolder import BUNDLE, LOGS
 
-# Files of an older release, which a new one replaces or removes: they are about other weights
+# Files of an older release, which a new one replaces or removes: they are about other weights. Names that others use
+# for files of their own, such as model.py, are not among them
 OURS = ("model.safetensors", "pytorch_model.bin", "step_*.pt", "*.gguf", "Modelfile", "chat_template.jinja",
-        "ivme_base_ema.pt", "ivme_instruct_ema.pt", "ivme_tokenizer.json", "pretrain.pt", "model.pt", "model.py",
-        "eval.json", *LOGS, *BUNDLE)
+        "ivme_base_ema.pt", "ivme_instruct_ema.pt", "ivme_tokenizer.json", "eval.json", *LOGS, *BUNDLE)
 # What is fetched of a model, beside its weights
 TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 

@@ -744,6 +744,14 @@ def test_a_model_behind_terms_is_said_to_be_one(monkeypatch):
         hub.fetch("org/model")
 
 
+def test_a_new_release_removes_what_an_older_one_left_and_nobody_elses_files():
+    from huggingface_hub.utils import filter_repo_objects
+    from release import hub
+    older = ["small-F16.gguf", "Modelfile", "step_100.pt", "eval.json", "metrics.jsonl", "decoding_report.md"]
+    others = ["notes.md", "model.py", "images/loss.png", "README.md", ".gitattributes"]
+    assert list(filter_repo_objects([*older, *others], allow_patterns=hub.OURS)) == older
+
+
 def test_a_release_goes_up_to_the_hub_and_comes_down_again(checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = [f"--ckpt={checkpoints['tinymemory']}", "--out=it"]

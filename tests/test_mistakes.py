@@ -284,6 +284,9 @@ MISTAKES = {
         finetune, [*TUNE, "--relevance=1.5"], chat_set, "--replay must be below 1 and --relevance at most 1"),
     "replay of nothing": (
         finetune, [*TUNE, "--replay=0.1", "--base_data="], chat_set, "--replay needs --base_data"),
+    "a margin of nothing": (
+        finetune, [*TUNE, "--relevance=0", "--relevance_margin=0.4"], chat_set,
+        "--relevance_margin does nothing without --relevance"),
     "nothing but replay": (finetune, [*TUNE, "--replay=1"], chat_set, "--replay must be below 1"),
     "replay where everything counts": (
         finetune, [*TUNE, "--loss_on=all", "--replay=0.1"], chat_set,
