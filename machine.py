@@ -53,7 +53,7 @@ class Device:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         if self.device.type == "mps":
-            return torch.backends.mps.get_name()
+            return getattr(torch.backends.mps, "get_name", lambda: "Apple's GPU")()  # torch 2.11 may lack it
         return f"{torch.get_num_threads()} threads"
 
 
