@@ -188,8 +188,9 @@ def conclusion(found):
         sentences.append("That preset was the best one on the tuning prompts, and it is on the holdout prompts too.")
     elif sweep.is_confirmed:
         sentences.append(
-            f"That preset was the best one on the tuning prompts; on the holdout prompts it is number {rank}, within "
-            f"two standard errors of `{first.name}` ({scores} against {first.score:.3f}).")
+            f"That preset was the best one on the tuning prompts; on the holdout prompts it is number {rank}, and "
+            f"`{first.name}` is ahead by less than two standard errors of their difference ({first.score:.3f} against "
+            f"{scores}).")
     else:
         sentences.append(
             f"That preset was the best one on the tuning prompts, but the holdout prompts do not confirm it: there "

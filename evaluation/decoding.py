@@ -281,11 +281,14 @@ def score(values, of_text):
     return float(np.prod([min(1.0, a / b) for a, b in zip(has, text_has) if b > 0]))
 
 
-def standard_error(values, of_text):
-    """The standard error of the score, by the bootstrap over the prompts (Efron 1979). The same every time."""
+def resampled(values, of_text):
+    """The score with the prompts drawn anew with replacement, RESAMPLES times (the bootstrap, Efron 1979), as a tuple.
+
+    The draws are the same for all presets, so that two of these show how the presets' difference varies.
+    """
     rng = np.random.default_rng(0)
     drawn = rng.integers(len(values), size=(RESAMPLES, len(values)))
-    return float(np.std([score(values[some], of_text[some]) for some in drawn]))
+    return tuple(score(values[some], of_text[some]) for some in drawn)
 
 
 @dataclass
@@ -296,7 +299,12 @@ class Trial:
     behaviour: dict
     known_pairs: float  # mean share of pairs of words that the training text has
     score: float = 1.0
-    error: float = 0.0  # standard error of the score
+    resampled: tuple = (1.0,)  # the score with other prompts
+
+    @property
+    def error(self):
+        """Standard error of the score."""
+        return float(np.std(self.resampled))
 
 
 def try_presets(model, tokenizer, prompts, run_text, seed, presets=None):
@@ -318,7 +326,7 @@ def try_presets(model, tokenizer, prompts, run_text, seed, presets=None):
         progress.show(f"decoding: {name}, {i + 1} of {len(presets)} presets, {len(prompts)} prompts")
         found = trial(name, write(model, tokenizer, prompts, preset, seed))
         values = merits(found.samples, run_text)
-        found.score, found.error = score(values, of_text), standard_error(values, of_text)
+        found.score, found.resampled = score(values, of_text), resampled(values, of_text)
         trials.append(found)
     progress.clear()
     return text, sorted(trials, key=lambda trial: (-trial.score, -trial.behaviour["distinct_2"]))
@@ -343,9 +351,11 @@ class Sweep:
 
     @property
     def is_confirmed(self):
-        """Whether no preset beats the winner on the holdout prompts by more than two standard errors."""
-        winner = self.on_holdout(self.winner)
-        return self.holdout[0].score <= winner.score + 2 * winner.error
+        """Whether no preset beats the winner on the holdout prompts by more than two standard errors of their
+        difference."""
+        winner, first = self.on_holdout(self.winner), self.holdout[0]
+        error = np.std(np.subtract(first.resampled, winner.resampled))
+        return bool(first.score - winner.score <= 2 * error)
 
 
 def sweep(model, tokenizer, run_text, seed):

@@ -163,8 +163,9 @@ def test_the_score_by_hand():
     values = np.array([[1.0, 0.3, 0.9, 0.2], [1.0, 0.5, 0.9, 0.2]])
     assert score(values, of_text) == pytest.approx(1 * 0.4 / 0.8 * 1 * 1)  # no more than 1; what text lacks is left out
     assert score(of_text, of_text) == 1.0
-    assert decoding.standard_error(of_text, of_text) == 0.0
-    assert decoding.standard_error(values, of_text) == pytest.approx(np.std([0.3, 0.4, 0.4, 0.5]) / 0.8, rel=0.2)
+    assert np.std(decoding.resampled(of_text, of_text)) == 0.0
+    error = np.std(decoding.resampled(values, of_text))
+    assert error == pytest.approx(np.std([0.3, 0.4, 0.4, 0.5]) / 0.8, rel=0.2)
 
 
 def test_neither_loops_nor_noise_nor_the_wrong_language_reach_the_score_of_text(run_text, tokenizer):
@@ -189,8 +190,8 @@ def test_neither_loops_nor_noise_nor_the_wrong_language_reach_the_score_of_text(
     assert scores["loop"] == scores["other"] == scores["empty"] == 0.0 and scores["noise"] < 0.1
 
 
-def trial(name, score, distinct_2=0.5, error=0.01):
-    return decoding.Trial(name, [], dict(distinct_2=distinct_2), 0.0, score, error)
+def trial(name, score, distinct_2=0.5, resampled=(1.0,)):
+    return decoding.Trial(name, [], dict(distinct_2=distinct_2), 0.0, score, resampled)
 
 
 def test_the_best_preset_comes_first_and_of_equals_the_more_varied(model, tokenizer, run_text):
@@ -204,8 +205,14 @@ def test_the_best_preset_comes_first_and_of_equals_the_more_varied(model, tokeni
 
 
 def test_a_winner_is_confirmed_if_no_other_is_clearly_better_on_holdout_prompts():
-    tuning = [trial("a", 0.9), trial("b", 0.8)]
-    for score_of_b, confirmed in ((0.7, True), (0.819, True), (0.83, False)):
-        holdout = sorted([trial("a", 0.8), trial("b", score_of_b)], key=lambda trial: -trial.score)
+    """Clearly: by more than two standard errors of the difference, which is small if both vary in the same way."""
+    tuning, of_a = [trial("a", 0.9), trial("b", 0.8)], np.array([0.7, 0.9, 0.7, 0.9])
+    for score_of_b, of_b, confirmed in (
+            (0.7, of_a - 0.1, True),
+            (0.819, of_a + [0.009, 0.029, 0.029, 0.009], True),  # the difference is 0.019, its error 0.01
+            (0.83, of_a + [0.02, 0.04, 0.04, 0.02], False),
+            (0.83, 1.63 - of_a, True)):  # it varies against the winner
+        holdout = [trial("a", 0.8, resampled=tuple(of_a)), trial("b", score_of_b, resampled=tuple(of_b))]
+        holdout.sort(key=lambda trial: -trial.score)
         found = decoding.Sweep(trial("", 1), tuning, trial("", 1), holdout)
-        assert found.winner == "a" and found.is_confirmed == confirmed
+        assert found.winner == "a" and found.is_confirmed is confirmed
