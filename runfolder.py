@@ -17,11 +17,12 @@ from common import Progress, UserError, lock, quoted, replacing
 # what a run records while it goes on, in rows of JSON; the last two only if probes are asked for
 LOGS = ("metrics.jsonl", "eval_metrics.jsonl", "probe_generations.jsonl")
 
-# what `eval.py --bundle` writes into its folder
+# what `eval.py --bundle` writes into its folder; the last one tells sample.py and export.py how to sample
+RECOMMENDED = "recommended_decoding_params.json"
 BUNDLE = ("benchmark_report.md", "eval_summary.json", "benchmark_metrics.json", "benchmark_source_losses.json",
           "benchmark_scores.json", "comparison.json", "probe_summary.json", "decoding_report.md",
           "decoding_summary.json", "tuning_leaderboard.csv", "holdout_leaderboard.csv", "tuning_generations.jsonl",
-          "holdout_generations.jsonl", "recommended_decoding_params.json")
+          "holdout_generations.jsonl", RECOMMENDED)
 
 
 def read_rows(path, key="step", kind=int):

@@ -36,7 +36,7 @@ from corpus.chats import chat_ids
 from corpus.tokenizer import bos_eos
 from machine import find_device
 from run import is_fine_tuning, load_checkpoint
-from runfolder import recorded_settings
+from runfolder import RECOMMENDED, recorded_settings
 from terminal import Conversation, note
 
 
@@ -418,7 +418,6 @@ def latest_best(chat):
 
 
 RULES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")
-RECOMMENDED = "recommended_decoding_params.json"
 
 
 def recommended_rules(ckpt):

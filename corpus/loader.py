@@ -122,7 +122,7 @@ def cut_documents(edges, T, rng=None):
     number = np.arange(len(document)) - pieces_before[document]  # its number within that document
     length = np.where(number == short[document], T - missing[document], T)
     start = edges[document] + T * number
-    start = np.where(number > short[document], start - missing[document], start)  # behind the shorter one
+    start = np.where(number > short[document], start - missing[document], start)  # those behind it move up
     return start, length
 
 

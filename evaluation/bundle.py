@@ -32,7 +32,7 @@ import runfolder
 from common import UserError, columns
 from evaluation import behaviour, decoding, probes
 from evaluation.decoding import MAX_NEW_TOKENS, MERITS, PRESETS, RunText
-from sample import RECOMMENDED
+from runfolder import RECOMMENDED
 
 
 # ---------------------------------------------------------------------------------------------------- comparison

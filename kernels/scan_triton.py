@@ -18,8 +18,8 @@ from .reference import CHUNK, step  # one step is too little for a kernel of its
 
 __all__ = ["forward", "backward", "step"]
 
-# States that a program holds, and its warps: so the forward pass needs 72 registers a thread and the backward pass 168,
-# with hardly a spill (sm_80). No timing has confirmed them yet
+# States that a program holds, and its warps: so the forward pass needs 72 registers a thread and the backward pass at
+# most 168, with hardly a spill (sm_80). No timing has confirmed them yet
 TILE, WARPS = 512, 4
 
 

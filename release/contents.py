@@ -136,7 +136,7 @@ class Release:
         if self.is_chat_model:
             return {}
         for folder in filter(None, (self.bundle_folder, self.path.parent)):
-            found = read_json(folder / "recommended_decoding_params.json")
+            found = read_json(folder / runfolder.RECOMMENDED)
             known = {name: kind(found[name]) for name, kind in DECODING.items() if is_number(found.get(name))}
             if known:
                 return known
